@@ -1,0 +1,6 @@
+"""The scheduler: pure, synchronous, deterministic.
+
+`Scheduler.handle(inputs, now_ms, cursors)` is the whole contract: same state, inputs and time give the same output, byte
+for byte. No clock, randomness, I/O or asyncio in here; integers for every quantity, a total order in every sort, ids from
+counters.
+"""

@@ -1,0 +1,130 @@
+"""What may happen to a yard: the closed union of the core's inputs.
+
+Every input is a fact in the past tense, made by the shell from a message, a timer of its own or a change it noticed.
+Heartbeats and telemetry never come this far: the shell turns them into changes (`NodeSuspected`, `NodeReturned`, …).
+"""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+import msgspec
+
+from gpuyard_protocol.jobs import JobSpec
+from gpuyard_protocol.names import JobId, NodeId, ServiceName, SubmissionId, Tenant, User
+from gpuyard_protocol.nodes import Report
+from gpuyard_protocol.services import ServiceSpec
+
+
+class Cursors(msgspec.Struct, frozen=True, array_like=True):
+    """How far the streams have been taken in: sequence of the last message of SUB and REP."""
+
+    submissions: int = 0
+    reports: int = 0
+
+
+class JobSubmitted(msgspec.Struct, frozen=True, kw_only=True):
+    tenant: Tenant
+    user: User
+    submission_id: SubmissionId
+    spec: JobSpec
+    #: The tenant chose the id: a second submission with it gets the first one's answer.
+    chosen_id: bool = False
+
+
+class RequestMalformed(msgspec.Struct, frozen=True, kw_only=True):
+    """A request that could be attributed but not understood; it is answered like any other."""
+
+    tenant: Tenant
+    user: User
+    submission_id: SubmissionId
+    path: str
+    found: str
+    expected: str
+    nearest: str = ""
+
+
+class CancelRequested(msgspec.Struct, frozen=True, kw_only=True):
+    tenant: Tenant
+    user: User
+    submission_id: SubmissionId
+    job: JobId
+
+
+class ServiceApplied(msgspec.Struct, frozen=True, kw_only=True):
+    tenant: Tenant
+    user: User
+    submission_id: SubmissionId
+    spec: ServiceSpec
+
+
+class ServiceDeleted(msgspec.Struct, frozen=True, kw_only=True):
+    tenant: Tenant
+    user: User
+    submission_id: SubmissionId
+    service: ServiceName
+
+
+class LoadReported(msgspec.Struct, frozen=True, kw_only=True):
+    """The load of a service changed: the sum over its sources, at most once a second per service."""
+
+    tenant: Tenant
+    service: ServiceName
+    concurrency: int
+    queue_depth: int = 0
+
+
+class NodeReported(msgspec.Struct, frozen=True, kw_only=True):
+    """A batch from a node's outbox, numbered from `first`; what was seen before is skipped."""
+
+    node: NodeId
+    instance: str
+    boot_id: str
+    first: int
+    reports: tuple[Report, ...]
+
+
+class NodeSuspected(msgspec.Struct, frozen=True, kw_only=True):
+    """No heartbeat for some seconds: nothing new is placed there."""
+
+    node: NodeId
+
+
+class NodeLost(msgspec.Struct, frozen=True, kw_only=True):
+    """No heartbeat for long. Its jobs wait for it (`on_node_lost: wait`); services heal elsewhere at once."""
+
+    node: NodeId
+
+
+class NodeReturned(msgspec.Struct, frozen=True, kw_only=True):
+    """Heartbeats again, from that agent process."""
+
+    node: NodeId
+    instance: str
+
+
+class NodeIncompatible(msgspec.Struct, frozen=True, kw_only=True):
+    """The agent speaks no version that this daemon speaks: cordoned, its jobs untouched."""
+
+    node: NodeId
+    reason: str
+
+
+class RequeueAll(msgspec.Struct, frozen=True, kw_only=True):
+    """The yard stops: every replica is to end with grace, and its job to wait, uncharged, for the next start."""
+
+
+Input: TypeAlias = (
+    JobSubmitted
+    | RequestMalformed
+    | CancelRequested
+    | ServiceApplied
+    | ServiceDeleted
+    | LoadReported
+    | NodeReported
+    | NodeSuspected
+    | NodeLost
+    | NodeReturned
+    | NodeIncompatible
+    | RequeueAll
+)

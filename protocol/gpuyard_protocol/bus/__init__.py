@@ -1,0 +1,37 @@
+"""The message bus: one interface (`base`), a hardened NATS connection (`nats`), and an in-memory one (`memory`)."""
+
+from gpuyard_protocol.bus.base import (
+    Bus,
+    BusError,
+    Disconnected,
+    Message,
+    NoResponders,
+    PermissionDenied,
+    PubAck,
+    PublishRefused,
+    StoredMessage,
+    StreamReader,
+    StreamSpec,
+    StreamState,
+    StreamUnavailable,
+    Subscription,
+    Unanswered,
+)
+
+__all__ = [
+    "Bus",
+    "BusError",
+    "Disconnected",
+    "Message",
+    "NoResponders",
+    "PermissionDenied",
+    "PubAck",
+    "PublishRefused",
+    "StoredMessage",
+    "StreamReader",
+    "StreamSpec",
+    "StreamState",
+    "StreamUnavailable",
+    "Subscription",
+    "Unanswered",
+]

@@ -1,0 +1,159 @@
+"""Bytes ⇄ messages. Decoding is validation, and its error names the path, what was found and what was expected.
+
+Tenants' requests refuse unknown fields, so that a typing error is told and not ignored (their types say so with
+`forbid_unknown_fields`). Between daemon and agents, and in the journal, unknown fields are skipped: neighbours in
+version must understand each other.
+
+Whatever arrives, the outcome is a message or a `Malformed`; nothing else is raised.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Any, TypeVar, get_type_hints
+
+import msgspec
+
+from gpuyard_protocol.names import AssignmentKey, nearest
+from gpuyard_protocol.units import GpuWish, MigProfile, Quantity
+
+T = TypeVar("T")
+
+#: Requests longer than this are refused unread. SUB itself stores at most this much a message.
+MAX_REQUEST_BYTES = 256 * 1024
+#: `submit-many` carries up to 1,000 jobs in one message.
+MAX_BATCH_BYTES = 1024 * 1024
+_FOUND_CHARS_MAX = 80
+
+
+class Malformed(Exception):
+    """A message that is not what it should be.
+
+    `path` is a JSON path (`$.gpu_memory`), `found` what stood there (shortened), `expected` what is allowed.
+    """
+
+    def __init__(self, path: str, found: str, expected: str, near: str = "") -> None:
+        hint = f" (did you mean {near!r}?)" if near else ""
+        super().__init__(f"{path}: found {found}; expected {expected}{hint}")
+        self.path = path
+        self.found = found
+        self.expected = expected
+        self.nearest = near
+
+
+def encode(message: object) -> bytes:
+    """JSON with fields in their declared order: equal messages give equal bytes."""
+    return _ENCODER.encode(message)
+
+
+def decode(kind: type[T], data: bytes, *, max_bytes: int = MAX_REQUEST_BYTES) -> T:
+    """The message, or `Malformed`."""
+    if len(data) > max_bytes:
+        raise Malformed("$", f"{len(data)} bytes", f"at most {max_bytes} bytes")
+    try:
+        decoder: msgspec.json.Decoder[T] = _decoder(kind)
+        return decoder.decode(data)
+    except msgspec.ValidationError as error:
+        raise _explain(kind, data, str(error)) from None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, ValueError) as error:
+        raise Malformed("$", _shorten(data), f"JSON text in UTF-8 ({error})") from None
+
+
+def to_plain(message: object) -> Any:
+    """A message as dicts, lists and numbers, for `--json` output and YAML files."""
+    return msgspec.to_builtins(message, enc_hook=_encode_extra, str_keys=True)
+
+
+def from_plain(kind: type[T], plain: object) -> T:
+    """The reverse of `to_plain`, validated; `Malformed` names what is wrong."""
+    return decode(kind, encode(plain), max_bytes=MAX_BATCH_BYTES)
+
+
+def _encode_extra(value: object) -> object:
+    if isinstance(value, Quantity | MigProfile | GpuWish):
+        return str(value)
+    raise TypeError(f"no JSON form for {type(value).__name__}")
+
+
+def _decode_extra(kind: type[Any], value: object) -> object:
+    if issubclass(kind, Quantity | MigProfile | GpuWish):
+        if isinstance(value, str | int | float) and not isinstance(value, bool):
+            return kind.parse(value)
+        raise ValueError(f"found {value!r}; expected {kind.EXPECTED}")
+    raise TypeError(f"no decoder for {kind.__name__}")
+
+
+_ENCODER = msgspec.json.Encoder(enc_hook=_encode_extra)
+
+
+_DECODERS: dict[Any, msgspec.json.Decoder[Any]] = {}
+
+
+def _decoder(kind: Any) -> msgspec.json.Decoder[Any]:
+    decoder = _DECODERS.get(kind)
+    if decoder is None:
+        decoder = _DECODERS[kind] = msgspec.json.Decoder(kind, dec_hook=_decode_extra)
+    return decoder
+
+
+_AT = re.compile(r"^(?P<what>.*?)(?: - at `(?P<path>\$.*)`)?$", re.DOTALL)
+_UNKNOWN = re.compile(r"^Object contains unknown field `(?P<name>.*)`$", re.DOTALL)
+_MISSING = re.compile(r"^Object missing required field `(?P<name>.*)`$")
+_OWN = re.compile(r"^found (?P<found>.*); expected (?P<expected>.*)$", re.DOTALL)
+
+
+def _explain(kind: type[Any], data: bytes, complaint: str) -> Malformed:
+    match = _AT.match(complaint)
+    what, path = (match["what"], match["path"] or "$") if match else (complaint, "$")
+    if unknown := _UNKNOWN.match(what):
+        name = _shorten(unknown["name"])
+        fields = _field_names(kind)
+        near = nearest(name, fields)
+        shown = ", ".join(fields) if len(fields) <= 40 and path == "$" else "a known field"
+        return Malformed(f"{path}.{name}", "an unknown field", f"one of: {shown}", near)
+    if missing := _MISSING.match(what):
+        return Malformed(f"{path}.{missing['name']}", "nothing", "a value: the field is required")
+    if own := _OWN.match(what):
+        return Malformed(path, _shorten(own["found"]), own["expected"])
+    return Malformed(path, _shorten(_value_at(data, path)), what.removeprefix("Expected "))
+
+
+def _field_names(kind: type[Any]) -> list[str]:
+    return list(get_type_hints(kind)) if isinstance(kind, type) else []
+
+
+_STEP = re.compile(r"\.([^.\[]+)|\[(\d+)\]")
+
+
+def _value_at(data: bytes, path: str) -> object:
+    """What stands at a JSON path of raw bytes, for an error message; the whole text if it cannot be followed."""
+    try:
+        value: Any = msgspec.json.decode(data)
+        for name, index in _STEP.findall(path[1:]):
+            value = value[int(index)] if index else value[name]
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, LookupError, TypeError, ValueError):
+        return data
+    return msgspec.json.encode(value)
+
+
+def _shorten(found: object) -> str:
+    text = found.decode("utf-8", "backslashreplace") if isinstance(found, bytes) else str(found)
+    text = "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in text)
+    return text if len(text) <= _FOUND_CHARS_MAX else text[: _FOUND_CHARS_MAX - 1] + "…"
+
+
+def json_schemas(kinds: Iterable[type[Any]]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """JSON Schemas of message types: one reference each, and the definitions they share."""
+    references, components = msgspec.json.schema_components(
+        kinds, schema_hook=_schema_extra, ref_template="#/components/schemas/{name}"
+    )
+    return list(references), dict(components)
+
+
+def _schema_extra(kind: type[Any]) -> dict[str, Any]:
+    if issubclass(kind, Quantity | MigProfile | GpuWish):
+        return {"type": ["string", "number"], "description": kind.EXPECTED}
+    if issubclass(kind, AssignmentKey):
+        return {"type": "array", "items": {"type": "integer"}, "minItems": 3, "maxItems": 3}
+    raise TypeError(f"no schema for {kind.__name__}")

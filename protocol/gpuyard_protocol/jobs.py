@@ -1,0 +1,359 @@
+"""What a tenant submits and is told about a job.
+
+`JobRequest` is what people write (human units, every field the yard will ever honour); `JobSpec` is what it means
+(integers, defaults filled in) and what the journal keeps. `JobRequest.specify()` leads from one to the other, and
+refuses by name what is valid but not honoured yet: nothing is accepted and then ignored.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Literal, TypeAlias
+
+import msgspec
+
+from gpuyard_protocol.codec import Malformed
+from gpuyard_protocol.names import (
+    SUBMISSION_EXPECTED,
+    JobId,
+    ServiceName,
+    SubmissionId,
+    Tenant,
+    User,
+    is_submission_id,
+)
+from gpuyard_protocol.resources import Isolation, ResourceNeed
+from gpuyard_protocol.units import Cpus, Duration, GpuWish, Memory, MigProfile, Share
+
+Preemption: TypeAlias = Literal["never", "requeue", "checkpoint", "suspend"]
+OnNodeLost: TypeAlias = Literal["wait", "restart"]
+
+#: pending → starting → running → (stopping →) succeeded | failed | cancelled; a requeue leads back to pending.
+JobState: TypeAlias = Literal["pending", "starting", "running", "stopping", "succeeded", "failed", "cancelled"]
+FINAL_STATES: frozenset[str] = frozenset({"succeeded", "failed", "cancelled"})
+
+PRIORITY_MIN, PRIORITY_MAX = -2, 2
+REPLICAS_MAX = 1024
+GPUS_PER_REPLICA_MAX = 64
+RETRIES_MAX = 100
+DEFAULT_STOP_GRACE_MS = 30_000
+#: Names that the yard sets itself in every job.
+_RESERVED_ENV = re.compile(r"^(GPUYARD_.*|CUDA_VISIBLE_DEVICES|CUDA_MPS_.*|LD_PRELOAD)$")
+_ENV_NAME = re.compile(r"^[A-Za-z_][A-Za-z0-9_]*$")
+_LABEL = re.compile(r"^[A-Za-z0-9._/-]{1,63}$")
+
+
+class JobRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """A job as people write it: the payload of `sub.<tenant>.<user>.submit`."""
+
+    v: int = 1
+    #: De-duplication key, kept 7 days; without one the submission is `s<SUB sequence>`.
+    submission_id: str | None = None
+    name: str = ""
+    #: A program and its arguments, or one line for /bin/sh.
+    command: list[str] | str | None = None
+    #: A script's text, started by its `#!` line (or /bin/sh); `command`, if given too, is its arguments.
+    script: str | None = None
+    #: A gang: all start together or none does.
+    replicas: int = 1
+    #: Whole cards per replica.
+    gpus: int | None = None
+    #: A fraction of one card per replica.
+    gpu: Share | None = None
+    #: Memory of one card per replica.
+    gpu_memory: Memory | None = None
+    #: A MIG instance per replica.
+    mig: MigProfile | None = None
+    #: `hard`, `soft` (default for fractions) or `none`.
+    isolation: Isolation | None = None
+    #: Cards by model: `H100`, `A100|H100`, `A100:80GB`, `A100:80GB:4` (then also the number).
+    gpu_model: GpuWish | None = None
+    gpu_processes: int = 1
+    cpus: Cpus | None = None
+    memory: Memory | None = None
+    node_labels: dict[str, str] = {}
+    nodes: list[str] = []
+    #: -2 … 2; larger goes first.
+    priority: int = 0
+    time_limit: Duration | None = None
+    #: Between SIGTERM and SIGKILL.
+    stop_grace: Duration | None = None
+    #: Starts after a failure of the job's own.
+    retries: int = 0
+    env: dict[str, str] = {}
+    #: Must exist on the node; without one the job starts in a directory of its own.
+    cwd: str | None = None
+    preemption: Preemption = "requeue"
+    on_node_lost: OnNodeLost = "wait"
+    #: Wait even if no node of today could ever run it.
+    allow_pending: bool = False
+    # Known and not honoured yet: refused by name.
+    min_replicas: int | None = None
+    total_gpus: int | None = None
+    queue: str | None = None
+    share_domain: str | None = None
+    estimate: Duration | None = None
+    deadline: str | None = None
+    begin: str | None = None
+    hold: bool | None = None
+    depends_on: list[str] | None = None
+    array: str | None = None
+    image: str | None = None
+    launcher: str | None = None
+    topology: str | None = None
+    upload: str | None = None
+    secrets: list[str] | None = None
+    lease: Duration | None = None
+
+    def specify(self) -> JobSpec:
+        """The job this means, or `Malformed` with the path of the first thing wrong."""
+        self._refuse_unhonoured()
+        self._check()
+        return JobSpec(
+            name=self.name,
+            argv=self._argv(),
+            script=self.script or "",
+            replicas=self.replicas,
+            need=resource_need(self),
+            priority=self.priority,
+            time_limit_ms=int(self.time_limit or 0),
+            stop_grace_ms=DEFAULT_STOP_GRACE_MS if self.stop_grace is None else int(self.stop_grace),
+            retries=self.retries,
+            env=tuple(sorted(self.env.items())),
+            cwd=self.cwd or "",
+            allow_pending=self.allow_pending,
+            preemption=self.preemption,
+        )
+
+    def _refuse_unhonoured(self) -> None:
+        for field in _NOT_HONOURED:
+            if (value := getattr(self, field)) is not None:
+                raise Malformed(f"$.{field}", repr(value), "no value: this field is not honoured yet")
+        if self.preemption in ("checkpoint", "suspend"):
+            raise _malformed("preemption", self.preemption, "'requeue' or 'never': the others are not honoured yet")
+        if self.on_node_lost == "restart":
+            raise _malformed("on_node_lost", self.on_node_lost, "'wait': 'restart' is not honoured yet")
+
+    def _check(self) -> None:
+        if self.v != 1:
+            raise _malformed("v", self.v, "1")
+        if self.submission_id is not None and not is_submission_id(self.submission_id):
+            raise _malformed("submission_id", self.submission_id, SUBMISSION_EXPECTED)
+        if len(self.name) > 128 or not (self.name == "" or self.name.isprintable()):
+            raise _malformed("name", self.name, "at most 128 printable characters")
+        if not self.command and not self.script:
+            raise _malformed("command", self.command, "a program with its arguments, a line for /bin/sh, or a script")
+        for name, low, high in (
+            ("replicas", 1, REPLICAS_MAX),
+            ("gpu_processes", 1, 48),
+            ("priority", PRIORITY_MIN, PRIORITY_MAX),
+            ("retries", 0, RETRIES_MAX),
+        ):
+            if not low <= (value := getattr(self, name)) <= high:
+                raise _malformed(name, value, f"a number between {low} and {high}")
+        if self.time_limit is not None and self.time_limit <= 0:
+            raise _malformed("time_limit", str(self.time_limit), "more than 0")
+        if self.cwd is not None and not self.cwd.startswith("/"):
+            raise _malformed("cwd", self.cwd, "an absolute path")
+        self._check_env()
+
+    def _check_env(self) -> None:
+        for name, value in self.env.items():
+            if not _ENV_NAME.match(name) or "\0" in value:
+                raise Malformed(f"$.env.{name}", repr(value), "a variable name of letters, digits and _, without NUL")
+            if _RESERVED_ENV.match(name):
+                raise Malformed(f"$.env.{name}", repr(value), "a variable that the yard does not set itself")
+        for part in (*self._argv(), self.cwd or "", self.script or ""):
+            if "\0" in part:
+                raise _malformed("command", part, "text without NUL")
+
+    def _argv(self) -> tuple[str, ...]:
+        if isinstance(self.command, str):
+            return ("/bin/sh", "-c", self.command)
+        return tuple(self.command or ())
+
+
+_NOT_HONOURED = (
+    "min_replicas", "total_gpus", "queue", "share_domain", "estimate", "deadline", "begin", "hold", "depends_on",
+    "array", "image", "launcher", "topology", "upload", "secrets", "lease",
+)  # fmt: skip
+
+
+def _malformed(field: str, found: object, expected: str) -> Malformed:
+    return Malformed(f"$.{field}", repr(found)[:120], expected)
+
+
+class ResourceRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """The resource fields of a service's replica, written as in a job."""
+
+    gpus: int | None = None
+    gpu: Share | None = None
+    gpu_memory: Memory | None = None
+    mig: MigProfile | None = None
+    isolation: Isolation | None = None
+    gpu_model: GpuWish | None = None
+    gpu_processes: int = 1
+    cpus: Cpus | None = None
+    memory: Memory | None = None
+    node_labels: dict[str, str] = {}
+    nodes: list[str] = []
+
+
+def resource_need(request: JobRequest | ResourceRequest, *, default_isolation: Isolation = "soft") -> ResourceNeed:
+    """The integers behind the resource fields of a request; `Malformed` where they contradict each other."""
+    wish = request.gpu_model
+    gpus = _whole_cards(request)
+    asked = [name for name, value in (("gpus", gpus), ("gpu", request.gpu), ("mig", request.mig)) if value]
+    if request.gpu_memory is not None and "gpu" not in asked:
+        asked.append("gpu_memory")
+    if len(asked) > 1:
+        raise _malformed(asked[1], getattr(request, asked[1]), f"no value beside {asked[0]!r}: they exclude each other")
+    if wish and not asked:
+        raise _malformed("gpu_model", str(wish), "'gpus', 'gpu', 'gpu_memory' or 'mig' beside it")
+    isolation = request.isolation or default_isolation
+    if request.mig and isolation == "none":
+        raise _malformed("isolation", "none", "'soft' or 'hard': a MIG instance is never shared in time")
+    for label, value in request.node_labels.items():
+        if not _LABEL.match(label) or not (value == "" or _LABEL.match(value)):
+            raise Malformed(f"$.node_labels.{label}", repr(value), "letters, digits, '.', '_', '/', '-', at most 63")
+    return ResourceNeed(
+        gpus=gpus,
+        share_milli=int(request.gpu or 0),
+        share_memory_mib=int(request.gpu_memory or 0),
+        mig=str(request.mig or ""),
+        isolation=isolation,
+        gpu_processes=request.gpu_processes,
+        models=wish.models if wish else (),
+        card_memory_mib=wish.memory_mib if wish else 0,
+        cpu_milli=1000 if request.cpus is None else int(request.cpus),
+        memory_mib=1024 if request.memory is None else int(request.memory),
+        node_labels=tuple(sorted(request.node_labels.items())),
+        nodes=tuple(sorted(request.nodes)),
+    )
+
+
+def _whole_cards(request: JobRequest | ResourceRequest) -> int:
+    counted = request.gpu_model.cards if request.gpu_model else None
+    if counted is not None and (request.gpu or request.gpu_memory or request.mig):
+        raise _malformed("gpu_model", str(request.gpu_model), "no number of cards beside a share or MIG instance")
+    if request.gpus is not None and counted is not None and request.gpus != counted:
+        raise _malformed("gpus", request.gpus, f"{counted}, as 'gpu_model' says")
+    gpus = request.gpus if request.gpus is not None else counted or 0
+    if not 0 <= gpus <= GPUS_PER_REPLICA_MAX:
+        raise _malformed("gpus", gpus, f"a number between 0 and {GPUS_PER_REPLICA_MAX} (per replica)")
+    return gpus
+
+
+class BatchRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """Many jobs in one message: the payload of `sub.<tenant>.<user>.submit-many`. Each is decided alone."""
+
+    jobs: list[JobRequest]
+    v: int = 1
+    submission_id: str | None = None
+
+
+class CancelRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """The payload of `sub.<tenant>.<user>.cancel`."""
+
+    job: int
+    v: int = 1
+    submission_id: str | None = None
+
+
+class JobSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A job in integers, complete: what the core schedules and the journal keeps."""
+
+    argv: tuple[str, ...] = ()
+    script: str = ""
+    name: str = ""
+    replicas: int = 1
+    need: ResourceNeed = ResourceNeed()
+    priority: int = 0
+    #: 0: none.
+    time_limit_ms: int = 0
+    stop_grace_ms: int = DEFAULT_STOP_GRACE_MS
+    retries: int = 0
+    env: tuple[tuple[str, str], ...] = ()
+    cwd: str = ""
+    allow_pending: bool = False
+    preemption: Preemption = "requeue"
+
+
+class Why(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A reason, for programs (`code`) and for people (`text`)."""
+
+    code: str
+    text: str
+
+
+class SubmissionAnswer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """On `evt.<tenant>.sub.<submission_id>`: what became of a request (submit, cancel, apply, delete)."""
+
+    submission_id: SubmissionId
+    accepted: bool
+    v: int = 1
+    job: JobId = 0
+    service: ServiceName = ""
+    #: Set when rejected: `code` is one of `Malformed`, `Impossible`, `UnknownJob`, `NotYours`, ….
+    reason: Why | None = None
+    #: What exactly was wrong, when the request was malformed.
+    path: str = ""
+    found: str = ""
+    expected: str = ""
+    nearest: str = ""
+    at_ms: int = 0
+
+
+class JobEvent(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """On `evt.<tenant>.<job>`: a job entered a state."""
+
+    job: JobId
+    state: JobState
+    at_ms: int
+    v: int = 1
+    submission_id: SubmissionId = ""
+    attempt: int = 0
+    #: Node of each replica, while it has one.
+    nodes: tuple[str, ...] = ()
+    reason: Why | None = None
+    #: Of the replica that decided the outcome.
+    exit_code: int | None = None
+
+
+class ReplicaView(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Where one replica of a job is, for lists."""
+
+    replica: int
+    state: str
+    node: str = ""
+    partition: str = ""
+    devices: tuple[str, ...] = ()
+    exit_code: int | None = None
+
+
+class JobView(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A job as `jobs` and `job show` print it. Times are Unix milliseconds, 0 = not yet."""
+
+    job: JobId
+    tenant: Tenant
+    user: User
+    name: str
+    state: JobState
+    submission_id: SubmissionId
+    priority: int
+    replicas: int
+    #: What one replica asked for, in words.
+    wants: str
+    submitted_ms: int
+    attempt: int = 0
+    retries_left: int = 0
+    #: Of the first start.
+    first_started_ms: int = 0
+    #: Of the current or last attempt.
+    started_ms: int = 0
+    ended_ms: int = 0
+    exit_code: int | None = None
+    reason: Why | None = None
+    service: ServiceName = ""
+    placed: tuple[ReplicaView, ...] = ()
+    spec: JobSpec | None = None

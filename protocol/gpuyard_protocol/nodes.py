@@ -1,0 +1,285 @@
+"""What passes between the daemon and the agent of a node.
+
+Orders go down as request-reply on `cmd.<node>` with a dense number per node; the agent takes them strictly in order,
+and its answer means "the intent is durable in my ledger". Outcomes come back as reports through the REP stream, dense
+too, so that both sides recognise what is repeated, stale or missing. Heartbeats and telemetry are lossy and decide
+nothing.
+
+Unknown fields are skipped here: a daemon works with agents one version older and newer.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, TypeAlias
+
+import msgspec
+
+from gpuyard_protocol.names import AssignmentKey, JobId, NodeId, ServiceName, Tenant, User
+from gpuyard_protocol.resources import Device, Partition
+
+# --- what a node is --------------------------------------------------------------------------------------------------
+
+
+class Inventory(msgspec.Struct, frozen=True, kw_only=True):
+    """What a node has. Reported when the agent starts and whenever it changes."""
+
+    #: The hostname: a label for people, not the identity.
+    hostname: str
+    #: Where the other members of a gang reach this node.
+    address: str
+    cpu_milli: int
+    memory_mib: int
+    devices: tuple[Device, ...] = ()
+    labels: tuple[tuple[str, str], ...] = ()
+    #: Who may run here, as "tenant/user" patterns with "*": those for whom the node has a Unix account.
+    accounts: tuple[str, ...] = ("*/*",)
+    #: Modelled devices, not real ones.
+    simulated: bool = False
+    driver: str = ""
+    agent_version: str = ""
+
+
+# --- orders: daemon → agent ------------------------------------------------------------------------------------------
+
+
+class Launch(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """All that a node needs to start one replica."""
+
+    tenant: Tenant
+    user: User
+    argv: tuple[str, ...] = ()
+    script: str = ""
+    name: str = ""
+    env: tuple[tuple[str, str], ...] = ()
+    cwd: str = ""
+    #: Size of the gang.
+    replicas: int = 1
+    cpu_milli: int = 1000
+    memory_mib: int = 1024
+    time_limit_ms: int = 0
+    stop_grace_ms: int = 30_000
+    service: ServiceName = ""
+
+
+class Start(msgspec.Struct, frozen=True, tag="start", kw_only=True, omit_defaults=True):
+    """Make the partition and run the replica. With `hold`: prepare everything, report `Prepared`, and wait for `Go`."""
+
+    key: AssignmentKey
+    partition: Partition
+    launch: Launch
+    hold: bool = False
+
+
+class Go(msgspec.Struct, frozen=True, tag="go", kw_only=True):
+    """Every member of the gang is prepared: start."""
+
+    key: AssignmentKey
+    #: Rendezvous of the gang: replica 0's address and the port it holds.
+    master_address: str
+    master_port: int
+    #: Address of each replica, by rank.
+    peers: tuple[str, ...] = ()
+
+
+class Stop(msgspec.Struct, frozen=True, tag="stop", kw_only=True, omit_defaults=True):
+    """End it: SIGTERM, grace, SIGKILL of the whole group. For an unknown key: a tombstone, it will never start."""
+
+    key: AssignmentKey
+    grace_ms: int = 30_000
+    #: Why, in one word: `cancelled`, `preempted`, `peer-failed`, `prepare-timeout`, `scaled-down`, `shutdown`.
+    reason: str = "cancelled"
+
+
+Order: TypeAlias = Start | Go | Stop
+
+
+class OrderBatch(msgspec.Struct, frozen=True, tag="orders", kw_only=True):
+    """Orders numbered `first`, `first + 1`, … for one node."""
+
+    node: NodeId
+    #: Of the agent's process: orders meant for an earlier one are refused.
+    instance: str
+    #: Sequence of the leader's claim; an older leader's orders are refused.
+    epoch: int
+    first: int
+    orders: tuple[Order, ...]
+    v: int = 1
+
+
+class Desired(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One assignment that should exist on a node, in a `Sync`."""
+
+    start: Start
+    #: Set once the gang may run.
+    go: Go | None = None
+    #: Set once it must end.
+    stop: Stop | None = None
+
+
+class Sync(msgspec.Struct, frozen=True, tag="sync", kw_only=True):
+    """The node's whole desired set as of order `n`: supersedes every order up to it. What is not in it must not run."""
+
+    node: NodeId
+    instance: str
+    epoch: int
+    n: int
+    desired: tuple[Desired, ...]
+    v: int = 1
+
+
+class ReadLog(msgspec.Struct, frozen=True, tag="read-log", kw_only=True, omit_defaults=True):
+    """A range of a replica's output; answered by `LogChunk`. Not an order: it has no number and changes nothing."""
+
+    job: JobId
+    #: 0: the newest that this node has.
+    attempt: int = 0
+    replica: int = 0
+    stream: Literal["out", "err"] = "out"
+    #: Negative: that many bytes before the end.
+    offset: int = 0
+    limit: int = 262_144
+
+
+class FollowLog(msgspec.Struct, frozen=True, tag="follow-log", kw_only=True, omit_defaults=True):
+    """Send what the replica writes, live, on `log.<tenant>.<job>.<replica>`, for `for_ms` from now."""
+
+    tenant: Tenant
+    job: JobId
+    replica: int = 0
+    for_ms: int = 30_000
+
+
+Command: TypeAlias = OrderBatch | Sync | ReadLog | FollowLog
+
+
+class OrderAnswer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The agent's word on orders. `ok`: durable up to `applied`. Otherwise nothing of the message was taken.
+
+    `gap`: a number is missing, send a `Sync`. `stale`: an older leader's. `wrong-instance`: for an earlier process.
+    """
+
+    status: Literal["ok", "gap", "stale", "wrong-instance", "malformed"]
+    applied: int = 0
+    detail: str = ""
+    v: int = 1
+
+
+class LogChunk(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A piece of output: an answer to `ReadLog`, and what `log.<tenant>.<job>.<replica>` carries."""
+
+    job: JobId
+    attempt: int
+    replica: int
+    stream: Literal["out", "err"] = "out"
+    #: Of the first byte of `data`.
+    offset: int = 0
+    data: bytes = b""
+    #: Size of the file now.
+    size: int = 0
+    #: The replica has ended and nothing follows.
+    ended: bool = False
+    #: Why there is nothing, in words.
+    error: str = ""
+
+
+# --- reports: agent → daemon -----------------------------------------------------------------------------------------
+
+
+class Joined(msgspec.Struct, frozen=True, tag="joined", kw_only=True):
+    """An agent process started (or its inventory changed): what the node has, and what it holds."""
+
+    inventory: Inventory
+    #: Assignments in the ledger that have not ended.
+    held: tuple[AssignmentKey, ...] = ()
+
+
+class Prepared(msgspec.Struct, frozen=True, tag="prepared", kw_only=True):
+    """Partition and files are there and a port is held; waits for `Go`."""
+
+    key: AssignmentKey
+    port: int
+
+
+class Started(msgspec.Struct, frozen=True, tag="started", kw_only=True, omit_defaults=True):
+    """The replica's process runs."""
+
+    key: AssignmentKey
+    at_ms: int
+    pid: int = 0
+    #: Where a service's replica listens, 0 for none.
+    port: int = 0
+
+
+class Ended(msgspec.Struct, frozen=True, tag="ended", kw_only=True, omit_defaults=True):
+    """The replica is gone from this node and its partition is free again.
+
+    `exited`: by itself, with `exit_code`. `signalled`: killed by `signal` from outside the yard, or by itself.
+    `stopped`: by a `Stop` (or never started because of one). `refused`: could not be started, `why.code` says why.
+    `lost`: its processes vanished with a node restart, or nobody saw how they ended.
+    """
+
+    key: AssignmentKey
+    outcome: Literal["exited", "signalled", "stopped", "refused", "lost"]
+    at_ms: int
+    exit_code: int = 0
+    signal: int = 0
+    #: `WorkingDirectoryMissing`, `CommandNotFound`, `PartitionUnavailable`, `TimeLimit`, `NodeRestarted`, …
+    code: str = ""
+    detail: str = ""
+    started_ms: int = 0
+
+
+Report: TypeAlias = Joined | Prepared | Started | Ended
+
+
+class ReportBatch(msgspec.Struct, frozen=True, kw_only=True):
+    """On `rep.<node>.report`: reports numbered `first`, `first + 1`, … since the ledger was made."""
+
+    node: NodeId
+    instance: str
+    boot_id: str
+    first: int
+    reports: tuple[Report, ...]
+    v: int = 1
+
+
+# --- lossy: heartbeats and telemetry ---------------------------------------------------------------------------------
+
+
+class Heartbeat(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """On `hb.<node>`, each second."""
+
+    node: NodeId
+    instance: str
+    boot_id: str
+    #: Orders durable up to this number.
+    applied: int
+    #: Reports written up to this number (not necessarily delivered).
+    reported: int
+    running: int = 0
+    #: The protocol versions this agent understands.
+    v_min: int = 1
+    v_max: int = 1
+    v: int = 1
+
+
+class DeviceSample(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One card now. None: the card does not say."""
+
+    uuid: str
+    utilization_pct: int | None = None
+    memory_used_mib: int | None = None
+    memory_total_mib: int = 0
+    power_mw: int | None = None
+    temperature_c: int | None = None
+
+
+class Telemetry(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """On `tel.<node>.devices`."""
+
+    node: NodeId
+    at_ms: int
+    devices: tuple[DeviceSample, ...]
+    cpu_pct: int = 0
+    memory_used_mib: int = 0
+    v: int = 1

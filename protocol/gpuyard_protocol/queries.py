@@ -1,0 +1,198 @@
+"""Questions to the daemon on `q.<tenant>.<user>.<verb>` and `adm.<user>.<verb>`, and their answers.
+
+A question reads and changes nothing; what changes something goes through SUB (tenants) or `adm` (operators). Lists are
+paged: at most 500 rows, and a cursor that leads on. Every answer is one of the types here or a `QueryError`.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from gpuyard_protocol.jobs import JobView, SubmissionAnswer, Why
+from gpuyard_protocol.nodes import DeviceSample
+from gpuyard_protocol.services import ServiceView
+
+PAGE_ROWS_MAX = 500
+
+
+class QueryError(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The question could not be answered."""
+
+    #: `Malformed`, `UnknownJob`, `UnknownService`, `UnknownVerb`, `Unavailable`.
+    code: str
+    text: str
+    nearest: str = ""
+
+
+class JobsQuery(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """`q.….jobs`, newest first."""
+
+    #: Empty: those not yet final.
+    states: list[str] = []
+    #: Also those that have ended.
+    all: bool = False
+    user: str = ""
+    service: str = ""
+    limit: int = 100
+    #: The `next` of the page before; 0: from the newest.
+    cursor: int = 0
+    v: int = 1
+
+
+class JobsPage(msgspec.Struct, frozen=True, kw_only=True):
+    jobs: tuple[JobView, ...]
+    #: Cursor of the next page, 0 if this is the last.
+    next: int = 0
+    #: How many of this tenant's there are in each state.
+    counts: dict[str, int] = {}
+
+
+class JobQuery(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """`q.….job` → `JobView`; `q.….why` → `WhyAnswer`."""
+
+    job: int
+    v: int = 1
+
+
+class SubmissionQuery(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """`q.….submission` → `SubmissionStatus`."""
+
+    submission_id: str
+    v: int = 1
+
+
+class SubmissionStatus(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    #: None: not decided yet, or never heard of.
+    answer: SubmissionAnswer | None = None
+
+
+class NodeReason(msgspec.Struct, frozen=True, kw_only=True):
+    """Why a job does not fit some nodes."""
+
+    reason: Why
+    #: How many nodes say so, and some of their names.
+    nodes: int
+    examples: tuple[str, ...] = ()
+
+
+class WhyAnswer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Why a job is where it is."""
+
+    job: int
+    state: str
+    #: One sentence.
+    summary: str
+    #: The job's own history, oldest first.
+    story: tuple[str, ...] = ()
+    #: For a waiting job: reasons by nodes, most frequent first.
+    reasons: tuple[NodeReason, ...] = ()
+    #: 1 = next of those waiting.
+    position: int = 0
+    ahead: int = 0
+
+
+class ServicesQuery(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """`q.….services` → `ServicesPage`."""
+
+    service: str = ""
+    v: int = 1
+
+
+class ServicesPage(msgspec.Struct, frozen=True, kw_only=True):
+    services: tuple[ServiceView, ...]
+
+
+class CardView(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One card: how it is cut and how full it is."""
+
+    uuid: str
+    index: int
+    model: str
+    memory_mib: int
+    mode: str
+    healthy: bool = True
+    #: Compute and memory held by jobs.
+    held_milli: int = 0
+    held_memory_mib: int = 0
+    #: Jobs on it (own tenant's only, for tenants).
+    jobs: tuple[int, ...] = ()
+    sample: DeviceSample | None = None
+
+
+class NodeView(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    node: str
+    hostname: str
+    #: `ready`, `suspected`, `lost`, `joining`, `incompatible`.
+    state: str
+    cards: tuple[CardView, ...] = ()
+    cpu_milli: int = 0
+    cpu_held_milli: int = 0
+    memory_mib: int = 0
+    memory_held_mib: int = 0
+    labels: tuple[tuple[str, str], ...] = ()
+    simulated: bool = False
+    driver: str = ""
+    agent_version: str = ""
+    #: Since the last heartbeat; -1: none seen yet.
+    heard_ms_ago: int = -1
+    #: Why it takes no work, in words.
+    reason: str = ""
+
+
+class NodesQuery(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """`q.….nodes` → `NodesPage`."""
+
+    node: str = ""
+    v: int = 1
+
+
+class NodesPage(msgspec.Struct, frozen=True, kw_only=True):
+    nodes: tuple[NodeView, ...]
+
+
+class LogsQuery(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """`q.….logs` → `LogChunk`: a range of output, at most 256 KiB; with `follow`, live pieces on `log.…` for 30 s."""
+
+    job: int
+    attempt: int = 0
+    replica: int = 0
+    stream: Literal["out", "err"] = "out"
+    offset: int = 0
+    limit: int = 262_144
+    follow: bool = False
+    v: int = 1
+
+
+class StatsQuery(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """`q.….stats` → `Stats`."""
+
+    v: int = 1
+
+
+class Stats(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The yard in numbers (everybody's)."""
+
+    yard: str
+    now_ms: int
+    #: Jobs now, by state.
+    jobs: dict[str, int]
+    nodes: dict[str, int]
+    gpus: int
+    #: GPU compute held now, and summed over time since the yard began: GPU-milli × ms.
+    held_milli: int
+    held_milli_ms: int
+    #: Capacity summed the same way.
+    capacity_milli_ms: int
+    #: Finished jobs: number, and the sum of their waits (submission to first start).
+    finished: int = 0
+    wait_sum_ms: int = 0
+    started: int = 0
+    turns: int = 0
+
+
+class Ok(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Done."""
+
+    text: str = ""
