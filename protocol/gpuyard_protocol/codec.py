@@ -11,14 +11,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import msgspec
+from msgspec import inspect as shapes
 
-from gpuyard_protocol.names import AssignmentKey, nearest
-from gpuyard_protocol.units import GpuWish, MigProfile, Quantity
+from gpuyard_protocol.names import nearest
+from gpuyard_protocol.units import Cpus, GpuWish, MigProfile, Quantity, Share
 
 T = TypeVar("T")
+
+#: What a tenant's request may say in `v`: the yard does not guess at what later versions mean.
+RequestVersion: TypeAlias = Literal[1]
 
 #: Requests longer than this are refused unread. SUB itself stores at most this much a message.
 MAX_REQUEST_BYTES = 256 * 1024
@@ -34,6 +38,7 @@ class Malformed(Exception):
     """
 
     def __init__(self, path: str, found: str, expected: str, near: str = "") -> None:
+        path, found = _shorten(path), _shorten(found)
         hint = f" (did you mean {near!r}?)" if near else ""
         super().__init__(f"{path}: found {found}; expected {expected}{hint}")
         self.path = path
@@ -67,7 +72,11 @@ def to_plain(message: object) -> Any:
 
 def from_plain(kind: type[T], plain: object) -> T:
     """The reverse of `to_plain`, validated; `Malformed` names what is wrong."""
-    return decode(kind, encode(plain), max_bytes=MAX_BATCH_BYTES)
+    try:
+        data = encode(plain)
+    except (TypeError, ValueError, OverflowError, RecursionError) as error:
+        raise Malformed("$", type(plain).__name__, f"what JSON can say ({error})") from None
+    return decode(kind, data, max_bytes=MAX_BATCH_BYTES)
 
 
 def _encode_extra(value: object) -> object:
@@ -97,10 +106,16 @@ def _decoder(kind: Any) -> msgspec.json.Decoder[Any]:
     return decoder
 
 
-_AT = re.compile(r"^(?P<what>.*?)(?: - at `(?P<path>\$.*)`)?$", re.DOTALL)
+#: The complaint and where: a text of the sender's that looks like a path is not taken for one.
+_AT = re.compile(r"^(?P<what>.*?)(?: - at `(?:key in `)?(?P<path>\$[^`]*)`+)?$", re.DOTALL)
 _UNKNOWN = re.compile(r"^Object contains unknown field `(?P<name>.*)`$", re.DOTALL)
 _MISSING = re.compile(r"^Object missing required field `(?P<name>.*)`$")
 _OWN = re.compile(r"^found (?P<found>.*); expected (?P<expected>.*)$", re.DOTALL)
+_EXPECTED = re.compile(r"^Expected (?P<kinds>`[^`]*`|\S+)(?P<bound>.*?)(?:, got .*)?$", re.DOTALL)
+_SPOKEN = {
+    "int": "an integer", "float": "a number", "str": "text", "bool": "true or false", "null": "null",
+    "object": "an object", "array": "a list", "bytes": "Base64 text",
+}  # fmt: skip
 
 
 def _explain(kind: type[Any], data: bytes, complaint: str) -> Malformed:
@@ -108,37 +123,72 @@ def _explain(kind: type[Any], data: bytes, complaint: str) -> Malformed:
     what, path = (match["what"], match["path"] or "$") if match else (complaint, "$")
     if unknown := _UNKNOWN.match(what):
         name = _shorten(unknown["name"])
-        fields = _field_names(kind)
-        near = nearest(name, fields)
-        shown = ", ".join(fields) if len(fields) <= 40 and path == "$" else "a known field"
-        return Malformed(f"{path}.{name}", "an unknown field", f"one of: {shown}", near)
+        fields = _field_names(_shape_at(kind, path))
+        return Malformed(f"{path}.{name}", "an unknown field", f"one of: {', '.join(fields)}", nearest(name, fields))
     if missing := _MISSING.match(what):
         return Malformed(f"{path}.{missing['name']}", "nothing", "a value: the field is required")
     if own := _OWN.match(what):
-        return Malformed(path, _shorten(own["found"]), own["expected"])
-    return Malformed(path, _shorten(_value_at(data, path)), what.removeprefix("Expected "))
+        return Malformed(path, own["found"], own["expected"])
+    found = _value_at(data, path)
+    if what.startswith("Invalid enum value") and (words := _words_allowed(_shape_at(kind, path))):
+        return Malformed(path, found, f"one of: {', '.join(words)}", nearest(found.strip('"'), words))
+    if expected := _EXPECTED.match(what):
+        kinds = (_SPOKEN.get(name.strip(), name.strip()) for name in expected["kinds"].strip("`").split("|"))
+        return Malformed(path, found, " or ".join(kinds) + expected["bound"])
+    return Malformed(path, found, f"a value the field can hold ({what})")
 
 
-def _field_names(kind: type[Any]) -> list[str]:
-    return list(get_type_hints(kind)) if isinstance(kind, type) else []
+#: One step of a JSON path: `.name`, `[3]`, or `[...]` for some value of an object.
+_STEP = re.compile(r"\.([^.\[\]]+)|\[(\d+|\.\.\.)\]")
 
 
-_STEP = re.compile(r"\.([^.\[]+)|\[(\d+)\]")
+def _shape_at(kind: Any, path: str) -> tuple[shapes.Type, ...]:
+    """What may stand at a JSON path of a message: the members of a union, empty where the path leads nowhere."""
+    current = _members(shapes.type_info(kind))
+    for name, _ in _STEP.findall(path[1:]):
+        inner: list[shapes.Type] = []
+        for shape in current:
+            if isinstance(shape, shapes.StructType):
+                inner += [field.type for field in shape.fields if field.encode_name == name]
+            elif isinstance(shape, shapes.ListType | shapes.VarTupleType):
+                inner.append(shape.item_type)
+            elif isinstance(shape, shapes.DictType):
+                inner.append(shape.value_type)
+        current = tuple(member for shape in inner for member in _members(shape))
+    return current
 
 
-def _value_at(data: bytes, path: str) -> object:
+def _members(shape: shapes.Type) -> tuple[shapes.Type, ...]:
+    return shape.types if isinstance(shape, shapes.UnionType) else (shape,)
+
+
+def _field_names(current: tuple[shapes.Type, ...]) -> list[str]:
+    structs = (shape for shape in current if isinstance(shape, shapes.StructType))
+    return list(dict.fromkeys(field.encode_name for struct in structs for field in struct.fields))
+
+
+def _words_allowed(current: tuple[shapes.Type, ...]) -> list[str]:
+    literals = (shape for shape in current if isinstance(shape, shapes.LiteralType))
+    return [str(value) for literal in literals for value in literal.values]
+
+
+def _value_at(data: bytes, path: str) -> str:
     """What stands at a JSON path of raw bytes, for an error message; the whole text if it cannot be followed."""
     try:
         value: Any = msgspec.json.decode(data)
         for name, index in _STEP.findall(path[1:]):
+            if index == "...":  # the path does not say which value of the object
+                break
             value = value[int(index)] if index else value[name]
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, LookupError, TypeError, ValueError):
-        return data
-    return msgspec.json.encode(value)
+        return msgspec.json.encode(value).decode()
+    except (msgspec.MsgspecError, UnicodeError, RecursionError, LookupError, TypeError, ValueError, OverflowError):
+        return _shorten(data)
 
 
-def _shorten(found: object) -> str:
-    text = found.decode("utf-8", "backslashreplace") if isinstance(found, bytes) else str(found)
+def _shorten(found: str | bytes) -> str:
+    """Fit for a log line, a terminal and an event: printable, and not the sender's whole message."""
+    text = found[: 4 * _FOUND_CHARS_MAX]
+    text = text.decode("utf-8", "backslashreplace") if isinstance(text, bytes) else text
     text = "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in text)
     return text if len(text) <= _FOUND_CHARS_MAX else text[: _FOUND_CHARS_MAX - 1] + "…"
 
@@ -152,8 +202,8 @@ def json_schemas(kinds: Iterable[type[Any]]) -> tuple[list[dict[str, Any]], dict
 
 
 def _schema_extra(kind: type[Any]) -> dict[str, Any]:
-    if issubclass(kind, Quantity | MigProfile | GpuWish):
+    if issubclass(kind, Share | Cpus):
         return {"type": ["string", "number"], "description": kind.EXPECTED}
-    if issubclass(kind, AssignmentKey):
-        return {"type": "array", "items": {"type": "integer"}, "minItems": 3, "maxItems": 3}
+    if issubclass(kind, Quantity | MigProfile | GpuWish):
+        return {"type": "string", "description": kind.EXPECTED}
     raise TypeError(f"no schema for {kind.__name__}")

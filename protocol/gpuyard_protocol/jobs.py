@@ -12,7 +12,7 @@ from typing import Literal, TypeAlias
 
 import msgspec
 
-from gpuyard_protocol.codec import Malformed
+from gpuyard_protocol.codec import Malformed, RequestVersion
 from gpuyard_protocol.names import (
     SUBMISSION_EXPECTED,
     JobId,
@@ -23,7 +23,7 @@ from gpuyard_protocol.names import (
     is_submission_id,
 )
 from gpuyard_protocol.resources import Isolation, ResourceNeed
-from gpuyard_protocol.units import Cpus, Duration, GpuWish, Memory, MigProfile, Share
+from gpuyard_protocol.units import Count, Cpus, Duration, GpuWish, Memory, MigProfile, Share
 
 Preemption: TypeAlias = Literal["never", "requeue", "checkpoint", "suspend"]
 OnNodeLost: TypeAlias = Literal["wait", "restart"]
@@ -36,17 +36,19 @@ PRIORITY_MIN, PRIORITY_MAX = -2, 2
 REPLICAS_MAX = 1024
 GPUS_PER_REPLICA_MAX = 64
 RETRIES_MAX = 100
+#: What one card serves under MPS at once.
+GPU_PROCESSES_MAX = 48
 DEFAULT_STOP_GRACE_MS = 30_000
 #: Names that the yard sets itself in every job.
 _RESERVED_ENV = re.compile(r"^(GPUYARD_.*|CUDA_VISIBLE_DEVICES|CUDA_MPS_.*|LD_PRELOAD)$")
-_ENV_NAME = re.compile(r"^[A-Za-z_][A-Za-z0-9_]*$")
-_LABEL = re.compile(r"^[A-Za-z0-9._/-]{1,63}$")
+_ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_LABEL = re.compile(r"[A-Za-z0-9._/-]{1,63}")
 
 
 class JobRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     """A job as people write it: the payload of `sub.<tenant>.<user>.submit`."""
 
-    v: int = 1
+    v: RequestVersion = 1
     #: De-duplication key, kept 7 days; without one the submission is `s<SUB sequence>`.
     submission_id: str | None = None
     name: str = ""
@@ -135,17 +137,16 @@ class JobRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_
             raise _malformed("on_node_lost", self.on_node_lost, "'wait': 'restart' is not honoured yet")
 
     def _check(self) -> None:
-        if self.v != 1:
-            raise _malformed("v", self.v, "1")
         if self.submission_id is not None and not is_submission_id(self.submission_id):
             raise _malformed("submission_id", self.submission_id, SUBMISSION_EXPECTED)
         if len(self.name) > 128 or not (self.name == "" or self.name.isprintable()):
             raise _malformed("name", self.name, "at most 128 printable characters")
+        if self.script and isinstance(self.command, str):
+            raise _malformed("command", self.command, "a list: beside 'script' it holds the script's arguments")
         if not self.command and not self.script:
             raise _malformed("command", self.command, "a program with its arguments, a line for /bin/sh, or a script")
         for name, low, high in (
             ("replicas", 1, REPLICAS_MAX),
-            ("gpu_processes", 1, 48),
             ("priority", PRIORITY_MIN, PRIORITY_MAX),
             ("retries", 0, RETRIES_MAX),
         ):
@@ -153,19 +154,9 @@ class JobRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_
                 raise _malformed(name, value, f"a number between {low} and {high}")
         if self.time_limit is not None and self.time_limit <= 0:
             raise _malformed("time_limit", str(self.time_limit), "more than 0")
-        if self.cwd is not None and not self.cwd.startswith("/"):
-            raise _malformed("cwd", self.cwd, "an absolute path")
-        self._check_env()
-
-    def _check_env(self) -> None:
-        for name, value in self.env.items():
-            if not _ENV_NAME.match(name) or "\0" in value:
-                raise Malformed(f"$.env.{name}", repr(value), "a variable name of letters, digits and _, without NUL")
-            if _RESERVED_ENV.match(name):
-                raise Malformed(f"$.env.{name}", repr(value), "a variable that the yard does not set itself")
-        for part in (*self._argv(), self.cwd or "", self.script or ""):
-            if "\0" in part:
-                raise _malformed("command", part, "text without NUL")
+        check_process(self._argv(), self.env, self.cwd)
+        if "\0" in (self.script or ""):
+            raise _malformed("script", self.script, "text without NUL")
 
     def _argv(self) -> tuple[str, ...]:
         if isinstance(self.command, str):
@@ -181,6 +172,19 @@ _NOT_HONOURED = (
 
 def _malformed(field: str, found: object, expected: str) -> Malformed:
     return Malformed(f"$.{field}", repr(found)[:120], expected)
+
+
+def check_process(argv: tuple[str, ...], env: dict[str, str], cwd: str | None) -> None:
+    """What every process asked for must keep to, a job's as a service's; `Malformed` otherwise."""
+    if any("\0" in part for part in argv):
+        raise _malformed("command", argv, "text without NUL")
+    if cwd is not None and (not cwd.startswith("/") or "\0" in cwd):
+        raise _malformed("cwd", cwd, "an absolute path")
+    for name, value in env.items():
+        if not _ENV_NAME.fullmatch(name) or "\0" in value:
+            raise Malformed(f"$.env.{name}", repr(value), "a variable name of letters, digits and _, without NUL")
+        if _RESERVED_ENV.match(name):
+            raise Malformed(f"$.env.{name}", repr(value), "a variable that the yard does not set itself")
 
 
 class ResourceRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -203,6 +207,10 @@ def resource_need(request: JobRequest | ResourceRequest, *, default_isolation: I
     """The integers behind the resource fields of a request; `Malformed` where they contradict each other."""
     wish = request.gpu_model
     gpus = _whole_cards(request)
+    if request.gpu_memory is not None and request.gpu_memory <= 0:
+        raise _malformed("gpu_memory", str(request.gpu_memory), "more than 0")
+    if not 1 <= request.gpu_processes <= GPU_PROCESSES_MAX:
+        raise _malformed("gpu_processes", request.gpu_processes, f"a number between 1 and {GPU_PROCESSES_MAX}")
     asked = [name for name, value in (("gpus", gpus), ("gpu", request.gpu), ("mig", request.mig)) if value]
     if request.gpu_memory is not None and "gpu" not in asked:
         asked.append("gpu_memory")
@@ -214,7 +222,7 @@ def resource_need(request: JobRequest | ResourceRequest, *, default_isolation: I
     if request.mig and isolation == "none":
         raise _malformed("isolation", "none", "'soft' or 'hard': a MIG instance is never shared in time")
     for label, value in request.node_labels.items():
-        if not _LABEL.match(label) or not (value == "" or _LABEL.match(value)):
+        if not _LABEL.fullmatch(label) or not (value == "" or _LABEL.fullmatch(value)):
             raise Malformed(f"$.node_labels.{label}", repr(value), "letters, digits, '.', '_', '/', '-', at most 63")
     return ResourceNeed(
         gpus=gpus,
@@ -248,15 +256,15 @@ class BatchRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omi
     """Many jobs in one message: the payload of `sub.<tenant>.<user>.submit-many`. Each is decided alone."""
 
     jobs: list[JobRequest]
-    v: int = 1
+    v: RequestVersion = 1
     submission_id: str | None = None
 
 
 class CancelRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     """The payload of `sub.<tenant>.<user>.cancel`."""
 
-    job: int
-    v: int = 1
+    job: Count
+    v: RequestVersion = 1
     submission_id: str | None = None
 
 

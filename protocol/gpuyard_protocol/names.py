@@ -21,22 +21,23 @@ NodeId: TypeAlias = str
 DeviceUuid: TypeAlias = str
 SubmissionId: TypeAlias = str
 
-_NAME = re.compile(r"^[a-z0-9][a-z0-9-]{0,62}$")
-_SUBMISSION = re.compile(r"^[a-z0-9-]{1,64}$")
+_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
+_SUBMISSION = re.compile(r"[a-z0-9-]{1,64}")
 #: What the yard gives to submissions that bring no id of their own: nobody else may take such a name.
-_GIVEN_SUBMISSION = re.compile(r"^s[0-9]+(-[0-9]+)?$")
+_GIVEN_SUBMISSION = re.compile(r"s[0-9]+(-[0-9]+)?")
+_ASSIGNMENT = re.compile(r"([0-9]{1,18})\.([0-9]{1,18})\.([0-9]{1,18})")
 
 NAME_EXPECTED = "lower-case letters, digits and hyphens, 1 to 63 characters, starting with a letter or digit"
 SUBMISSION_EXPECTED = "lower-case letters, digits and hyphens, 1 to 64 characters, and not of the form s<number>"
 
 
 def is_name(text: str) -> bool:
-    return bool(_NAME.match(text))
+    return bool(_NAME.fullmatch(text))
 
 
 def is_submission_id(text: str) -> bool:
     """Whether a tenant may choose this id (those of the form `s17` are the yard's own)."""
-    return bool(_SUBMISSION.match(text)) and not _GIVEN_SUBMISSION.match(text)
+    return bool(_SUBMISSION.fullmatch(text)) and not _GIVEN_SUBMISSION.fullmatch(text)
 
 
 def given_submission_id(sequence: int, index: int | None = None) -> SubmissionId:
@@ -58,10 +59,10 @@ class AssignmentKey(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> AssignmentKey:
-        parts = text.split(".")
-        if len(parts) != 3 or not all(part.isdigit() for part in parts):
+        match = _ASSIGNMENT.fullmatch(text)
+        if match is None:
             raise ValueError(f"found {text!r}; expected an assignment such as '17.1.0' (job.attempt.replica)")
-        return cls(*(int(part) for part in parts))
+        return cls(int(match[1]), int(match[2]), int(match[3]))
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -10,9 +10,11 @@ from typing import Literal
 
 import msgspec
 
+from gpuyard_protocol.codec import RequestVersion
 from gpuyard_protocol.jobs import JobView, SubmissionAnswer, Why
 from gpuyard_protocol.nodes import DeviceSample
 from gpuyard_protocol.services import ServiceView
+from gpuyard_protocol.units import Count, Offset
 
 PAGE_ROWS_MAX = 500
 
@@ -35,10 +37,10 @@ class JobsQuery(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_d
     all: bool = False
     user: str = ""
     service: str = ""
-    limit: int = 100
+    limit: Count = 100
     #: The `next` of the page before; 0: from the newest.
-    cursor: int = 0
-    v: int = 1
+    cursor: Count = 0
+    v: RequestVersion = 1
 
 
 class JobsPage(msgspec.Struct, frozen=True, kw_only=True):
@@ -52,15 +54,15 @@ class JobsPage(msgspec.Struct, frozen=True, kw_only=True):
 class JobQuery(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     """`q.….job` → `JobView`; `q.….why` → `WhyAnswer`."""
 
-    job: int
-    v: int = 1
+    job: Count
+    v: RequestVersion = 1
 
 
 class SubmissionQuery(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     """`q.….submission` → `SubmissionStatus`."""
 
     submission_id: str
-    v: int = 1
+    v: RequestVersion = 1
 
 
 class SubmissionStatus(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -97,7 +99,7 @@ class ServicesQuery(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, om
     """`q.….services` → `ServicesPage`."""
 
     service: str = ""
-    v: int = 1
+    v: RequestVersion = 1
 
 
 class ServicesPage(msgspec.Struct, frozen=True, kw_only=True):
@@ -145,7 +147,7 @@ class NodesQuery(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_
     """`q.….nodes` → `NodesPage`."""
 
     node: str = ""
-    v: int = 1
+    v: RequestVersion = 1
 
 
 class NodesPage(msgspec.Struct, frozen=True, kw_only=True):
@@ -155,20 +157,20 @@ class NodesPage(msgspec.Struct, frozen=True, kw_only=True):
 class LogsQuery(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     """`q.….logs` → `LogChunk`: a range of output, at most 256 KiB; with `follow`, live pieces on `log.…` for 30 s."""
 
-    job: int
-    attempt: int = 0
-    replica: int = 0
+    job: Count
+    attempt: Count = 0
+    replica: Count = 0
     stream: Literal["out", "err"] = "out"
-    offset: int = 0
-    limit: int = 262_144
+    offset: Offset = 0
+    limit: Count = 262_144
     follow: bool = False
-    v: int = 1
+    v: RequestVersion = 1
 
 
 class StatsQuery(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     """`q.….stats` → `Stats`."""
 
-    v: int = 1
+    v: RequestVersion = 1
 
 
 class Stats(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -190,6 +192,19 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     wait_sum_ms: int = 0
     started: int = 0
     turns: int = 0
+
+
+class PingQuery(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """`q.….ping` → `Ok` with the yard's name: somebody answers."""
+
+    v: RequestVersion = 1
+
+
+class ShutdownRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """`adm.….shutdown` → `Ok` once every replica has ended and its job waits again; `QueryError` after the deadline."""
+
+    deadline_ms: Count = 60_000
+    v: RequestVersion = 1
 
 
 class Ok(msgspec.Struct, frozen=True, omit_defaults=True):

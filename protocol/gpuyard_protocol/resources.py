@@ -183,5 +183,5 @@ def share_of(card_memory_mib: int, need: ResourceNeed) -> tuple[int, int]:
     if not memory:
         memory = card_memory_mib * milli // MILLI
     if not milli:
-        milli = min(MILLI, -(-memory * MILLI // card_memory_mib))
+        milli = min(MILLI, -(-memory * MILLI // max(1, card_memory_mib)))
     return milli, memory

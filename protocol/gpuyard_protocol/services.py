@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import msgspec
 
-from gpuyard_protocol.codec import Malformed
-from gpuyard_protocol.jobs import DEFAULT_STOP_GRACE_MS, ResourceRequest, resource_need
+from gpuyard_protocol.codec import Malformed, RequestVersion
+from gpuyard_protocol.jobs import DEFAULT_STOP_GRACE_MS, ResourceRequest, check_process, resource_need
 from gpuyard_protocol.names import (
     NAME_EXPECTED,
     SUBMISSION_EXPECTED,
@@ -20,7 +20,7 @@ from gpuyard_protocol.names import (
     is_submission_id,
 )
 from gpuyard_protocol.resources import ResourceNeed
-from gpuyard_protocol.units import Duration
+from gpuyard_protocol.units import Count, Duration
 
 REPLICAS_MAX = 1024
 DEFAULT_SCALE_DOWN_AFTER_MS = 60_000
@@ -32,7 +32,7 @@ class ServiceRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, o
     name: str
     #: Started for each replica; it finds its port in $PORT.
     command: list[str] | str
-    v: int = 1
+    v: RequestVersion = 1
     submission_id: str | None = None
     model: str = ""
     version: str = ""
@@ -61,15 +61,13 @@ class ServiceRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, o
             if (value := getattr(self, field)) is not None:
                 raise Malformed(f"$.{field}", repr(value), "no value: this field is not honoured yet")
         self._check()
-        argv = ("/bin/sh", "-c", self.command) if isinstance(self.command, str) else tuple(self.command)
         down_after = self.scale_down_after
         return ServiceSpec(
             name=self.name,
             model=self.model,
             version=self.version,
-            argv=argv,
-            # Services trust their neighbours less: hard isolation where MIG or a whole card can give it.
-            need=resource_need(self.replica, default_isolation="hard"),
+            argv=self._argv(),
+            need=self._need(),
             min_replicas=self.min_replicas,
             max_replicas=self.max_replicas,
             target_concurrency=self.target_concurrency,
@@ -96,8 +94,21 @@ class ServiceRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, o
             raise Malformed("$.target_concurrency", str(self.target_concurrency), "a number between 1 and 1000000")
         if not -2 <= self.priority <= 2:
             raise Malformed("$.priority", str(self.priority), "a number between -2 and 2")
-        if self.cwd is not None and not self.cwd.startswith("/"):
-            raise Malformed("$.cwd", repr(self.cwd), "an absolute path")
+        for field in ("model", "version"):
+            if len(value := getattr(self, field)) > 128 or not (value == "" or value.isprintable()):
+                raise Malformed(f"$.{field}", repr(value), "at most 128 printable characters")
+        check_process(self._argv(), self.env, self.cwd)
+
+    def _argv(self) -> tuple[str, ...]:
+        return ("/bin/sh", "-c", self.command) if isinstance(self.command, str) else tuple(self.command)
+
+    def _need(self) -> ResourceNeed:
+        try:
+            # Services trust their neighbours less: hard isolation where MIG or a whole card can give it.
+            return resource_need(self.replica, default_isolation="hard")
+        except Malformed as error:
+            path = error.path.replace("$", "$.replica", 1)
+            raise Malformed(path, error.found, error.expected, error.nearest) from None
 
 
 class ServiceSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -122,7 +133,7 @@ class DeleteRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, om
     """The payload of `sub.<tenant>.<user>.delete`: stop a service's replicas and forget it."""
 
     service: str
-    v: int = 1
+    v: RequestVersion = 1
     submission_id: str | None = None
 
 
@@ -130,13 +141,13 @@ class LoadReport(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_
     """The payload of `load.<tenant>.<service>` (core NATS, newest wins): what a gateway sees now."""
 
     #: Requests in flight, over all replicas, as this source sees them.
-    concurrency: int
-    v: int = 1
+    concurrency: Count
+    v: RequestVersion = 1
     #: Who reports; the loads of different sources add up.
     source: str = "gateway"
     qps: float = 0.0
-    queue_depth: int = 0
-    p95_ms: int = 0
+    queue_depth: Count = 0
+    p95_ms: Count = 0
 
 
 class ServiceView(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

@@ -118,10 +118,13 @@ def parse_load(subject: str) -> tuple[Tenant, ServiceName] | None:
     return parts[1], parts[2]
 
 
+_NODE_SUBJECT_PARTS = {"rep": 3, "hb": 2, "tel": 3}
+
+
 def parse_node_subject(subject: str) -> NodeId | None:
     """The node of `rep.N.K`, `hb.N`, `tel.N.K`."""
     parts = subject.split(".")
-    if len(parts) not in (2, 3) or parts[0] not in ("rep", "hb", "tel") or not is_name(parts[1]):
+    if len(parts) != _NODE_SUBJECT_PARTS.get(parts[0]) or not all(is_name(part) for part in parts[1:]):
         return None
     return parts[1]
 

@@ -13,10 +13,17 @@ from __future__ import annotations
 import re
 from fractions import Fraction
 from math import ceil
-from typing import ClassVar, Self
+from typing import Annotated, ClassVar, Self, TypeAlias
+
+import msgspec
 
 MILLI = 1000
 MIB_PER_GIB = 1024
+
+#: A count or a number of something in a request: never negative, and exact in every language that reads JSON.
+Count: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=2**53 - 1)]
+#: A place in a file; negative: that many bytes before its end.
+Offset: TypeAlias = Annotated[int, msgspec.Meta(ge=-(2**53) + 1, le=2**53 - 1)]
 
 
 class Quantity(int):
@@ -24,11 +31,19 @@ class Quantity(int):
 
     #: What a message says was expected, with an example.
     EXPECTED: ClassVar[str]
+    #: No yard needs more: sums of such amounts stay far inside 64 bits.
+    MOST: ClassVar[int] = 2**40
 
     @classmethod
     def parse(cls, text: str | int | float) -> Self:
         """The amount, or `ValueError` that names what was found and what was expected."""
         raise NotImplementedError  # pragma: no cover - abstract
+
+    @classmethod
+    def _bounded(cls, amount: int, found: object) -> Self:
+        if amount > cls.MOST:
+            raise ValueError(f"found {found!r}; expected at most {cls(cls.MOST)}")
+        return cls(amount)
 
     @classmethod
     def _refuse(cls, found: object) -> ValueError:
@@ -44,7 +59,7 @@ _BYTES_PER = {
     "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12,
     "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
 }  # fmt: skip
-_MEMORY = re.compile(r"^(\d{1,12}(?:\.\d{1,6})?)\s*([a-zA-Z]{1,3})$")
+_MEMORY = re.compile(r"([0-9]{1,13}(?:\.[0-9]{1,6})?)\s*([a-zA-Z]{1,3})")
 
 
 class Memory(Quantity):
@@ -54,10 +69,10 @@ class Memory(Quantity):
 
     @classmethod
     def parse(cls, text: str | int | float) -> Self:
-        match = _MEMORY.match(text.strip()) if isinstance(text, str) else None
+        match = _MEMORY.fullmatch(text.strip()) if isinstance(text, str) else None
         if match is None or (unit := _BYTES_PER.get(match[2].lower())) is None:
             raise cls._refuse(text)
-        return cls(ceil(Fraction(match[1]) * unit / 2**20))
+        return cls._bounded(ceil(Fraction(match[1]) * unit / 2**20), text)
 
     def __str__(self) -> str:
         if self and self % MIB_PER_GIB == 0:
@@ -65,7 +80,7 @@ class Memory(Quantity):
         return f"{int(self)}Mi"
 
 
-_DECIMAL = re.compile(r"^\d{1,9}(?:\.\d{1,6})?$")
+_DECIMAL = re.compile(r"[0-9]{1,9}(?:\.[0-9]{1,6})?")
 
 
 def _thousandths(text: str | int | float) -> int | None:
@@ -73,7 +88,7 @@ def _thousandths(text: str | int | float) -> int | None:
     if isinstance(text, bool):
         return None
     shown = str(text).strip()
-    if not _DECIMAL.match(shown):
+    if not _DECIMAL.fullmatch(shown):
         return None
     exact = Fraction(shown) * MILLI
     return int(exact) if exact.denominator == 1 else None
@@ -106,7 +121,7 @@ class Cpus(Quantity):
 
     @classmethod
     def parse(cls, text: str | int | float) -> Self:
-        if isinstance(text, str) and re.fullmatch(r"\d{1,9}m", text.strip()):
+        if isinstance(text, str) and re.fullmatch(r"[0-9]{1,9}m", text.strip()):
             return cls(int(text.strip()[:-1]))
         milli = _thousandths(text)
         if milli is None:
@@ -118,14 +133,16 @@ class Cpus(Quantity):
 
 
 _MS_PER = {"ms": 1, "s": 1000, "m": 60_000, "min": 60_000, "h": 3_600_000, "d": 86_400_000, "w": 604_800_000}
-_DURATION_PART = re.compile(r"(\d{1,12})(ms|min|[smhdw])")
-_CLOCK = re.compile(r"^(?:(\d{1,5})-)?(\d{1,9})(?::(\d{1,2}))?(?::(\d{1,2}))?$")
+_DURATION_PART = re.compile(r"([0-9]{1,12})(ms|min|[smhdw])")
+_CLOCK = re.compile(r"(?:([0-9]{1,5})-)?([0-9]{1,9})(?::([0-9]{1,2}))?(?::([0-9]{1,2}))?")
 
 
 class Duration(Quantity):
     """A length of time in ms: `90s`, `1h30m`, `500ms`, and Slurm's `D-HH[:MM[:SS]]`, `HH:MM:SS`, `MM:SS`."""
 
     EXPECTED = "a length of time, such as '90s', '1h30m', '01:30:00' or '1-12:00:00'"
+    #: A hundred years.
+    MOST = 36_525 * 86_400_000
 
     @classmethod
     def parse(cls, text: str | int | float) -> Self:
@@ -134,11 +151,11 @@ class Duration(Quantity):
         compact = text.strip().replace(" ", "")
         parts = _DURATION_PART.findall(compact)
         if parts and "".join(number + unit for number, unit in parts) == compact:
-            return cls(sum(int(number) * _MS_PER[unit] for number, unit in parts))
+            return cls._bounded(sum(int(number) * _MS_PER[unit] for number, unit in parts), text)
         milliseconds = _clock_ms(compact)
         if milliseconds is None:
             raise cls._refuse(text)
-        return cls(milliseconds)
+        return cls._bounded(milliseconds, text)
 
     def __str__(self) -> str:
         return format_ms(int(self))
@@ -146,7 +163,7 @@ class Duration(Quantity):
 
 def _clock_ms(text: str) -> int | None:
     """Slurm's clock forms; None if it is none of them (a bare number is none: minutes or seconds would be a guess)."""
-    match = _CLOCK.match(text)
+    match = _CLOCK.fullmatch(text)
     if match is None:
         return None
     days, *fields = match.groups()
@@ -188,7 +205,7 @@ def format_ms(milliseconds: int) -> str:
     return "".join(parts) or "0s"
 
 
-_PROFILE = re.compile(r"^(?:\d{1,2}c\.)?\d{1,2}g\.\d{1,4}gb(?:[+-][a-z]+(?:\.[a-z]+)*)*$")
+_PROFILE = re.compile(r"(?:[0-9]{1,2}c\.)?[0-9]{1,2}g\.[0-9]{1,4}gb(?:[+-][a-z]+(?:\.[a-z]+)*)*")
 
 
 class MigProfile(str):
@@ -200,12 +217,13 @@ class MigProfile(str):
     @classmethod
     def parse(cls, text: object) -> Self:
         name = text.strip().lower() if isinstance(text, str) else ""
-        if not _PROFILE.match(name):
+        if not _PROFILE.fullmatch(name):
             raise ValueError(f"found {text!r}; expected {cls.EXPECTED}")
         return cls(name)
 
 
-_GPU_MODEL = re.compile(r"^[A-Za-z][A-Za-z0-9_. -]{0,63}$")
+_GPU_MODEL = re.compile(r"[A-Za-z][A-Za-z0-9_. -]{0,63}")
+_GPU_COUNT = re.compile(r"[0-9]{1,4}")
 
 
 class GpuWish(str):
@@ -223,9 +241,9 @@ class GpuWish(str):
             raise ValueError(f"found {text!r}; expected {cls.EXPECTED}")
         wish = cls(text.strip())
         models, *rest = wish.split(":")
-        memories = [part for part in rest if not part.isdigit()]
-        counts = [part for part in rest if part.isdigit()]
-        well_formed = all(_GPU_MODEL.match(model) for model in models.split("|"))
+        counts = [part for part in rest if _GPU_COUNT.fullmatch(part)]
+        memories = [part for part in rest if not _GPU_COUNT.fullmatch(part)]
+        well_formed = all(_GPU_MODEL.fullmatch(model) for model in models.split("|"))
         if not well_formed or len(memories) > 1 or len(counts) > 1 or any(not 0 < int(n) <= 1024 for n in counts):
             raise ValueError(f"found {text!r}; expected {cls.EXPECTED}")
         if memories:
@@ -240,9 +258,9 @@ class GpuWish(str):
     @property
     def memory_mib(self) -> int:
         """Least memory of the card, 0 if it does not matter."""
-        return next((int(Memory.parse(part)) for part in self.split(":")[1:] if not part.isdigit()), 0)
+        return next((int(Memory.parse(part)) for part in self.split(":")[1:] if not _GPU_COUNT.fullmatch(part)), 0)
 
     @property
     def cards(self) -> int | None:
         """How many, where it says so."""
-        return next((int(part) for part in self.split(":")[1:] if part.isdigit()), None)
+        return next((int(part) for part in self.split(":")[1:] if _GPU_COUNT.fullmatch(part)), None)

@@ -1,21 +1,22 @@
 """What every component may ask of the message bus, and how it can fail.
 
-`Bus` is the one door to messaging: the daemon, the agents and the client use nothing else. Two implementations pass one
-contract suite: `gpuyard_protocol.bus.nats` (real, hardened against what its client library does not survive) and
+`Bus` is the one door to messaging: the daemon, the agents and the client use nothing else. Two implementations pass
+one contract suite: `gpuyard_protocol.bus.nats` (real, hardened against what its client library does not survive) and
 `gpuyard_protocol.bus.memory` (for tests and simulations). No caller ever sees an exception of the client library.
 
 Rules of this file:
 
-- A call either did what it says or raises a `BusError`; nothing is buffered for a later connection (a command sent after a
-  reconnect that nobody waits for any more is worse than none).
-- Handlers are plain functions called from the reader: they must not block and must not raise. Whoever needs to wait puts
-  the message in an inbox of its own.
-- `Unanswered` means the outcome is unknown: the message may have arrived. `NoResponders`, `Disconnected`, `PermissionDenied`
-  and `PublishRefused` mean it certainly had no effect.
+- A call either did what it says or raises a `BusError`; nothing is buffered for a later connection (a command sent
+  after a reconnect that nobody waits for any more is worse than none).
+- Handlers are plain functions called from the reader: they must not block and must not raise. Whoever needs to wait
+  puts the message in an inbox of its own.
+- `Unanswered` means the outcome is unknown: the message may have arrived. `NoResponders`, `Disconnected`,
+  `PermissionDenied` and `PublishRefused` mean it certainly had no effect.
 """
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -128,7 +129,8 @@ BatchHandler = Callable[[list[StoredMessage]], None]
 class Subscription(Protocol):
     """A live core subscription; it survives reconnects."""
 
-    #: Messages dropped because the handler's queue was full.
+    #: Messages not handed over because they could not be read as text. Nothing else is dropped: the handler is called
+    #: straight from the reader, and whoever queues bounds his own queue.
     dropped: int
 
     async def unsubscribe(self) -> None: ...
@@ -141,6 +143,11 @@ class StreamReader(Protocol):
     position: int
 
     async def close(self) -> None: ...
+
+    def pause(self) -> None:
+        """Ask for nothing more until `resume`; up to one and a half batches already asked for still come."""
+
+    def resume(self) -> None: ...
 
 
 class Bus(Protocol):
@@ -174,6 +181,20 @@ class Bus(Protocol):
     ) -> PubAck:
         """Durable once it returns. `PublishRefused`, `Unanswered`, `NoResponders` (no stream takes this subject), …"""
 
+    def begin_stream_publish(
+        self,
+        subject: str,
+        data: bytes,
+        *,
+        timeout: float = 5.0,
+        headers: Mapping[str, str] | None = None,
+    ) -> asyncio.Future[PubAck]:
+        """The same without waiting: sent in the order of the calls; every error arrives in the future.
+
+        The way to many publishes at once, through `gpuyard_protocol.bus.publisher.WindowedPublisher`, which bounds
+        them.
+        """
+
     async def ensure_stream(self, spec: StreamSpec) -> None:
         """Create the stream or bring its settings up to date. Idempotent."""
 
@@ -199,8 +220,8 @@ class Bus(Protocol):
     ) -> StreamReader:
         """Call `handler` with every message from sequence `start` on, in order, once each, in batches as they come.
 
-        Nothing is acknowledged to the server: the reader's place is the caller's to keep. Sequences may be missing (purged,
-        or filtered out); none is repeated or reordered.
+        Nothing is acknowledged to the server: the reader's place is the caller's to keep. Sequences may be missing
+        (purged, or filtered out); none is repeated or reordered.
         """
 
     def on_disconnect(self, callback: Callable[[], None]) -> None: ...

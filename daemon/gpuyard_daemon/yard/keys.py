@@ -1,0 +1,183 @@
+"""The yard's keys: one nkey per role, operator, node and tenant's user, made here and kept in files.
+
+A key is a seed file (0600, in directories of 0700) that never leaves the machine except by hand; the server's
+configuration holds public keys only. A node or user whose seed was made elsewhere is known by a `.pub` file with its
+public key.
+
+Layout of the directory:
+
+    daemon.seed  api.seed  sys.seed
+    operator-<name>.seed            node-<node>.seed | node-<node>.pub
+    tenants/<tenant>/<user>.seed | <user>.pub
+
+What a key may do is decided in `gpuyard_daemon.yard.accounts`; names are checked here because they become subject
+tokens and file names.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+
+import nkeys
+
+from gpuyard_protocol.bus.base import BusError
+from gpuyard_protocol.bus.credentials import read_public_key
+from gpuyard_protocol.names import NAME_EXPECTED, NodeId, Tenant, User, is_name
+
+_ROLES = ("daemon", "api", "sys")
+#: A public user key is 56 characters of base32 that begin with U.
+_PUBLIC_KEY_LENGTH = 56
+
+
+class YardKeys:
+    """The keys in one directory. Reads the files each time it is asked: they are few, and they are the truth."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+
+    @classmethod
+    def load_or_create(cls, directory: Path) -> YardKeys:
+        """The keys there, with those of the yard's own roles made if they are missing."""
+        keys = cls(directory)
+        _make_private_directory(directory)
+        _make_private_directory(directory / "tenants")
+        for role in _ROLES:
+            _make_seed(directory / f"{role}.seed")
+        return keys
+
+    @property
+    def daemon(self) -> Path:
+        return self._directory / "daemon.seed"
+
+    @property
+    def api(self) -> Path:
+        return self._directory / "api.seed"
+
+    @property
+    def sys(self) -> Path:
+        return self._directory / "sys.seed"
+
+    def operator(self, name: User) -> Path:
+        return self._directory / f"operator-{_checked(name)}.seed"
+
+    def node(self, node: NodeId) -> Path:
+        return self._directory / f"node-{_checked(node)}.seed"
+
+    def user(self, tenant: Tenant, user: User) -> Path:
+        return self._directory / "tenants" / _checked(tenant) / f"{_checked(user)}.seed"
+
+    # -- adding and removing; the server learns of it by a reload ---------------------------------------------
+
+    def add_operator(self, name: User) -> Path:
+        """The operator's seed file, made if there is none. The same holds for the other `add_*`."""
+        return _make_seed(self.operator(name))
+
+    def add_node(self, node: NodeId) -> Path:
+        return _make_seed(self.node(node))
+
+    def add_user(self, tenant: Tenant, user: User) -> Path:
+        seed = self.user(tenant, user)
+        _make_private_directory(seed.parent)
+        return _make_seed(seed)
+
+    def trust_node(self, node: NodeId, public_key: str) -> None:
+        """Let in a node that made its own key; only its public half is known here."""
+        _write_private(self.node(node).with_suffix(".pub"), _checked_key(public_key) + "\n")
+
+    def trust_user(self, tenant: Tenant, user: User, public_key: str) -> None:
+        path = self.user(tenant, user).with_suffix(".pub")
+        _make_private_directory(path.parent)
+        _write_private(path, _checked_key(public_key) + "\n")
+
+    def remove_operator(self, name: User) -> None:
+        _remove(self.operator(name))
+
+    def remove_node(self, node: NodeId) -> None:
+        _remove(self.node(node))
+
+    def remove_user(self, tenant: Tenant, user: User) -> None:
+        """A tenant without users keeps its account, so that its events and jobs stay its own."""
+        _remove(self.user(tenant, user))
+
+    # -- public halves ----------------------------------------------------------------------------------------
+
+    def public_roles(self) -> dict[str, str]:
+        """`daemon`, `api`, `sys` -> public key."""
+        return {role: read_public_key(str(self._directory / f"{role}.seed")) for role in _ROLES}
+
+    def public_operators(self) -> dict[User, str]:
+        return dict(_public_keys(self._directory, "operator-"))
+
+    def public_nodes(self) -> dict[NodeId, str]:
+        return dict(_public_keys(self._directory, "node-"))
+
+    def public_tenants(self) -> dict[Tenant, dict[User, str]]:
+        tenants = sorted(path for path in (self._directory / "tenants").iterdir() if path.is_dir())
+        return {path.name: dict(_public_keys(path, "")) for path in tenants}
+
+
+def _public_keys(directory: Path, prefix: str) -> Iterator[tuple[str, str]]:
+    """Name and public key of each key file that begins with `prefix`, in the order of names."""
+    for path in sorted(directory.iterdir()):
+        name = path.stem.removeprefix(prefix)
+        if not path.name.startswith(prefix) or path.suffix not in (".seed", ".pub"):
+            continue
+        if not is_name(name):
+            raise BusError(f"{path} is no key of the yard: {name!r} is not a name ({NAME_EXPECTED})")
+        if path.suffix == ".seed":
+            yield name, read_public_key(str(path))
+        elif not path.with_suffix(".seed").exists():
+            yield name, _checked_key(path.read_text().strip())
+
+
+def _checked(name: str) -> str:
+    if not is_name(name):
+        raise BusError(f"{name!r} is not a name: expected {NAME_EXPECTED}")
+    return name
+
+
+def _checked_key(public_key: str) -> str:
+    is_base32 = all(letter.isupper() or letter in "234567" for letter in public_key)
+    if not public_key.startswith("U") or len(public_key) != _PUBLIC_KEY_LENGTH or not is_base32:
+        raise BusError(f"{public_key[:60]!r} is no public user key: expected U and 55 more characters of base32")
+    return public_key
+
+
+def _make_seed(path: Path) -> Path:
+    """Create a key unless there is one; two who try at once end up with the same."""
+    if not path.exists():
+        seed = nkeys.encode_seed(secrets.token_bytes(32), nkeys.PREFIX_BYTE_USER).decode()
+        _write_private(path, seed + "\n", is_new=True)
+    return path
+
+
+def _make_private_directory(path: Path) -> None:
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    path.chmod(0o700)
+
+
+def _write_private(path: Path, text: str, *, is_new: bool = False) -> None:
+    """Whole or not at all, readable by its owner alone from its first moment; `is_new` keeps a file already there."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    try:
+        with open(descriptor, "w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        if is_new:
+            with contextlib.suppress(FileExistsError):
+                os.link(temporary, path)
+        else:
+            temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _remove(seed: Path) -> None:
+    seed.unlink(missing_ok=True)
+    seed.with_suffix(".pub").unlink(missing_ok=True)

@@ -1,0 +1,34 @@
+"""Key and certificate files, read with errors that name the file.
+
+nats-py reads the seed again at each login; reading it here first turns a missing or damaged file into a sentence
+instead of an exception of a library.
+"""
+
+from __future__ import annotations
+
+import ssl
+from pathlib import Path
+
+import nkeys
+
+from gpuyard_protocol.bus.base import BusError
+
+
+def read_public_key(seed_file: str) -> str:
+    """The public key of a seed file; a `BusError` says what is wrong with the file."""
+    try:
+        return str(nkeys.from_seed(bytearray(Path(seed_file).read_bytes().strip())).public_key.decode())
+    except OSError as error:
+        raise BusError(f"cannot read the key file {seed_file}: {error.strerror or error}") from None
+    except (nkeys.NkeysError, ValueError, TypeError) as error:
+        raise BusError(f"{seed_file} holds no nkey seed ({type(error).__name__})") from None
+
+
+def tls_context(ca: str | None, cert: str | None, key: str | None) -> ssl.SSLContext:
+    try:
+        context = ssl.create_default_context(cafile=ca)
+        if cert is not None:
+            context.load_cert_chain(cert, key)
+    except OSError as error:
+        raise BusError(f"cannot use the TLS files {ca}, {cert}, {key}: {error}") from None
+    return context
