@@ -1,0 +1,75 @@
+# `make` says what there is. Everything runs from .venv, which is made when it is missing or out of date.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+# More for pytest, a benchmark or the demo: make test ARGS="-k gang -x"
+ARGS ?=
+
+PACKAGES := protocol/gpuyard_protocol client/gpuyard daemon/gpuyard_daemon agents/gpuyard_agent
+SOURCES := $(PACKAGES) tests bench
+BENCHES := latency drain submit scale
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test check format docs bench soak clean
+
+help:
+	@echo "make demo    a whole yard with simulated GPUs and a mixed workload, live, about a minute"
+	@echo "make test    every test that needs no GPU"
+	@echo "make check   format, lint, types, import contracts, freshness of docs/, tests: what CI runs"
+	@echo "make bench   the figures of README.md"
+	@echo "make soak    the whole suite again and again, SOAK_RUNS=5 times"
+	@echo "make docs    write docs/asyncapi.yaml from the message types"
+	@echo "make format  let ruff write the code its way"
+	@echo "make clean   remove .venv, caches and build output"
+
+venv: $(READY)
+
+$(READY): pyproject.toml requirements-dev.lock
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "gpuyard needs Python 3.11 or newer; choose one: make PYTHON=python3.12 ..." >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+	  { echo "this Python cannot make virtual environments; on Debian: apt-get install python3-venv" >&2; exit 1; }
+	@echo "making $(VENV) with $$($(PYTHON) --version) (about half a minute) ..."
+	@$(PYTHON) -m venv --clear $(VENV)
+	@$(BIN)/pip install --quiet --disable-pip-version-check -c requirements-dev.lock -e '.[dev]'
+	@touch $@
+
+demo: $(READY)
+	@$(BIN)/gpuyard demo $(ARGS)
+
+test: $(READY)
+	@$(BIN)/python -m pytest $(ARGS)
+
+check: $(READY)
+	@echo "== format"
+	@$(BIN)/ruff format --check --quiet $(SOURCES) || { echo "run: make format" >&2; exit 1; }
+	@echo "== lint"
+	@$(BIN)/ruff check --quiet $(SOURCES)
+	@echo "== types"
+	@$(BIN)/mypy --no-error-summary
+	@echo "== import contracts"
+	@report=$$($(BIN)/lint-imports --no-logo) || { echo "$$report" >&2; exit 1; }
+	@echo "== docs"
+	@$(BIN)/python -m gpuyard_protocol.asyncapi --check docs/asyncapi.yaml
+	@echo "== tests"
+	@$(BIN)/python -m pytest -q $(ARGS)
+
+format: $(READY)
+	@$(BIN)/ruff check --quiet --fix-only $(SOURCES)
+	@$(BIN)/ruff format $(SOURCES)
+
+docs: $(READY)
+	@$(BIN)/python -m gpuyard_protocol.asyncapi --write docs/asyncapi.yaml
+
+bench: $(READY)
+	@for name in $(BENCHES); do echo "== bench.$$name"; $(BIN)/python -m bench.$$name $(ARGS) || exit 1; done
+
+SOAK_RUNS ?= 5
+soak: $(READY)
+	@for run in $$(seq $(SOAK_RUNS)); do echo "== run $$run of $(SOAK_RUNS)"; $(BIN)/python -m pytest -q $(ARGS) || exit 1; done
+
+clean:
+	@rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache dist build
+	@find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

@@ -1,0 +1,220 @@
+"""From what people write to what the core schedules: defaults, and every refusal by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gpuyard_protocol.codec import Malformed, decode
+from gpuyard_protocol.jobs import DEFAULT_STOP_GRACE_MS, JobRequest, JobSpec
+from gpuyard_protocol.resources import ResourceNeed
+
+
+def specify(**fields: Any) -> JobSpec:
+    """As a tenant would send it: through JSON."""
+    return decode(JobRequest, msgspec.json.encode({"command": ["true"]} | fields)).specify()
+
+
+def refused(**fields: Any) -> Malformed:
+    with pytest.raises(Malformed) as caught:
+        specify(**fields)
+    return caught.value
+
+
+def test_defaults_are_filled_in() -> None:
+    assert specify() == JobSpec(
+        argv=("true",),
+        replicas=1,
+        need=ResourceNeed(cpu_milli=1000, memory_mib=1024, isolation="soft"),
+        stop_grace_ms=DEFAULT_STOP_GRACE_MS,
+        preemption="requeue",
+    )
+
+
+def test_every_honoured_field_reaches_the_specification() -> None:
+    spec = specify(
+        name="train", command="echo hi", replicas=3, gpu=0.3, gpu_memory="5Gi", isolation="none", gpu_processes=2,
+        gpu_model="A100:40GB", cpus="500m", memory="2Gi", node_labels={"zone": "b", "arch": "x"}, nodes=["n2", "n1"],
+        priority=-2, time_limit="1h", stop_grace="5s", retries=3, env={"B": "2", "A": "1"}, cwd="/srv",
+        preemption="never", allow_pending=True,
+    )  # fmt: skip
+    assert spec == JobSpec(
+        argv=("/bin/sh", "-c", "echo hi"),
+        name="train",
+        replicas=3,
+        need=ResourceNeed(
+            share_milli=300,
+            share_memory_mib=5120,
+            isolation="none",
+            gpu_processes=2,
+            models=("A100",),
+            card_memory_mib=38_147,
+            cpu_milli=500,
+            memory_mib=2048,
+            node_labels=(("arch", "x"), ("zone", "b")),
+            nodes=("n1", "n2"),
+        ),
+        priority=-2,
+        time_limit_ms=3_600_000,
+        stop_grace_ms=5000,
+        retries=3,
+        env=(("A", "1"), ("B", "2")),
+        cwd="/srv",
+        allow_pending=True,
+        preemption="never",
+    )
+
+
+@pytest.mark.parametrize(
+    ("fields", "need"),
+    [
+        ({"gpus": 2}, ResourceNeed(gpus=2)),
+        ({"gpus": 0}, ResourceNeed()),
+        ({"gpu": "30%"}, ResourceNeed(share_milli=300)),
+        ({"gpu_memory": "5Gi"}, ResourceNeed(share_memory_mib=5120)),
+        ({"mig": "1g.10gb"}, ResourceNeed(mig="1g.10gb")),
+        ({"mig": "1g.10gb", "isolation": "hard"}, ResourceNeed(mig="1g.10gb", isolation="hard")),
+        ({"gpu_model": "H100:4"}, ResourceNeed(gpus=4, models=("H100",))),
+        ({"gpus": 4, "gpu_model": "H100:4"}, ResourceNeed(gpus=4, models=("H100",))),
+        ({"gpus": 1, "gpu_model": "H100|A100"}, ResourceNeed(gpus=1, models=("A100", "H100"))),
+        ({"gpus": 1, "gpu_model": "A100:40GB"}, ResourceNeed(gpus=1, models=("A100",), card_memory_mib=38_147)),
+        ({"cpus": 0, "memory": "0Mi"}, ResourceNeed(cpu_milli=0, memory_mib=0)),
+    ],
+)  # fmt: skip
+def test_resources_become_one_kind_of_need(fields: dict[str, Any], need: ResourceNeed) -> None:
+    assert specify(**fields).need == need
+
+
+@pytest.mark.parametrize(
+    ("fields", "path"),
+    [
+        ({"command": None}, "$.command"),
+        ({"command": []}, "$.command"),
+        ({"command": ""}, "$.command"),
+        ({"command": ["a\0b"]}, "$.command"),
+        ({"command": "echo", "script": "#!/bin/sh\n"}, "$.command"),
+        ({"command": None, "script": "a\0b"}, "$.script"),
+        ({"v": 2}, "$.v"),
+        ({"submission_id": ""}, "$.submission_id"),
+        ({"submission_id": "s17"}, "$.submission_id"),
+        ({"submission_id": "A"}, "$.submission_id"),
+        ({"name": "x" * 129}, "$.name"),
+        ({"name": "a\nb"}, "$.name"),
+        ({"replicas": 0}, "$.replicas"),
+        ({"replicas": 1025}, "$.replicas"),
+        ({"replicas": 10**30}, "$.replicas"),
+        ({"gpus": -1}, "$.gpus"),
+        ({"gpus": 65}, "$.gpus"),
+        ({"gpus": 2, "gpu": 0.5}, "$.gpu"),
+        ({"gpus": 2, "mig": "1g.10gb"}, "$.mig"),
+        ({"gpus": 2, "gpu_memory": "5Gi"}, "$.gpu_memory"),
+        ({"mig": "1g.10gb", "gpu_memory": "5Gi"}, "$.gpu_memory"),
+        ({"gpu": 0.5, "mig": "1g.10gb"}, "$.mig"),
+        ({"gpu_memory": "0Gi"}, "$.gpu_memory"),
+        ({"gpu_model": "H100"}, "$.gpu_model"),
+        ({"gpu_model": "H100:2", "gpu": 0.5}, "$.gpu_model"),
+        ({"gpus": 1, "gpu_model": "H100:2"}, "$.gpus"),
+        ({"mig": "1g.10gb", "isolation": "none"}, "$.isolation"),
+        ({"gpu": 0.5, "gpu_processes": 0}, "$.gpu_processes"),
+        ({"gpu": 0.5, "gpu_processes": 49}, "$.gpu_processes"),
+        ({"node_labels": {"a b": "x"}}, "$.node_labels.a b"),
+        ({"node_labels": {"a": "x\n"}}, "$.node_labels.a"),
+        ({"priority": 3}, "$.priority"),
+        ({"priority": -3}, "$.priority"),
+        ({"time_limit": "0s"}, "$.time_limit"),
+        ({"retries": -1}, "$.retries"),
+        ({"retries": 101}, "$.retries"),
+        ({"env": {"A B": "x"}}, "$.env.A B"),
+        ({"env": {"A": "x\0"}}, "$.env.A"),
+        ({"env": {"CUDA_VISIBLE_DEVICES": "0"}}, "$.env.CUDA_VISIBLE_DEVICES"),
+        ({"env": {"CUDA_MPS_PIPE_DIRECTORY": "/tmp"}}, "$.env.CUDA_MPS_PIPE_DIRECTORY"),
+        ({"env": {"GPUYARD_JOB": "1"}}, "$.env.GPUYARD_JOB"),
+        ({"env": {"LD_PRELOAD": "x.so"}}, "$.env.LD_PRELOAD"),
+        ({"cwd": "srv"}, "$.cwd"),
+        ({"cwd": "/srv\0"}, "$.cwd"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_by_its_path(fields: dict[str, Any], path: str) -> None:
+    error = refused(**fields)
+    assert error.path == path
+    assert error.found
+    assert error.expected
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("min_replicas", 1),
+        ("total_gpus", 12),
+        ("queue", "night"),
+        ("share_domain", "team"),
+        ("estimate", "1h"),
+        ("deadline", "2030-01-01T00:00:00Z"),
+        ("begin", "2030-01-01T00:00:00Z"),
+        ("hold", True),
+        ("hold", False),
+        ("depends_on", ["1"]),
+        ("array", "0-9"),
+        ("image", "busybox"),
+        ("launcher", "torchrun"),
+        ("topology", "rack"),
+        ("upload", "sha256"),
+        ("secrets", ["TOKEN"]),
+        ("lease", "10m"),
+        ("preemption", "checkpoint"),
+        ("preemption", "suspend"),
+        ("on_node_lost", "restart"),
+    ],
+)
+def test_a_field_that_is_not_honoured_yet_is_refused_by_name(field: str, value: Any) -> None:
+    error = refused(**{field: value})
+    assert error.path == f"$.{field}"
+    assert "not honoured yet" in error.expected
+
+
+def test_no_field_is_accepted_and_then_ignored() -> None:
+    """Each field of a request either changes the specification (or names the submission), or is refused."""
+    samples: dict[str, Any] = {
+        "command": ["false"], "script": "#!/bin/sh\n", "name": "x", "replicas": 2, "gpus": 1, "gpu": 0.5,
+        "gpu_memory": "5Gi", "mig": "1g.10gb", "isolation": "hard", "gpu_model": "H100:1", "gpu_processes": 2,
+        "cpus": 2, "memory": "2Gi", "node_labels": {"a": "b"}, "nodes": ["n"], "priority": 1, "time_limit": "1h",
+        "stop_grace": "1s", "retries": 1, "env": {"A": "1"}, "cwd": "/", "preemption": "never", "allow_pending": True,
+    }  # fmt: skip
+    only_names = {"v", "submission_id", "on_node_lost"}  # one value each, or read before the core
+    for field in JobRequest.__struct_fields__:
+        if field in only_names:
+            continue
+        if field in samples:
+            assert specify(**{field: samples[field]}) != specify(), field
+        else:
+            assert "not honoured yet" in refused(**{field: _any_value(field)}).expected
+
+
+def _any_value(field: str) -> Any:
+    values = {"min_replicas": 1, "total_gpus": 1, "hold": True, "depends_on": ["1"], "secrets": ["A"]}
+    return values.get(field, "1h")
+
+
+def test_a_refusal_does_not_carry_the_senders_whole_message() -> None:
+    for fields in (
+        {"queue": "x" * 100_000},
+        {"env": {"CUDA_VISIBLE_DEVICES": "x" * 100_000}},
+        {"env": {"=" * 9999: ""}},
+    ):
+        error = refused(**fields)
+        assert len(error.found) <= 80
+        assert len(error.path) <= 80
+        assert str(error).isprintable()
+
+
+@given(
+    st.integers(1, 1024), st.integers(-2, 2), st.integers(0, 100), st.dictionaries(st.sampled_from("ABC"), st.just("x"))
+)
+def test_the_order_of_writing_changes_nothing(replicas: int, priority: int, retries: int, env: dict[str, str]) -> None:
+    fields = {"replicas": replicas, "priority": priority, "retries": retries, "env": env}
+    backwards = dict(reversed(fields.items())) | {"env": dict(reversed(env.items()))}
+    assert specify(**fields) == specify(**backwards)

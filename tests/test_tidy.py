@@ -1,0 +1,106 @@
+"""The house style, enforced: sizes, docstrings, no promises in comments, and documents that name only what exists."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("protocol/gpuyard_protocol", "client/gpuyard", "daemon/gpuyard_daemon", "agents/gpuyard_agent")
+FOLDERS = (*PACKAGES, "bench", "tests", "docs", "systemd", ".ci")
+MODULE_LINES_MAX = 600
+TEST_LINES_MAX = 900
+FUNCTION_LINES_MAX = 70
+#: Words that put work off instead of doing it or writing it down as an issue.
+PROMISES = re.compile(r"\b(" + "|".join(("TO" + "DO", "FIX" + "ME", "XX" + "X", "HA" + "CK")) + r")\b")
+#: Places of one person's machine.
+MACHINE_PATHS = re.compile(r"(?<![\w.$}])/(?:home|root|work|Users|mnt)/\w")
+
+
+def files() -> Iterator[Path]:
+    for folder in FOLDERS:
+        for path in sorted((ROOT / folder).rglob("*")):
+            if path.is_file() and "__pycache__" not in path.parts:
+                yield path
+    for name in ("Makefile", "README.md", "CHANGELOG.md", "pyproject.toml"):
+        yield ROOT / name
+
+
+def modules(*folders: str) -> list[Path]:
+    return [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
+
+
+def place(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("path", modules(*PACKAGES, "bench"), ids=place)
+def test_a_module_says_what_it_is_and_stays_readable(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    tree = ast.parse(text)
+    assert len(text.splitlines()) <= MODULE_LINES_MAX, "split it: a module says one thing"
+    if tree.body:
+        assert ast.get_docstring(tree), "say what it decides and what it does not know"
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            lines = (node.end_lineno or node.lineno) - node.lineno + 1
+            assert lines <= FUNCTION_LINES_MAX, f"{node.name} has {lines} lines"
+
+
+@pytest.mark.parametrize("path", modules("tests"), ids=place)
+def test_a_test_module_says_what_it_is_about(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    tree = ast.parse(text)
+    assert len(text.splitlines()) <= TEST_LINES_MAX
+    if tree.body:
+        assert ast.get_docstring(tree)
+
+
+def test_nothing_is_put_off_in_comments_and_nothing_names_a_persons_machine() -> None:
+    found = []
+    for path in files():
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            if PROMISES.search(line) or MACHINE_PATHS.search(line):
+                found.append(f"{place(path)}:{number}: {line.strip()}")
+    assert found == []
+
+
+def test_package_modules_have_names_that_say_something() -> None:
+    vague = {"utils", "util", "helpers", "helper", "common", "manager", "misc"}
+    assert [place(path) for path in modules(*PACKAGES) if path.stem in vague] == []
+
+
+def make_targets() -> set[str]:
+    return set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+
+
+DOCUMENTS = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=place)
+def test_documents_name_only_targets_that_exist(path: Path) -> None:
+    named = set(re.findall(r"(?:`|^\s*|&& )make ([a-z]+)", path.read_text(encoding="utf-8"), re.MULTILINE))
+    assert named <= make_targets()
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=place)
+def test_links_between_documents_lead_somewhere(path: Path) -> None:
+    for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", path.read_text(encoding="utf-8")):
+        assert (path.parent / target).exists(), target
+
+
+def test_help_lists_every_target() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    listed = set(re.findall(r'echo "make ([a-z]+) ', makefile))
+    assert make_targets() - listed == {"help", "venv"}
+
+
+def test_the_script_of_the_build_server_is_valid() -> None:
+    script = ROOT / ".ci" / "run"
+    assert script.stat().st_mode & 0o111
+    subprocess.run(["bash", "-n", str(script)], check=True)
