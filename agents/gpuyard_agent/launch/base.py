@@ -1,0 +1,146 @@
+"""What the agent asks of whatever runs processes for it.
+
+A `Launcher` starts replicas so that they outlive the agent, tells how each ended exactly as the kernel said it, and
+keeps that knowledge until it is told to forget. Two things implement it: the supervisor process (`client`), and, where
+systemd is PID 1, transient services. It knows nothing of cards, ledgers or NATS; time limits are the agent's own.
+
+Rules that every launcher keeps:
+
+- A key names one start, for ever: `start` of a key it knows starts nothing and answers with what it knows.
+- When the main process of a replica has ended, nothing of its tree is left when the exit is told.
+- An exit is told until `forget`: also to an agent that was away when it happened, possibly more than once.
+- Trouble of one start is an answer (`Refused`) and touches no other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from typing import Protocol, TypeAlias
+
+import msgspec
+
+from gpuyard_protocol.names import AssignmentKey
+
+
+class LauncherGone(Exception):
+    """The launcher cannot be reached, or was cut off during a request: whether that was carried out is not known.
+    `open` again and look with `list`; asking again for the same key is safe."""
+
+
+class Account(msgspec.Struct, frozen=True, kw_only=True):
+    """A Unix account that replicas run as, resolved on this node."""
+
+    name: str
+    uid: int
+    gid: int
+    #: Supplementary groups.
+    groups: tuple[int, ...] = ()
+    home: str = "/"
+    shell: str = "/bin/sh"
+
+
+class ProcessSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One replica's process, complete: nothing is inherited from the launcher or the agent."""
+
+    key: AssignmentKey
+    #: The command, or, with `script`, the arguments given to it.
+    argv: tuple[str, ...] = ()
+    #: Text of a script, written to `<job_dir>/script` and started by its `#!` line, or by /bin/sh without one.
+    script: str = ""
+    #: The whole environment. The launcher adds GPUYARD_LAUNCH, by which it finds strays.
+    env: dict[str, str]
+    #: "" means `job_dir`. Must exist and be open to the account.
+    cwd: str = ""
+    account: Account
+    #: The replica's own directory: made if missing, 0750, owned by the account; missing parents 0711.
+    job_dir: str
+    #: Files for output, appended to; made if missing, 0640, owned by the account.
+    stdout: str
+    stderr: str
+    umask: int = 0o027
+
+
+class Started(msgspec.Struct, frozen=True, tag="started", kw_only=True, omit_defaults=True):
+    """The process runs (or ran: a start that is asked again of a replica that has ended answers so too)."""
+
+    key: AssignmentKey
+    pid: int
+    #: Clock ticks between boot and the start of `pid`: with the pid, a name that is never used twice.
+    start_time: int
+    #: Wall time.
+    at_ms: int
+
+
+class Refused(msgspec.Struct, frozen=True, tag="refused", kw_only=True, omit_defaults=True):
+    """Nothing was started. `code`: `WorkingDirectoryMissing`, `CommandNotFound`, `PermissionDenied`, `AccountMissing`,
+    `OutputUnavailable`, `StartFailed`."""
+
+    key: AssignmentKey
+    code: str
+    detail: str
+
+
+StartResult: TypeAlias = Started | Refused
+
+
+class ProcessExit(msgspec.Struct, frozen=True, tag="exited", kw_only=True, omit_defaults=True):
+    """The replica's main process has ended, and all of its tree with it."""
+
+    key: AssignmentKey
+    #: Status of a normal end; 0 with `signal` or `lost` set.
+    exit_code: int = 0
+    #: The signal that ended it, 0 for none.
+    signal: int = 0
+    #: Nobody saw how it ended (a restart of the node, or the launcher was killed); then `detail` says why.
+    lost: bool = False
+    #: A `stop` had been asked before it ended.
+    stopped: bool = False
+    started_ms: int = 0
+    at_ms: int = 0
+    detail: str = ""
+
+
+class ProcessState(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What the launcher knows of one key: running while `exit` is None."""
+
+    key: AssignmentKey
+    pid: int
+    start_time: int
+    at_ms: int
+    #: A stop is under way.
+    stopping: bool = False
+    exit: ProcessExit | None = None
+
+
+class Launcher(Protocol):
+    """Runs processes for the agent."""
+
+    async def open(self) -> tuple[ProcessState, ...]:
+        """Connect (starting what is needed) and tell everything known. To be called again after `LauncherGone`."""
+        ...
+
+    async def close(self) -> None:
+        """Disconnect. Every process goes on."""
+        ...
+
+    async def start(self, specs: Sequence[ProcessSpec]) -> tuple[StartResult, ...]:
+        """Start all of these, answers in their order. Raises `LauncherGone`."""
+        ...
+
+    async def stop(self, key: AssignmentKey, grace_ms: int) -> None:
+        """SIGTERM to the group; after the grace SIGKILL to the whole tree. Returns once the request is taken; the end
+        is told as an exit. A later stop with a shorter grace shortens it; unknown and ended keys are no error."""
+        ...
+
+    async def list(self) -> tuple[ProcessState, ...]:
+        """Everything known and not forgotten. Raises `LauncherGone`."""
+        ...
+
+    def exits(self) -> AsyncIterator[ProcessExit]:
+        """Every exit not forgotten, as it happens; those found by `open` first. Each key once per `Launcher` object.
+        Ends with `LauncherGone` when the connection is lost: `open` again and go on iterating. One consumer."""
+        ...
+
+    async def forget(self, keys: Sequence[AssignmentKey]) -> None:
+        """These exits are durable elsewhere. A key that still runs is refused silently: it stays known."""
+        ...
