@@ -1,6 +1,10 @@
 """The scheduler: pure, synchronous, deterministic.
 
-`Scheduler.handle(inputs, now_ms, cursors)` is the whole contract: same state, inputs and time give the same output, byte
-for byte. No clock, randomness, I/O or asyncio in here; integers for every quantity, a total order in every sort, ids from
-counters.
+`Scheduler.handle(inputs, now_ms, cursors)` is the whole contract: same state, inputs and time give the same output,
+byte for byte. No clock, randomness, I/O or asyncio in here; integers for every quantity, a total order in every sort,
+ids from counters.
+
+Floors, no import running up: settings, facts, inputs → model, states → partitions → capacity → turn, effects, timers,
+listing → cluster (all state, the one writer) → feasibility → placement, gangs, order → impossible → draft → services →
+outcomes, admission, deadlines, round, views, why, snapshot, invariants → scheduler.
 """

@@ -114,6 +114,16 @@ class RequeueAll(msgspec.Struct, frozen=True, kw_only=True):
     """The yard stops: every replica is to end with grace, and its job to wait, uncharged, for the next start."""
 
 
+class YardStarted(msgspec.Struct, frozen=True, kw_only=True):
+    """A daemon started and found a yard that had been stopped with `RequeueAll`: work goes on.
+
+    The first input of such a start, before anything from the streams.
+    """
+
+    #: Sequence of the leader's claim.
+    epoch: int
+
+
 Input: TypeAlias = (
     JobSubmitted
     | RequestMalformed
@@ -127,4 +137,5 @@ Input: TypeAlias = (
     | NodeReturned
     | NodeIncompatible
     | RequeueAll
+    | YardStarted
 )

@@ -1,0 +1,416 @@
+"""Questions and their answers: `q.<tenant>.<user>.<verb>` for tenants, `adm.<user>.<verb>` for operators.
+
+They come over a connection of their own, in the queue group `api`. Who asks is read from the subject; a tenant sees
+its own jobs and services, an operator everybody's. A question is answered from the core's state at a moment when that
+is the journal's state: nobody is told what is not durable. What left the core is answered from the history.
+
+Whatever arrives gets one answer: what was asked for, or a `QueryError`. A message without a place to answer to is
+dropped.
+
+Operators may also stop the yard: `adm.<user>.shutdown` ends every replica with grace, requeues its job uncharged, and
+answers when all have ended.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+import time
+from collections import Counter, deque
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import NamedTuple, Protocol
+
+import msgspec
+import structlog
+
+from gpuyard_daemon.core.inputs import Input, RequeueAll
+from gpuyard_daemon.history import History, HistoryFilter
+from gpuyard_daemon.logs import LogForwarder
+from gpuyard_daemon.node_monitor import NodeMonitor
+from gpuyard_protocol.bus.base import Bus, BusError, Message
+from gpuyard_protocol.codec import Malformed, decode, encode
+from gpuyard_protocol.jobs import FINAL_STATES, JobView, SubmissionAnswer
+from gpuyard_protocol.names import JobId, NodeId, Tenant, User, nearest
+from gpuyard_protocol.nodes import Desired
+from gpuyard_protocol.queries import (
+    PAGE_ROWS_MAX,
+    CardView,
+    JobQuery,
+    JobsPage,
+    JobsQuery,
+    LogsQuery,
+    NodesPage,
+    NodesQuery,
+    NodeView,
+    Ok,
+    PingQuery,
+    QueryError,
+    ServicesPage,
+    ServicesQuery,
+    ShutdownRequest,
+    Stats,
+    StatsQuery,
+    SubmissionQuery,
+    SubmissionStatus,
+    WhyAnswer,
+)
+from gpuyard_protocol.subjects import ALL_OPERATIONS, ALL_QUERIES, parse_operation, parse_tenant_subject
+
+log = structlog.get_logger("api")
+
+QUEUE_GROUP = "api"
+#: Questions that wait for the journal; more are refused at once.
+WAITING_MAX = 2000
+#: Time that answers may take between two turns; what is left waits for the next pause.
+ANSWERING_S = 0.01
+QUESTION_BYTES_MAX = 64 * 1024
+#: Longest that anybody waits for the yard to empty.
+SHUTDOWN_DEADLINE_MAX_S = 3600.0
+
+
+class ReadableCore(Protocol):
+    """What this file reads of the core."""
+
+    def job_view(self, job: JobId, *, with_spec: bool = False) -> JobView | None: ...
+    def job_owner(self, job: JobId) -> tuple[Tenant, User] | None: ...
+    def nearest_job(self, tenant: Tenant | None, job: JobId) -> JobId: ...
+    def jobs_page(self, tenant: Tenant | None, query: JobsQuery) -> JobsPage: ...
+    def submission(self, tenant: Tenant, submission_id: str) -> SubmissionAnswer | None: ...
+    def why(self, job: JobId) -> WhyAnswer | None: ...
+    def services_page(self, tenant: Tenant | None, query: ServicesQuery) -> ServicesPage: ...
+    def node_views(self, tenant: Tenant | None) -> tuple[NodeView, ...]: ...
+    def stats(self, now_ms: int) -> Stats: ...
+    def desired(self, node: NodeId) -> tuple[int, tuple[Desired, ...]]: ...
+    def known_nodes(self) -> tuple[NodeId, ...]: ...
+
+
+class _Question(NamedTuple):
+    #: None: an operator.
+    tenant: Tenant | None
+    verb: str
+    message: Message
+
+
+class _Stop:
+    """Somebody waits for the yard to be empty."""
+
+    def __init__(self, emptied: asyncio.Future[None], turns: int) -> None:
+        self.emptied = emptied
+        #: Turns that must end before emptiness means anything.
+        self.turns = turns
+
+
+class _Refused(Exception):
+    """The question is answered with an error."""
+
+    def __init__(self, code: str, text: str, near: str = "") -> None:
+        super().__init__(text)
+        self.answer = QueryError(code=code, text=text, nearest=near)
+
+
+class Api:
+    def __init__(
+        self,
+        bus: Bus,
+        core: ReadableCore,
+        history: History,
+        monitor: NodeMonitor,
+        logs: LogForwarder,
+        *,
+        yard: str,
+        now_ms: Callable[[], int],
+        is_settled: Callable[[], bool],
+        add_fact: Callable[[Input], None],
+    ) -> None:
+        self._bus = bus
+        self._core = core
+        self._history = history
+        self._monitor = monitor
+        self._logs = logs
+        self._yard = yard
+        self._now_ms = now_ms
+        self._is_settled = is_settled
+        self._add_fact = add_fact
+        self._waiting: deque[_Question] = deque()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._stops: list[_Stop] = []
+        #: Questions by verb, and those that were no questions (`poison`).
+        self.counts: Counter[str] = Counter()
+        self._verbs: dict[str, Callable[[Tenant | None, bytes], object | Awaitable[object]]] = {
+            "ping": self._ping,
+            "jobs": self._jobs,
+            "job": self._job,
+            "why": self._why,
+            "services": self._services,
+            "nodes": self._nodes,
+            "stats": self._stats,
+            "submission": self._submission,
+            "logs": self._read_logs,
+            "shutdown": self._shutdown,
+        }
+
+    async def open(self) -> None:
+        await self._bus.subscribe(ALL_QUERIES, self._on_message, queue=QUEUE_GROUP)
+        await self._bus.subscribe(ALL_OPERATIONS, self._on_message, queue=QUEUE_GROUP)
+
+    def close(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+
+    # -- what arrives ----------------------------------------------------------------------------------------------
+
+    def _on_message(self, message: Message) -> None:
+        question = _question(message)
+        if question is None or not message.reply:
+            self.counts["poison"] += 1
+            return
+        self.counts[question.verb if question.verb in self._verbs else "unknown"] += 1
+        if len(self._waiting) >= WAITING_MAX:
+            self._answer(message, QueryError(code="Unavailable", text="too many questions wait; ask again later"))
+            return
+        self._waiting.append(question)
+        if self._is_settled():
+            self._work()
+
+    def settled(self) -> None:
+        """The core's state is the journal's: answer what waits, within bounds."""
+        if self._stops:
+            self._look_at_stops()
+        if self._waiting:
+            self._work()
+
+    def _work(self) -> None:
+        until = time.monotonic() + ANSWERING_S
+        while self._waiting:
+            self._take(self._waiting.popleft())
+            if time.monotonic() > until:
+                break
+        if self._waiting:
+            asyncio.get_running_loop().call_soon(self._work_on)
+
+    def _work_on(self) -> None:
+        if self._waiting and self._is_settled():
+            self._work()
+
+    def _take(self, question: _Question) -> None:
+        tenant, verb, message = question
+        try:
+            handler = self._verbs.get(verb)
+            if handler is None or (verb == "shutdown" and tenant is not None):
+                known = sorted(set(self._verbs) - ({"shutdown"} if tenant is not None else set()))
+                text = f"there is no question {verb!r}; there are {', '.join(known)}"
+                raise _Refused("UnknownVerb", text, nearest(verb, known))
+            answer = handler(tenant, message.data or b"{}")
+        except _Refused as refusal:
+            answer = refusal.answer
+        except Malformed as error:
+            answer = QueryError(code="Malformed", text=str(error), nearest=error.nearest)
+        if isinstance(answer, Awaitable):
+            self._spawn(self._answer_later(message, answer))
+        else:
+            self._answer(message, answer)
+
+    async def _answer_later(self, message: Message, coming: Awaitable[object]) -> None:
+        try:
+            answer = await coming
+        except _Refused as refusal:
+            answer = refusal.answer
+        except BusError as error:
+            answer = QueryError(code="Unavailable", text=str(error))
+        except sqlite3.Error as error:
+            answer = QueryError(code="Unavailable", text=f"the history cannot be read: {error}")
+        self._answer(message, answer)
+
+    def _answer(self, message: Message, answer: object) -> None:
+        self._spawn(self._publish(message.reply, encode(answer)))
+
+    async def _publish(self, reply: str, data: bytes) -> None:
+        try:
+            await self._bus.publish(reply, data)
+        except BusError as error:
+            # Who asked will ask again, or has gone.
+            log.warning("answer.unsent", error=str(error))
+
+    def _spawn(self, coroutine: Coroutine[None, None, None]) -> None:
+        task = asyncio.get_running_loop().create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _ping(self, tenant: Tenant | None, data: bytes) -> Ok:
+        decode(PingQuery, data, max_bytes=QUESTION_BYTES_MAX)
+        return Ok(self._yard)
+
+    # -- jobs --------------------------------------------------------------------------------------------------------
+
+    def _jobs(self, tenant: Tenant | None, data: bytes) -> JobsPage | Awaitable[JobsPage]:
+        query = decode(JobsQuery, data, max_bytes=QUESTION_BYTES_MAX)
+        if not 1 <= query.limit <= PAGE_ROWS_MAX:
+            raise Malformed("$.limit", str(query.limit), f"a number between 1 and {PAGE_ROWS_MAX}")
+        page = self._core.jobs_page(tenant, query)
+        wants_past = query.all or any(state in FINAL_STATES for state in query.states)
+        return self._with_history(tenant, query, page) if wants_past else page
+
+    async def _with_history(self, tenant: Tenant | None, query: JobsQuery, page: JobsPage) -> JobsPage:
+        """The core's page, filled up with jobs that have left it: newest first over both."""
+        past = await self._history.jobs(
+            HistoryFilter(
+                tenant=tenant,
+                user=query.user,
+                service=query.service,
+                states=tuple(state for state in query.states if state in FINAL_STATES),
+                below=query.cursor,
+                limit=query.limit,
+            )
+        )
+        # What the core still has is newer than the same job's row in the history can be; below the page's end the core
+        # may have more rows than it showed, so older ones of the history wait for the next page.
+        end = page.next
+        rows = {view.job: view for view in past if view.job >= end}
+        rows.update({view.job: view for view in page.jobs})
+        newest = sorted(rows.values(), key=lambda view: -view.job)
+        shown = newest[: query.limit]
+        has_more = len(newest) > len(shown) or bool(page.next) or len(past) == query.limit
+        following = shown[-1].job if has_more and shown else 0
+        return JobsPage(jobs=tuple(shown), next=following, counts=page.counts)
+
+    def _job(self, tenant: Tenant | None, data: bytes) -> JobView | Awaitable[JobView]:
+        job = decode(JobQuery, data, max_bytes=QUESTION_BYTES_MAX).job
+        if self._is_visible(tenant, job):
+            view = self._core.job_view(job, with_spec=True)
+            if view is not None:
+                return view
+        return self._past_job(tenant, job)
+
+    async def _past_job(self, tenant: Tenant | None, job: JobId) -> JobView:
+        view = await self._history.job(job) if 0 < job < 2**63 else None
+        if view is None or (tenant is not None and view.tenant != tenant):
+            raise self._unknown_job(tenant, job)
+        return view
+
+    def _why(self, tenant: Tenant | None, data: bytes) -> WhyAnswer | Awaitable[WhyAnswer]:
+        job = decode(JobQuery, data, max_bytes=QUESTION_BYTES_MAX).job
+        answer = self._core.why(job) if self._is_visible(tenant, job) else None
+        return answer if answer is not None else self._past_why(tenant, job)
+
+    async def _past_why(self, tenant: Tenant | None, job: JobId) -> WhyAnswer:
+        view = await self._past_job(tenant, job)
+        reason = f": {view.reason.text}" if view.reason else ""
+        return WhyAnswer(job=job, state=view.state, summary=f"job {job} has {_ENDED[view.state]}{reason}")
+
+    def _is_visible(self, tenant: Tenant | None, job: JobId) -> bool:
+        owner = self._core.job_owner(job)
+        return owner is not None and (tenant is None or owner[0] == tenant)
+
+    def _unknown_job(self, tenant: Tenant | None, job: JobId) -> _Refused:
+        near = self._core.nearest_job(tenant, job)
+        return _Refused("UnknownJob", f"there is no job {job}", str(near) if near else "")
+
+    def _submission(self, tenant: Tenant | None, data: bytes) -> SubmissionStatus:
+        query = decode(SubmissionQuery, data, max_bytes=QUESTION_BYTES_MAX)
+        if tenant is None:
+            raise _Refused("Malformed", "submission ids are a tenant's own: ask as one of its users")
+        return SubmissionStatus(answer=self._core.submission(tenant, query.submission_id))
+
+    # -- services, nodes, the yard -------------------------------------------------------------------------------------
+
+    def _services(self, tenant: Tenant | None, data: bytes) -> ServicesPage:
+        query = decode(ServicesQuery, data, max_bytes=QUESTION_BYTES_MAX)
+        page = self._core.services_page(tenant, query)
+        if query.service and not page.services:
+            known = [view.service for view in self._core.services_page(tenant, ServicesQuery()).services]
+            raise _Refused("UnknownService", f"there is no service {query.service!r}", nearest(query.service, known))
+        return page
+
+    def _nodes(self, tenant: Tenant | None, data: bytes) -> NodesPage:
+        query = decode(NodesQuery, data, max_bytes=QUESTION_BYTES_MAX)
+        views = self._core.node_views(tenant)
+        chosen = [view for view in views if query.node in ("", view.node, view.hostname)]
+        if query.node and not chosen:
+            known = [view.node for view in views]
+            raise _Refused("UnknownNode", f"there is no node {query.node!r}", nearest(query.node, known))
+        return NodesPage(nodes=tuple(self.with_samples(view) for view in chosen))
+
+    def with_samples(self, view: NodeView) -> NodeView:
+        """A node with what is known of it right now: when it was heard, what its cards do."""
+        telemetry = self._monitor.telemetry.get(view.node)
+        samples = {sample.uuid: sample for sample in telemetry.devices} if telemetry else {}
+
+        def with_sample(card: CardView) -> CardView:
+            sample = samples.get(card.uuid)
+            return msgspec.structs.replace(card, sample=sample) if sample else card
+
+        return msgspec.structs.replace(
+            view,
+            cards=tuple(with_sample(card) for card in view.cards),
+            heard_ms_ago=self._monitor.heard_ms_ago(view.node),
+        )
+
+    def _stats(self, tenant: Tenant | None, data: bytes) -> Stats:
+        decode(StatsQuery, data, max_bytes=QUESTION_BYTES_MAX)
+        return self.stats()
+
+    def stats(self) -> Stats:
+        return msgspec.structs.replace(self._core.stats(self._now_ms()), yard=self._yard)
+
+    # -- logs ----------------------------------------------------------------------------------------------------------
+
+    def _read_logs(self, tenant: Tenant | None, data: bytes) -> Awaitable[object]:
+        query = decode(LogsQuery, data, max_bytes=QUESTION_BYTES_MAX)
+        return self._forward_logs(tenant, query)
+
+    async def _forward_logs(self, tenant: Tenant | None, query: LogsQuery) -> object:
+        owner = self._core.job_owner(query.job)
+        past: JobView | None = None
+        if owner is None or (tenant is not None and owner[0] != tenant):
+            past = await self._past_job(tenant, query.job)
+            owner = (past.tenant, past.user)
+        return await self._logs.read(owner[0], query, past)
+
+    # -- stopping ------------------------------------------------------------------------------------------------------
+
+    def _shutdown(self, tenant: Tenant | None, data: bytes) -> Awaitable[object]:
+        request = decode(ShutdownRequest, data, max_bytes=QUESTION_BYTES_MAX)
+        deadline_s = min(request.deadline_ms / 1000, SHUTDOWN_DEADLINE_MAX_S)
+        log.info("yard.stopping", deadline_s=deadline_s)
+        # The turn that takes the order in is the next one: a turn under way now ends before it.
+        turns = 1 if self._is_settled() else 2
+        emptied: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._stops.append(_Stop(emptied, turns))
+        self._add_fact(RequeueAll())
+        return self._wait_until_empty(emptied, deadline_s)
+
+    async def _wait_until_empty(self, emptied: asyncio.Future[None], deadline_s: float) -> object:
+        try:
+            async with asyncio.timeout(deadline_s):
+                await emptied
+        except TimeoutError:
+            held = self.held()
+            names = ", ".join(f"{count} on {node}" for node, count in held.items())
+            return QueryError(code="Unavailable", text=f"not every replica has ended within {deadline_s:g} s: {names}")
+        finally:
+            self._stops = [stop for stop in self._stops if stop.emptied is not emptied]
+        return Ok("every replica has ended; its job waits for the next start")
+
+    def _look_at_stops(self) -> None:
+        for stop in self._stops:
+            stop.turns -= 1
+        due = [stop for stop in self._stops if stop.turns <= 0 and not stop.emptied.done()]
+        if due and not self.held():
+            for stop in due:
+                stop.emptied.set_result(None)
+
+    def held(self) -> dict[NodeId, int]:
+        """Nodes that still have something to run or to end, and how much."""
+        counts = {node: len(self._core.desired(node)[1]) for node in self._core.known_nodes()}
+        return {node: count for node, count in counts.items() if count}
+
+
+_ENDED = {"succeeded": "succeeded", "failed": "failed", "cancelled": "been cancelled"}
+
+
+def _question(message: Message) -> _Question | None:
+    caller = parse_tenant_subject(message.subject)
+    if caller is not None:
+        return _Question(caller.tenant, caller.verb, message)
+    operation = parse_operation(message.subject)
+    return _Question(None, operation[1], message) if operation is not None else None

@@ -1,0 +1,188 @@
+"""The daemon's settings: a TOML file into a typed struct, with flags on top.
+
+A daemon with a wrong setting does not start: `BadConfig` says which file, which key, what stood there and what is
+allowed, and names the nearest key where one was misspelt. What is not set here has the default of its field; every
+default is meant to be kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import msgspec
+
+from gpuyard_daemon.core.settings import CoreSettings
+from gpuyard_protocol.codec import Malformed, from_plain
+from gpuyard_protocol.names import NAME_EXPECTED, is_name
+from gpuyard_protocol.units import Duration, Memory
+
+#: What `sysexits.h` calls a configuration error; systemd is told not to restart on it.
+EXIT_BAD_CONFIG = 78
+LOG_LEVELS = ("debug", "info", "warning", "error")
+#: Least room for the four streams: below it the journal would fill within minutes of load.
+BUDGET_MIN_MIB = 64
+
+
+class BadConfig(Exception):
+    """The settings make no sense; the text says where and what is allowed."""
+
+
+class JournalConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Room and upkeep of the streams."""
+
+    #: For the four streams together; unset: 80 % of what is free beside the state directory, at most 12Gi.
+    budget: Memory | None = None
+    #: A snapshot is made after this many records, this much journal, or this long after the last one, if anything came.
+    snapshot_records: int = 20_000
+    snapshot_size: Memory = Memory(64)
+    snapshot_after: Duration = Duration(600_000)
+    #: Pruned journal segments stay in the archive for so long.
+    archive_days: int = 30
+
+
+class NodesConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """When silence means something."""
+
+    #: Nothing new is placed on a node that has been silent for so long …
+    suspected_after: Duration = Duration(3_000)
+    #: … and after this long it counts as lost (its jobs wait for it, services heal elsewhere).
+    lost_after: Duration = Duration(15_000)
+
+
+class DaemonConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    #: Name of the yard; part of the streams' names.
+    yard: str = "main"
+    #: Directory of keys, snapshots, history; unset: /var/lib/gpuyard for root, else gpuyard in $XDG_STATE_HOME.
+    state: str = ""
+    #: One address or several with commas.
+    nats: str = "nats://127.0.0.1:4222"
+    #: For `tls://` addresses: files in PEM form.
+    tls_ca: str = ""
+    tls_cert: str = ""
+    tls_key: str = ""
+    #: False: connect without keys. Only a server without accounts lets that pass, and such a server protects nobody.
+    authenticate: bool = True
+    #: HOST:PORT of metrics, health and the status page; port 0: any free one; "": none.
+    http: str = "127.0.0.1:7790"
+    log_level: str = "info"
+    #: Finished jobs stay in the history database for so long.
+    history_days: int = 400
+    journal: JournalConfig = JournalConfig()
+    nodes: NodesConfig = NodesConfig()
+    scheduler: CoreSettings = CoreSettings()
+
+    @property
+    def state_directory(self) -> Path:
+        return Path(self.state) if self.state else default_state_directory(os.environ, os.geteuid())
+
+    @property
+    def directory(self) -> Path:
+        """Where the daemon's own files are."""
+        return self.state_directory / "daemon"
+
+    def seed(self, role: str) -> Path | None:
+        """The key file of a connection; None to connect without."""
+        return self.state_directory / "keys" / f"{role}.seed" if self.authenticate else None
+
+    def http_address(self) -> tuple[str, int] | None:
+        if not self.http:
+            return None
+        host, _, port = self.http.rpartition(":")
+        return host.strip("[]"), int(port)
+
+    def validate(self) -> None:
+        """`BadConfig` with one sentence for the first thing wrong."""
+        if not is_name(self.yard):
+            raise _bad("yard", self.yard, NAME_EXPECTED)
+        if self.log_level not in LOG_LEVELS:
+            raise _bad("log_level", self.log_level, f"one of {', '.join(LOG_LEVELS)}")
+        host, colon, port = self.http.rpartition(":")
+        if self.http and not (host and colon and port.isdigit() and int(port) < 65536):
+            raise _bad("http", self.http, "HOST:PORT, such as '127.0.0.1:7790', or '' for none")
+        for address in self.nats.split(","):
+            parts = urlsplit(address.strip() if "://" in address else f"nats://{address.strip()}")
+            if parts.scheme not in ("nats", "tls") or not parts.hostname:
+                raise _bad("nats", self.nats, "nats://HOST:PORT or tls://HOST:PORT, several with commas")
+        if bool(self.tls_cert) != bool(self.tls_key):
+            raise _bad("tls_key", self.tls_key, "'tls_cert' and 'tls_key' together")
+        if self.journal.budget is not None and self.journal.budget < BUDGET_MIN_MIB:
+            raise _bad("journal.budget", str(self.journal.budget), f"at least {Memory(BUDGET_MIN_MIB)}")
+        for name, value in (
+            ("journal.snapshot_records", self.journal.snapshot_records),
+            ("journal.snapshot_size", self.journal.snapshot_size),
+            ("journal.snapshot_after", self.journal.snapshot_after),
+            ("journal.archive_days", self.journal.archive_days),
+            ("nodes.suspected_after", self.nodes.suspected_after),
+            ("history_days", self.history_days),
+        ):
+            if value <= 0:
+                raise _bad(name, str(value), "more than 0")
+        if self.nodes.lost_after <= self.nodes.suspected_after:
+            raise _bad("nodes.lost_after", str(self.nodes.lost_after), "more than 'nodes.suspected_after'")
+        try:
+            self.scheduler.validate()
+        except ValueError as error:
+            raise BadConfig(str(error)) from None
+
+
+def default_state_directory(environment: Mapping[str, str], uid: int) -> Path:
+    if uid == 0:
+        return Path("/var/lib/gpuyard")
+    base = environment.get("XDG_STATE_HOME") or str(Path(environment.get("HOME", "/")) / ".local" / "state")
+    return Path(base) / "gpuyard"
+
+
+def load(file: Path | None, overrides: Mapping[str, Any]) -> DaemonConfig:
+    """The settings of `file` with `overrides` (top-level keys, from flags) on top; `BadConfig` for anything wrong."""
+    plain: dict[str, Any] = {}
+    if file is not None:
+        try:
+            plain = tomllib.loads(file.read_text())
+        except OSError as error:
+            raise BadConfig(f"{file}: {error.strerror or error}") from None
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise BadConfig(f"{file}: not TOML: {error}") from None
+    where = str(file) if file is not None else "flags"
+    try:
+        config = from_plain(DaemonConfig, {**plain, **overrides})
+        config.validate()
+    except Malformed as error:
+        hint = f" (did you mean {error.nearest!r}?)" if error.nearest else ""
+        key = error.path.removeprefix("$.")
+        raise BadConfig(f"{where}: {key}: found {error.found}; expected {error.expected}{hint}") from None
+    except BadConfig as error:
+        raise BadConfig(f"{where}: {error}") from None
+    return config
+
+
+def _bad(key: str, found: str, expected: str) -> BadConfig:
+    return BadConfig(f"{key}: found {found!r}; expected {expected}")
+
+
+def parse_arguments(arguments: Sequence[str]) -> DaemonConfig:
+    """Flags and the file they name. Exits with argparse's own message for unknown flags."""
+    parser = argparse.ArgumentParser(prog="gpuyard-daemon", description="The scheduler daemon of a yard.")
+    parser.add_argument("--config", type=Path, help="TOML file with the settings; flags override it")
+    parser.add_argument("--state", help="directory of keys, snapshots and history")
+    parser.add_argument("--nats", help="address of the NATS server, such as nats://127.0.0.1:4222")
+    parser.add_argument("--yard", help="name of the yard")
+    parser.add_argument("--http", help="HOST:PORT of metrics, health and the status page; '' for none")
+    parser.add_argument("--log-level", choices=LOG_LEVELS)
+    parser.add_argument(
+        "--no-authentication", action="store_true", help="connect without keys, to a server without accounts"
+    )
+    given = parser.parse_args(arguments)
+    overrides: dict[str, Any] = {
+        key: value
+        for key in ("state", "nats", "yard", "http", "log_level")
+        if (value := getattr(given, key)) is not None
+    }
+    if given.no_authentication:
+        overrides["authenticate"] = False
+    return load(given.config, overrides)

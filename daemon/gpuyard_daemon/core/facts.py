@@ -1,0 +1,314 @@
+"""What the journal keeps: the closed union of facts.
+
+A fact is either something that came in and was believed, or something that was decided. Together they are all that the
+state rests on: `Cluster.apply_fact` is the one writer, so applying the facts of a record again leads to the same state,
+the same orders and the same notices, whatever policy made them.
+
+Facts are arrays with a short tag (`["placed", 17, …]`): compact, and readable in a dump. A new field goes at the end
+with a default; a tag is never used again for another meaning.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, TypeAlias
+
+import msgspec
+
+from gpuyard_protocol.jobs import JobSpec, JobState, JobView, SubmissionAnswer, Why
+from gpuyard_protocol.names import AssignmentKey, JobId, NodeId, ServiceName, SubmissionId, Tenant, User
+from gpuyard_protocol.nodes import Inventory
+from gpuyard_protocol.resources import Partition
+from gpuyard_protocol.services import ServiceSpec
+
+#: `ready`: takes work. `joining`: known, but its agent has not (yet) joined since the yard started.
+NodeState: TypeAlias = Literal["joining", "ready", "suspected", "lost", "incompatible"]
+#: What becomes of a job when the last replica of the attempt has ended, whatever ended it.
+#: `cancel`: cancelled. `fail`: a failure of its own, which a retry may follow. `abort`: failed, without retry.
+#: `requeue`: it waits again, uncharged.
+VerdictKind: TypeAlias = Literal["cancel", "fail", "abort", "requeue"]
+
+
+class _Fact(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """Base of all facts."""
+
+
+# --- requests --------------------------------------------------------------------------------------------------------
+
+
+class JobAccepted(_Fact, frozen=True, tag="accepted"):
+    """A job exists and waits."""
+
+    job: JobId
+    tenant: Tenant
+    user: User
+    submission_id: SubmissionId
+    spec: JobSpec
+    #: Until when the answer is kept.
+    answer_until_ms: int
+    #: The tenant chose the submission id.
+    chosen: bool = False
+
+
+class RequestAnswered(_Fact, frozen=True, tag="answered"):
+    """Any other answer: rejections, and the outcome of cancel, apply and delete."""
+
+    tenant: Tenant
+    answer: SubmissionAnswer
+    until_ms: int
+    chosen: bool
+
+
+class AnswerRepeated(_Fact, frozen=True, tag="repeated"):
+    """A request came again under the same chosen id: it gets the first one's answer."""
+
+    tenant: Tenant
+    submission_id: SubmissionId
+
+
+class AnswersForgotten(_Fact, frozen=True, tag="forgotten"):
+    """The oldest so many answers were dropped."""
+
+    chosen: int
+    given: int
+
+
+# --- jobs ------------------------------------------------------------------------------------------------------------
+
+
+class Placement(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """Where one replica goes."""
+
+    node: NodeId
+    partition: Partition
+
+
+class JobPlaced(_Fact, frozen=True, tag="placed"):
+    """A new attempt begins: replica i goes to `placements[i]`."""
+
+    job: JobId
+    placements: tuple[Placement, ...]
+    #: A gang that is not prepared by then gives its places back; 0 for a single replica.
+    prepare_until_ms: int = 0
+
+
+class GangReleased(_Fact, frozen=True, tag="released"):
+    """Every member is prepared: go."""
+
+    job: JobId
+
+
+class JobStopping(_Fact, frozen=True, tag="stopping"):
+    """Whatever still runs of the job is told to stop; when the last replica has ended, the verdict holds."""
+
+    job: JobId
+    verdict: VerdictKind
+    why: Why
+    #: The word the agent is told.
+    order_reason: str
+    exit_code: int | None = None
+
+
+class JobRequeued(_Fact, frozen=True, tag="requeued"):
+    """The attempt is over and the job waits again."""
+
+    job: JobId
+    #: It spent a retry.
+    charged: bool
+    why: Why
+    #: 0: it may start at once.
+    not_before_ms: int
+    #: Uncharged requeues in a row, for the wait before the next.
+    uncharged: int
+    exit_code: int | None = None
+
+
+class JobWoken(_Fact, frozen=True, tag="woken"):
+    """A wait before a retry is over."""
+
+    job: JobId
+
+
+class JobEnded(_Fact, frozen=True, tag="ended"):
+    job: JobId
+    state: JobState
+    why: Why | None = None
+    exit_code: int | None = None
+
+
+class JobRetired(_Fact, frozen=True, tag="retired"):
+    """A finished job leaves the core; `view` is what history keeps of it."""
+
+    job: JobId
+    view: JobView
+
+
+# --- nodes -----------------------------------------------------------------------------------------------------------
+
+
+class ReportsTaken(_Fact, frozen=True, tag="reports"):
+    """A node's reports up to `last` were taken in."""
+
+    node: NodeId
+    last: int
+    #: Numbers that never came. Never seen so far; journaled so that it can be found.
+    missing: int = 0
+
+
+class LedgerReplaced(_Fact, frozen=True, tag="new-ledger"):
+    """A node of a known name came with a ledger that was made anew: its numbers begin again."""
+
+    node: NodeId
+
+
+class NodeJoined(_Fact, frozen=True, tag="joined"):
+    """An agent process reported what the node has."""
+
+    node: NodeId
+    instance: str
+    boot_id: str
+    inventory: Inventory
+
+
+class NodeChanged(_Fact, frozen=True, tag="node"):
+    """A node's state changed."""
+
+    node: NodeId
+    state: NodeState
+    reason: str = ""
+
+
+class NodeAvoided(_Fact, frozen=True, tag="avoided"):
+    """A node could not set up a mode: nothing more of that mode goes there until then."""
+
+    node: NodeId
+    mode: str
+    until_ms: int
+    #: In a row.
+    times: int
+
+
+class NodeForgiven(_Fact, frozen=True, tag="forgiven"):
+    """The time of `NodeAvoided` is over."""
+
+    node: NodeId
+    mode: str
+
+
+class ReplicaPrepared(_Fact, frozen=True, tag="prepared"):
+    key: AssignmentKey
+    port: int
+
+
+class ReplicaStarted(_Fact, frozen=True, tag="started"):
+    key: AssignmentKey
+    port: int = 0
+
+
+class ReplicaEnded(_Fact, frozen=True, tag="replica-ended"):
+    """A replica is gone from its node, and its partition is free."""
+
+    key: AssignmentKey
+    outcome: Literal["exited", "signalled", "stopped", "refused", "lost"]
+    exit_code: int = 0
+    signal: int = 0
+    code: str = ""
+    detail: str = ""
+
+
+# --- services --------------------------------------------------------------------------------------------------------
+
+
+class ServiceSet(_Fact, frozen=True, tag="service"):
+    """A service was applied, for the first time or again."""
+
+    tenant: Tenant
+    user: User
+    spec: ServiceSpec
+    #: Grows when what a replica runs or needs changes: replicas of an earlier generation are replaced.
+    generation: int
+
+
+class ServiceRemoved(_Fact, frozen=True, tag="service-removed"):
+    tenant: Tenant
+    service: ServiceName
+
+
+class LoadTaken(_Fact, frozen=True, tag="load"):
+    tenant: Tenant
+    service: ServiceName
+    concurrency: int
+    queue_depth: int
+
+
+class ServiceScaled(_Fact, frozen=True, tag="scaled"):
+    """How many replicas are wanted, and since when the load would do with fewer."""
+
+    tenant: Tenant
+    service: ServiceName
+    wanted: int
+    #: 0: the load needs all that are wanted.
+    lower_since_ms: int = 0
+    #: The most that the load asked for since then.
+    lower_peak: int = 0
+
+
+class ReplicaWanted(_Fact, frozen=True, tag="replica"):
+    """The yard asks for one more replica of a service: a job like any other, as the service's spec has it now."""
+
+    job: JobId
+    tenant: Tenant
+    service: ServiceName
+
+
+class ServiceFaltered(_Fact, frozen=True, tag="faltered"):
+    """A replica ended by itself: the next one starts no earlier than this. 0 crashes: all is well again."""
+
+    tenant: Tenant
+    service: ServiceName
+    crashes: int
+    not_before_ms: int
+
+
+# --- the yard --------------------------------------------------------------------------------------------------------
+
+
+class YardDraining(_Fact, frozen=True, tag="draining"):
+    """The yard stops: every replica is told to stop, and nothing starts until `YardResumed`."""
+
+
+class YardResumed(_Fact, frozen=True, tag="resumed"):
+    """A daemon started on the state of a stopped yard: nodes take work again once their agents have joined."""
+
+    epoch: int
+
+
+Fact: TypeAlias = (
+    JobAccepted
+    | RequestAnswered
+    | AnswerRepeated
+    | AnswersForgotten
+    | JobPlaced
+    | GangReleased
+    | JobStopping
+    | JobRequeued
+    | JobWoken
+    | JobEnded
+    | JobRetired
+    | ReportsTaken
+    | LedgerReplaced
+    | NodeJoined
+    | NodeChanged
+    | NodeAvoided
+    | NodeForgiven
+    | ReplicaPrepared
+    | ReplicaStarted
+    | ReplicaEnded
+    | ServiceSet
+    | ServiceRemoved
+    | LoadTaken
+    | ServiceScaled
+    | ReplicaWanted
+    | ServiceFaltered
+    | YardDraining
+    | YardResumed
+)

@@ -1,0 +1,203 @@
+"""What must hold after every turn, found out from scratch.
+
+`check` trusts no index: it recounts everything from the records and compares. It is run by tests after every step, and
+by the daemon after a restore; its cost is linear in the state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from gpuyard_daemon.core.capacity import NodeSpace, Pool
+from gpuyard_daemon.core.cluster import Cluster
+from gpuyard_daemon.core.listing import JOB_STATES
+from gpuyard_daemon.core.model import Assignment, Job
+from gpuyard_daemon.core.partitions import Card, amounts_on, mode_of, slices_at
+from gpuyard_daemon.core.states import InvariantViolated, story_of
+from gpuyard_protocol.names import AssignmentKey
+from gpuyard_protocol.resources import MigInstance, MpsShare, Partition, devices_of
+from gpuyard_protocol.units import MILLI
+
+
+def check(cluster: Cluster) -> None:
+    """Raise `InvariantViolated` with everything that is wrong, first the worst."""
+    problems = [*_cards_held(cluster), *_jobs(cluster), *_indexes(cluster), *_services(cluster)]
+    if problems:
+        raise InvariantViolated("\n".join(problems[:20]))
+
+
+# --- cards and nodes -------------------------------------------------------------------------------------------------
+
+
+def _cards_held(cluster: Cluster) -> Iterator[str]:
+    """No card is given to two, in whatever dimension."""
+    held: dict[str, dict[AssignmentKey, Assignment]] = {node: {} for node in cluster.nodes}
+    for job in cluster.jobs.values():
+        for assignment in job.assignments:
+            if assignment.is_live:
+                held[assignment.node][assignment.key] = assignment
+    if list(held) != list(cluster.pool.spaces):
+        yield f"spaces {list(cluster.pool.spaces)} for nodes {list(held)}"
+    held_milli = 0
+    for node, space in cluster.pool.spaces.items():
+        if held[node] != space.assignments:
+            yield f"node {node}: holds {sorted(space.assignments)}; by the jobs {sorted(held[node])}"
+        on_cards: dict[str, dict[AssignmentKey, Partition]] = {card.device.uuid: {} for card in space.cards}
+        for key, assignment in held[node].items():
+            for uuid in devices_of(assignment.partition):
+                if uuid not in on_cards:
+                    yield f"node {node}: {key} is on card {uuid}, which the node does not have"
+                else:
+                    on_cards[uuid][key] = assignment.partition
+        for card in space.cards:
+            yield from _card(cluster, card, on_cards[card.device.uuid])
+            held_milli += min(MILLI, card.milli)
+        yield from _totals(cluster, space, held[node])
+    if held_milli != cluster.pool.held_milli:
+        yield f"the yard holds {held_milli} milli-GPU, not {cluster.pool.held_milli}"
+
+
+def _card(cluster: Cluster, card: Card, held: dict[AssignmentKey, Partition]) -> Iterator[str]:
+    device = card.device
+    name = f"card {device.uuid}"
+    if held != card.held:
+        yield f"{name}: holds {sorted(card.held)}; by the jobs {sorted(held)}"
+    modes = {mode_of(partition) for partition in held.values()}
+    if len(modes) > 1 or card.mode != next(iter(modes), "idle"):
+        yield f"{name}: mode {card.mode}, partitions {sorted(modes)}"
+    tenants = {cluster.jobs[key.job].tenant for key in held}
+    if card.mode in ("mps", "timeslice") and (len(tenants) > 1 or {card.domain} != tenants):
+        yield f"{name}: shared by {sorted(tenants)}, said to belong to {card.domain!r}"
+    amounts = [amounts_on(device, partition) for partition in held.values()]
+    milli, memory = sum(a[0] for a in amounts), sum(a[1] for a in amounts)
+    if (milli, memory) != (card.milli, card.memory_mib):
+        yield f"{name}: {milli} milli and {memory} MiB held, not {card.milli} and {card.memory_mib}"
+    if card.mode == "whole" and len(held) > 1:
+        yield f"{name}: given whole to {sorted(held)}"
+    if card.mode != "timeslice" and milli > MILLI:
+        yield f"{name}: {milli} milli of compute promised"
+    if card.mode != "mig" and card.present and memory > device.memory_mib:
+        yield f"{name}: {memory} MiB promised of {device.memory_mib}"
+    clients = sum(partition.processes for partition in held.values() if isinstance(partition, MpsShare))
+    if clients != card.clients or (card.present and clients > device.mps_clients_max):
+        yield f"{name}: {clients} MPS clients, counted {card.clients}, at most {device.mps_clients_max}"
+    yield from _instances(card, [p for p in held.values() if isinstance(p, MigInstance)])
+
+
+def _instances(card: Card, instances: list[MigInstance]) -> Iterator[str]:
+    """MIG instances stand at legal starts, on slices of their own, and no more of a kind than there may be."""
+    taken = 0
+    counts: dict[str, int] = {}
+    for instance in instances:
+        mask = slices_at(instance.start, instance.size)
+        profile = card.geometry.profiles.get(instance.profile)
+        if profile is not None and (instance.start not in profile.starts or instance.size != profile.size):
+            yield f"card {card.device.uuid}: {instance} at an illegal place"
+        if taken & mask:
+            yield f"card {card.device.uuid}: {instance} overlaps another"
+        taken |= mask
+        counts[instance.profile] = counts.get(instance.profile, 0) + 1
+        if profile is not None and counts[instance.profile] > profile.count_max:
+            yield f"card {card.device.uuid}: more than {profile.count_max} of {instance.profile}"
+    if taken != card.mask or counts != {name: n for name, n in card.profile_counts.items() if n}:
+        counted = f"{card.mask:b} and {card.profile_counts}"
+        yield f"card {card.device.uuid}: slices {taken:b} and {counts} held, not {counted}"
+
+
+def _totals(cluster: Cluster, space: NodeSpace, held: dict[AssignmentKey, Assignment]) -> Iterator[str]:
+    inventory = space.node.inventory
+    needs = [cluster.jobs[key.job].spec.need for key in held]
+    cpu = (inventory.cpu_milli if inventory else 0) - sum(need.cpu_milli for need in needs)
+    memory = (inventory.memory_mib if inventory else 0) - sum(need.memory_mib for need in needs)
+    if (cpu, memory) != (space.cpu_free_milli, space.memory_free_mib):
+        counted = f"{space.cpu_free_milli} and {space.memory_free_mib}"
+        yield f"node {space.node.id}: {cpu} CPU milli and {memory} MiB free, not {counted}"
+    idle = sum(1 for card in space.cards if card.mode == "idle" and card.takes_work)
+    if idle != space.idle_cards:
+        yield f"node {space.node.id}: {idle} idle cards, not {space.idle_cards}"
+    if any(not card.present and not card.held for card in space.cards):
+        yield f"node {space.node.id}: keeps a card that is gone and free"
+
+
+# --- jobs ------------------------------------------------------------------------------------------------------------
+
+
+def _jobs(cluster: Cluster) -> Iterator[str]:
+    for number, job in cluster.jobs.items():
+        for problem in _job(job):
+            yield f"job {job.id}: {problem}; its story: {story_of(job)}"
+        if number != job.id or job.id > cluster.last_job:
+            yield f"job {job.id} stands under {number}; the newest is {cluster.last_job}"
+
+
+def _job(job: Job) -> Iterator[str]:
+    states = [assignment.state for assignment in job.assignments]
+    live = sum(1 for assignment in job.assignments if assignment.is_live)
+    if live != job.live:
+        yield f"{live} live replicas, not {job.live}"
+    if len(states) not in (0, job.spec.replicas) or (not states) != (job.attempt == 0):
+        yield f"{len(states)} assignments in attempt {job.attempt} of {job.spec.replicas} replicas"
+    for replica, assignment in enumerate(job.assignments):
+        if assignment.key != (job.id, job.attempt, replica):
+            yield f"assignment {assignment.key} stands at {replica} of attempt {job.attempt}"
+    if job.state == "pending" or job.is_final:
+        if live:
+            yield f"{job.state} with {live} live replicas"
+        if job.verdict is not None:
+            yield f"{job.state} with a verdict {job.verdict.kind}"
+    elif not live:
+        yield f"{job.state} without a live replica"
+    if (job.state == "stopping") != (job.verdict is not None):
+        yield f"{job.state} with verdict {job.verdict}"
+    if job.state == "stopping" and any(state not in ("stopping", "ended") for state in states):
+        yield f"stopping with replicas {states}"
+    if job.state == "running" and any(state in ("ordered", "prepared", "released") for state in states):
+        yield f"running with replicas {states}"
+    # A gang goes as one: never are some released while others are still being prepared.
+    if "ordered" in states or "prepared" in states:
+        loose = [state for state in states if state in ("released", "running")]
+        if loose and job.spec.replicas > 1:
+            yield f"a gang in part: {states}"
+    if bool(job.ended_ms) != job.is_final:
+        yield f"{job.state}, ended at {job.ended_ms}"
+    if not 0 <= job.retries_left <= job.spec.retries:
+        yield f"{job.retries_left} retries left of {job.spec.retries}"
+
+
+# --- indexes ---------------------------------------------------------------------------------------------------------
+
+
+def _indexes(cluster: Cluster) -> Iterator[str]:
+    waiting = {job.id for job in cluster.jobs.values() if job.is_waiting}
+    if waiting != set(cluster.waiting):
+        yield f"waiting: {sorted(cluster.waiting)[:20]}; by the jobs {sorted(waiting)[:20]}"
+    finished = {job.id for job in cluster.jobs.values() if job.is_final}
+    if finished != set(cluster.finished):
+        yield f"finished: {len(cluster.finished)}; by the jobs {len(finished)}"
+    for owner, jobs in cluster.lists.items():
+        mine = [job for job in cluster.jobs.values() if owner in ("", job.tenant)]
+        if sorted((job.id for job in mine), reverse=True) != list(jobs.newest_first()):
+            yield f"list of {owner or 'all'!r} is not its jobs"
+        counts = {state: sum(1 for job in mine if job.state == state) for state in JOB_STATES}
+        if counts != jobs.counts:
+            yield f"counts of {owner or 'all'!r}: {jobs.counts}; by the jobs {counts}"
+    if _capacity(cluster.pool) != cluster.pool.capacity_milli:
+        yield f"capacity {cluster.pool.capacity_milli}; by the cards {_capacity(cluster.pool)}"
+
+
+def _capacity(pool: Pool) -> int:
+    return MILLI * sum(1 for space in pool.spaces.values() for card in space.cards if card.present)
+
+
+def _services(cluster: Cluster) -> Iterator[str]:
+    by_service: dict[tuple[str, str], set[int]] = {}
+    for job in cluster.jobs.values():
+        if job.service and not job.is_final:
+            by_service.setdefault((job.tenant, job.service), set()).add(job.id)
+    indexed = {key: set(jobs) for key, jobs in cluster.service_jobs.items() if jobs}
+    if by_service != indexed:
+        yield f"replicas of services: {indexed}; by the jobs {by_service}"
+    for key, service in cluster.services.items():
+        spec = service.spec
+        if not spec.min_replicas <= service.wanted <= spec.max_replicas:
+            yield f"service {key}: {service.wanted} wanted, not between {spec.min_replicas} and {spec.max_replicas}"

@@ -1,0 +1,212 @@
+"""The records the scheduler keeps: jobs and their assignments, nodes, services, answers.
+
+These structs are the whole durable state; a snapshot is their encoding, field by field in this order. Everything else
+in the core (what is free on a card, who waits, which deadline comes next) is derived from them and rebuilt on restore.
+Only `Cluster` writes them. Times are Unix milliseconds of the core's clock, 0 = not yet.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, TypeAlias
+
+import msgspec
+
+from gpuyard_daemon.core.facts import NodeState, VerdictKind
+from gpuyard_protocol.jobs import JobSpec, JobState, SubmissionAnswer, Why
+from gpuyard_protocol.names import AssignmentKey, JobId, NodeId, ServiceName, SubmissionId, Tenant, User
+from gpuyard_protocol.nodes import Inventory
+from gpuyard_protocol.resources import Device, Partition
+from gpuyard_protocol.services import ServiceSpec
+
+#: `ordered`: the node was told to start (or prepare) it. `prepared`: waits for the gang. `released`: told to go.
+#: `stopping`: told to stop; its resources are held until `ended`.
+AssignmentState: TypeAlias = Literal["ordered", "prepared", "released", "running", "stopping", "ended"]
+
+#: Lines of a job's story that are kept, the newest.
+STORY_LINES_MAX = 50
+
+
+class _Record(msgspec.Struct, array_like=True, gc=False):
+    """Base of the records. They form trees, never cycles, so the garbage collector need not look at them."""
+
+
+class Assignment(_Record):
+    """One start of one replica on one node: decided, ordered, and held until the node reports its end."""
+
+    key: AssignmentKey
+    node: NodeId
+    partition: Partition
+    state: AssignmentState = "ordered"
+    #: Held by the replica: rendezvous of a gang, or where a service's replica listens. 0: none.
+    port: int = 0
+    started_ms: int = 0
+    #: How it ended; "" while it has not.
+    outcome: Literal["", "exited", "signalled", "stopped", "refused", "lost"] = ""
+    exit_code: int = 0
+    signal: int = 0
+    code: str = ""
+    detail: str = ""
+
+    @property
+    def is_live(self) -> bool:
+        return self.state != "ended"
+
+    @property
+    def went_well(self) -> bool:
+        return self.outcome == "exited" and self.exit_code == 0
+
+
+class Verdict(_Record):
+    """What becomes of a job once every replica of the attempt has ended."""
+
+    kind: VerdictKind
+    why: Why
+    #: The word for the agent, for orders that are still to be made.
+    order_reason: str
+    exit_code: int | None = None
+
+
+class Job(_Record):
+    """A job from acceptance until an hour after its end."""
+
+    id: JobId
+    tenant: Tenant
+    user: User
+    submission_id: SubmissionId
+    spec: JobSpec
+    submitted_ms: int
+    #: Set for a service's replica, with the service's generation that it runs.
+    service: ServiceName = ""
+    generation: int = 0
+    state: JobState = "pending"
+    #: 0 before the first start.
+    attempt: int = 0
+    retries_left: int = 0
+    #: Uncharged requeues in a row; the wait before the next grows with it.
+    uncharged: int = 0
+    #: A pending job does not start before this; 0: it may start now.
+    not_before_ms: int = 0
+    #: Set while a gang is being prepared.
+    prepare_until_ms: int = 0
+    #: Set once the attempt is to end for a reason of its own; None while nothing is decided.
+    verdict: Verdict | None = None
+    #: Of the current or last attempt, by replica; [] before the first.
+    assignments: list[Assignment] = []
+    #: Of `assignments`: how many have not ended.
+    live: int = 0
+    first_started_ms: int = 0
+    started_ms: int = 0
+    ended_ms: int = 0
+    exit_code: int | None = None
+    #: Why it is where it is: of the last requeue or of the end.
+    why: Why | None = None
+    #: What happened to it, when and in words, oldest first.
+    story: list[tuple[int, str]] = []
+
+    @property
+    def is_final(self) -> bool:
+        return self.state in ("succeeded", "failed", "cancelled")
+
+    @property
+    def is_waiting(self) -> bool:
+        """Pending, and no wait before a retry holds it back."""
+        return self.state == "pending" and not self.not_before_ms
+
+    def note(self, now_ms: int, text: str) -> None:
+        if len(self.story) >= STORY_LINES_MAX:
+            # The first line (its acceptance) stays, whatever else goes.
+            del self.story[1]
+        self.story.append((now_ms, text))
+
+
+class Avoidance(_Record):
+    """A mode a node could not set up lately."""
+
+    #: Nothing of the mode goes there until then; 0: it may be tried again.
+    until_ms: int
+    #: Refusals in a row; a success takes the whole entry away.
+    times: int
+
+
+class Node(_Record):
+    """A node that has been heard of."""
+
+    id: NodeId
+    #: In the order in which nodes were first heard of, from 1: breaks ties between equal nodes.
+    number: int
+    state: NodeState = "joining"
+    #: Why it takes no work, in words.
+    reason: str = ""
+    #: Of the agent process that joined last.
+    instance: str = ""
+    #: Agent processes that joined before it, newest last: their late reports are not news.
+    former_instances: list[str] = []
+    boot_id: str = ""
+    #: None until it first joined.
+    inventory: Inventory | None = None
+    #: Cards that the inventory no longer lists but jobs still hold.
+    absent: list[Device] = []
+    #: Number of the last report taken in.
+    reports_seen: int = 0
+    reports_missing: int = 0
+    #: Number of the last order made for it.
+    orders_issued: int = 0
+    #: By mode.
+    avoided: dict[str, Avoidance] = {}
+
+
+class Service(_Record):
+    """A service as it was last applied, its load, and how many replicas that means."""
+
+    tenant: Tenant
+    user: User
+    spec: ServiceSpec
+    generation: int
+    applied_ms: int
+    concurrency: int = 0
+    queue_depth: int = 0
+    #: Between the spec's min and max.
+    wanted: int = 0
+    #: Since when the load would do with fewer than wanted, and the most it asked for since. 0: it does not.
+    lower_since_ms: int = 0
+    lower_peak: int = 0
+    #: Replicas that ended by themselves in a row, and when the next may start.
+    crashes: int = 0
+    not_before_ms: int = 0
+
+
+class KeptAnswer(_Record):
+    """The answer to a request, for those who ask again."""
+
+    until_ms: int
+    answer: SubmissionAnswer
+
+
+class Totals(_Record):
+    """Counters since the yard began."""
+
+    finished: int = 0
+    #: Starts of replicas.
+    started: int = 0
+    #: Of finished jobs that started: first start less submission.
+    wait_sum_ms: int = 0
+    requeued: int = 0
+    rejected: int = 0
+    #: GPU compute held and capacity, summed over time up to `summed_to_ms`.
+    held_milli_ms: int = 0
+    capacity_milli_ms: int = 0
+    summed_to_ms: int = 0
+
+
+def replica_spec(spec: ServiceSpec) -> JobSpec:
+    """One replica of a service, as a job."""
+    return JobSpec(
+        argv=spec.argv,
+        name=spec.name,
+        need=spec.need,
+        priority=spec.priority,
+        stop_grace_ms=spec.stop_grace_ms,
+        env=spec.env,
+        cwd=spec.cwd,
+        allow_pending=True,
+    )

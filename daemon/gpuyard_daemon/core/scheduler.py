@@ -1,0 +1,242 @@
+"""The scheduler's face: inputs and time in, facts and their consequences out.
+
+`handle` decides and writes down; `apply` repeats what was written down. Both change the state through the same facts,
+so a core that applied every record of another is its twin: same digest, same answers, same next decision.
+
+A turn: the inputs in their order, then the deadlines that are due, then services (they may ask for replicas), then a
+placement pass. A turn in which nothing happened leaves no record and no trace.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+from gpuyard_daemon.core import admission, deadlines, outcomes, services, views
+from gpuyard_daemon.core import facts as f
+from gpuyard_daemon.core import inputs as i
+from gpuyard_daemon.core.cluster import Cluster
+from gpuyard_daemon.core.draft import Draft
+from gpuyard_daemon.core.effects import Effects, start_order
+from gpuyard_daemon.core.impossible import Possibilities
+from gpuyard_daemon.core.inputs import Cursors, Input
+from gpuyard_daemon.core.order import WaitingLine
+from gpuyard_daemon.core.round import place_waiting
+from gpuyard_daemon.core.settings import CoreSettings
+from gpuyard_daemon.core.snapshot import read_snapshot, take_snapshot
+from gpuyard_daemon.core.states import InvariantViolated
+from gpuyard_daemon.core.turn import Record, Turn
+from gpuyard_daemon.core.views import Gauges
+from gpuyard_daemon.core.why import why
+from gpuyard_protocol.jobs import JobView, SubmissionAnswer
+from gpuyard_protocol.names import JobId, NodeId, ServiceName, SubmissionId, Tenant, User
+from gpuyard_protocol.nodes import Desired
+from gpuyard_protocol.queries import JobsPage, JobsQuery, NodeView, ServicesPage, ServicesQuery, Stats, WhyAnswer
+
+
+class Scheduler:
+    """One yard's scheduler. Not thread-safe, and never waits."""
+
+    def __init__(self, settings: CoreSettings | None = None) -> None:
+        self.settings = settings or CoreSettings()
+        #: Number and time of the last record.
+        self.turn = 0
+        self.now_ms = 0
+        self.cursors = Cursors()
+        self.cluster = Cluster()
+        self._begin()
+
+    def _begin(self) -> None:
+        self._line = WaitingLine(self.cluster, self.settings.timeslice_milli_max)
+        self._possibilities = Possibilities()
+
+    # --- deciding ----------------------------------------------------------------------------------------------------
+
+    def handle(self, inputs: Sequence[Input], now_ms: int, cursors: Cursors) -> Turn:
+        """Decide about what came in and what is due. The record must be durable before anything else is sent."""
+        draft = Draft(self.cluster, self.settings, self._possibilities, max(now_ms, self.now_ms))
+        for given in inputs:
+            _take(draft, given)
+        deadlines.fire_due(draft)
+        services.settle_services(draft)
+        unfinished = place_waiting(draft, self._line)
+        services.make_room_for_new(draft)
+        if not draft.facts and cursors == self.cursors:
+            return Turn(record=None, unfinished=unfinished)
+        record = Record(turn=self.turn + 1, now_ms=draft.now_ms, cursors=cursors, facts=tuple(draft.facts))
+        self._note(record)
+        return Turn(
+            record=record, orders=draft.effects.orders(), notices=draft.effects.notices(), unfinished=unfinished
+        )
+
+    def next_deadline_ms(self) -> int | None:
+        """When `handle` should be called though nothing came in; None: nothing to wait for."""
+        return deadlines.next_deadline_ms(self.cluster, self.settings)
+
+    # --- repeating ---------------------------------------------------------------------------------------------------
+
+    def apply(self, record: Record) -> Turn:
+        """Take over what another (or an earlier) core decided. Returns what it led to then, for whoever lost it."""
+        if record.turn != self.turn + 1:
+            raise InvariantViolated(f"record {record.turn} does not follow record {self.turn}")
+        effects = Effects()
+        for fact in record.facts:
+            self.cluster.apply_fact(fact, record.now_ms, effects)
+        self._note(record)
+        return Turn(record=record, orders=effects.orders(), notices=effects.notices())
+
+    def _note(self, record: Record) -> None:
+        self.turn, self.now_ms, self.cursors = record.turn, record.now_ms, record.cursors
+
+    def snapshot(self) -> bytes:
+        return take_snapshot(self.cluster, self.turn, self.now_ms, self.cursors)
+
+    @classmethod
+    def restore(cls, data: bytes, settings: CoreSettings | None = None) -> Scheduler:
+        """The scheduler of a snapshot; `ValueError` if it is none."""
+        scheduler = cls(settings)
+        snapshot, scheduler.cluster = read_snapshot(data)
+        scheduler.turn, scheduler.now_ms, scheduler.cursors = snapshot.turn, snapshot.now_ms, snapshot.cursors
+        scheduler._begin()
+        return scheduler
+
+    def digest(self) -> str:
+        """Equal for equal states."""
+        return hashlib.sha256(self.snapshot()).hexdigest()
+
+    @property
+    def is_draining(self) -> bool:
+        """The yard was stopped with `RequeueAll`: `YardStarted` must come before anything starts again."""
+        return self.cluster.draining
+
+    # --- reading -----------------------------------------------------------------------------------------------------
+
+    def desired(self, node: NodeId) -> tuple[int, tuple[Desired, ...]]:
+        """The number of the last order for a node, and the whole set of assignments that should be there."""
+        known = self.cluster.nodes.get(node)
+        if known is None:
+            return 0, ()
+        wanted = []
+        for key, assignment in sorted(self.cluster.pool.spaces[node].assignments.items()):
+            job = self.cluster.jobs[key.job]
+            released = assignment.state in ("released", "running") and job.spec.replicas > 1
+            wanted.append(
+                Desired(
+                    start=start_order(job, assignment),
+                    go=self.cluster.go_order(job, assignment) if released else None,
+                    stop=self.cluster.stop_order(job, assignment) if assignment.state == "stopping" else None,
+                )
+            )
+        return known.orders_issued, tuple(wanted)
+
+    def known_nodes(self) -> tuple[NodeId, ...]:
+        return tuple(self.cluster.nodes)
+
+    def node_instance(self, node: NodeId) -> str:
+        """The agent process that joined last, "" if none has."""
+        known = self.cluster.nodes.get(node)
+        return known.instance if known else ""
+
+    def node_state(self, node: NodeId) -> str:
+        known = self.cluster.nodes.get(node)
+        return known.state if known else ""
+
+    def assignment_node(self, job: JobId, replica: int, attempt: int = 0) -> NodeId | None:
+        """Where a replica is or was. `attempt`: 0 for the last; earlier ones are not kept."""
+        known = self.cluster.jobs.get(job)
+        if known is None or not 0 <= replica < len(known.assignments) or attempt not in (0, known.attempt):
+            return None
+        return known.assignments[replica].node
+
+    def job_view(self, job: JobId, *, with_spec: bool = False) -> JobView | None:
+        known = self.cluster.jobs.get(job)
+        return views.job_view(self.cluster, known, with_spec=with_spec) if known else None
+
+    def job_owner(self, job: JobId) -> tuple[Tenant, User] | None:
+        known = self.cluster.jobs.get(job)
+        return (known.tenant, known.user) if known else None
+
+    def nearest_job(self, tenant: Tenant | None, job: JobId) -> JobId:
+        """The number next to one that does not exist, for a message; 0 if there are none."""
+        jobs = self.cluster.lists.get(tenant or "")
+        return jobs.near(job) if jobs else 0
+
+    def jobs_page(self, tenant: Tenant | None, query: JobsQuery) -> JobsPage:
+        return views.jobs_page(self.cluster, tenant, query)
+
+    def submission(self, tenant: Tenant, submission_id: SubmissionId) -> SubmissionAnswer | None:
+        return self.cluster.answer(tenant, submission_id)
+
+    def why(self, job: JobId, now_ms: int = 0) -> WhyAnswer | None:
+        known = self.cluster.jobs.get(job)
+        if known is None:
+            return None
+        return why(self.cluster, known, max(now_ms, self.now_ms), self.settings.timeslice_milli_max)
+
+    def services_page(self, tenant: Tenant | None, query: ServicesQuery) -> ServicesPage:
+        found = [
+            views.service_view(self.cluster, key, service)
+            for key, service in sorted(self.cluster.services.items(), key=lambda item: item[0])
+            if tenant in (None, key[0]) and query.service in ("", key[1])
+        ]
+        return ServicesPage(services=tuple(found))
+
+    def has_service(self, tenant: Tenant, name: ServiceName) -> bool:
+        return (tenant, name) in self.cluster.services
+
+    def node_views(self, tenant: Tenant | None) -> tuple[NodeView, ...]:
+        """All nodes by id; of jobs on cards, a tenant sees its own. Heartbeats and samples are the shell's to add."""
+        spaces = sorted(self.cluster.pool.spaces.items())
+        return tuple(views.node_view(self.cluster, space, tenant) for _, space in spaces)
+
+    def stats(self, now_ms: int) -> Stats:
+        return views.stats(self.cluster, now_ms, self.turn)
+
+    def metrics(self) -> Gauges:
+        return views.gauges(self.cluster, self.turn)
+
+
+def _take(draft: Draft, given: Input) -> None:
+    match given:
+        case i.JobSubmitted():
+            admission.submit(draft, given)
+        case i.NodeReported():
+            outcomes.take_reports(draft, given)
+        case i.RequestMalformed():
+            admission.refuse_malformed(draft, given)
+        case i.CancelRequested():
+            admission.cancel(draft, given)
+        case i.ServiceApplied():
+            admission.apply(draft, given)
+        case i.ServiceDeleted():
+            admission.delete(draft, given)
+        case i.LoadReported():
+            services.take_load(draft, given)
+        case i.NodeSuspected() | i.NodeLost() | i.NodeReturned() | i.NodeIncompatible():
+            _take_node_change(draft, given)
+        case i.RequeueAll():
+            if not draft.cluster.draining:
+                draft.add(f.YardDraining())
+        case i.YardStarted(epoch=epoch):
+            if draft.cluster.draining:
+                draft.add(f.YardResumed(epoch))
+
+
+def _take_node_change(draft: Draft, given: i.NodeSuspected | i.NodeLost | i.NodeReturned | i.NodeIncompatible) -> None:
+    node = draft.cluster.nodes.get(given.node)
+    if node is None:
+        return
+    match given:
+        case i.NodeSuspected():
+            if node.state == "ready":
+                draft.add(f.NodeChanged(node.id, "suspected", "no heartbeat for some seconds"))
+        case i.NodeLost():
+            if node.state in ("ready", "suspected", "joining"):
+                draft.add(f.NodeChanged(node.id, "lost", "no heartbeat: its jobs wait for it"))
+                services.heal_from(draft, node.id)
+        case i.NodeReturned(instance=instance):
+            if node.state in ("suspected", "lost", "joining") and instance == node.instance:
+                draft.add(f.NodeChanged(node.id, "ready"))
+        case i.NodeIncompatible(reason=reason):
+            if node.state != "incompatible" or node.reason != reason:
+                draft.add(f.NodeChanged(node.id, "incompatible", reason))

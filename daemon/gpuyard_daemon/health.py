@@ -1,0 +1,64 @@
+"""Is the daemon getting on? Progress, not existence.
+
+Alive means that turns end: the loop runs, and no turn has been under way for too long while there is a connection.
+While NATS is away the daemon waits, and that is no fault of its own: alive, but not ready. Ready means that a
+submission would be decided now.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+#: A turn that takes longer, with a connection, has stalled. Above the 8 s that an append may wait for its answer.
+STALLED_AFTER_S = 20.0
+#: The loop's own heartbeat, and how late it may be.
+BEAT_S = 0.5
+BEAT_LATE_S = 5.0
+
+
+class Health:
+    def __init__(self, monotonic: Callable[[], float] = time.monotonic) -> None:
+        self._monotonic = monotonic
+        #: When the loop ran last.
+        self.beat_at = monotonic()
+        #: When the turn under way began; None between turns.
+        self.turn_since: float | None = None
+        self.is_connected: Callable[[], bool] = lambda: False
+        self._connected_at = monotonic()
+        #: Set when start-up is over, and cleared when the end begins.
+        self.is_serving = False
+        #: Largest delay of the loop's heartbeat since it was last asked for, seconds.
+        self.loop_delay_s = 0.0
+
+    def beat(self) -> None:
+        now = self._monotonic()
+        self.loop_delay_s = max(self.loop_delay_s, now - self.beat_at - BEAT_S)
+        self.beat_at = now
+
+    def reconnected(self) -> None:
+        """What waited for the connection has its full time again."""
+        self._connected_at = self._monotonic()
+
+    def take_loop_delay_s(self) -> float:
+        delay_s, self.loop_delay_s = max(0.0, self.loop_delay_s), 0.0
+        return delay_s
+
+    def stalled_because(self) -> str:
+        """ "" while the daemon gets on."""
+        now = self._monotonic()
+        if now - self.beat_at > BEAT_S + BEAT_LATE_S:
+            return f"the loop has not run for {now - self.beat_at:.1f} s"
+        if self.turn_since is not None and self.is_connected():
+            under_way_s = now - max(self.turn_since, self._connected_at)
+            if under_way_s > STALLED_AFTER_S:
+                return f"a turn has been under way for {under_way_s:.1f} s"
+        return ""
+
+    def unready_because(self) -> str:
+        """ "" when a submission would be decided now."""
+        if not self.is_serving:
+            return "starting or stopping"
+        if not self.is_connected():
+            return "no connection to NATS"
+        return self.stalled_because()

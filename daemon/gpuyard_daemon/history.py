@@ -1,0 +1,202 @@
+"""The jobs of the past: what left the core, in SQLite beside the daemon.
+
+Derived from the journal (`JobRetired` carries a job's last view), so it can be behind but never wrong: rows are keyed
+by job and written again without harm, and `through` says up to which journal sequence everything is in. A restart
+feeds it again from there; the journal is not pruned beyond it.
+
+All of SQLite runs in one thread of its own: a turn never waits for this disk.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+import structlog
+
+from gpuyard_protocol.codec import Malformed, decode, encode
+from gpuyard_protocol.jobs import JobView
+from gpuyard_protocol.names import JobId, Tenant
+
+log = structlog.get_logger("history")
+
+T = TypeVar("T")
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS jobs (
+    job INTEGER PRIMARY KEY,
+    tenant TEXT NOT NULL,
+    user TEXT NOT NULL,
+    service TEXT NOT NULL,
+    state TEXT NOT NULL,
+    ended_ms INTEGER NOT NULL,
+    view BLOB NOT NULL
+) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS jobs_of_tenant ON jobs (tenant, job);
+CREATE INDEX IF NOT EXISTS jobs_by_end ON jobs (ended_ms);
+CREATE TABLE IF NOT EXISTS place (one INTEGER PRIMARY KEY CHECK (one = 1), through INTEGER NOT NULL);
+"""
+SCHEMA_VERSION = 1
+#: Rows that wait for the thread at most before they are written in one transaction.
+BATCH_ROWS = 500
+_DAY_MS = 86_400_000
+
+
+class HistoryFilter(msgspec.Struct, frozen=True, kw_only=True):
+    """Which rows, newest first. Empty or 0: any."""
+
+    tenant: Tenant | None = None
+    user: str = ""
+    service: str = ""
+    states: tuple[str, ...] = ()
+    #: Only jobs with a smaller number.
+    below: JobId = 0
+    limit: int = 100
+
+
+class History:
+    def __init__(self, path: Path, keep_days: int) -> None:
+        self._path = path
+        self._keep_ms = keep_days * _DAY_MS
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="history")
+        self._connection: sqlite3.Connection | None = None
+        self._waiting: list[JobView] = []
+        #: Journal sequence up to which everything was handed over, and up to which it is on disk.
+        self._seen = 0
+        self.through = 0
+        self._writing: asyncio.Task[None] | None = None
+
+    async def open(self) -> None:
+        self.through = self._seen = await self._run(self._open)
+
+    async def close(self) -> None:
+        await self.flush()
+        await self._run(self._close)
+        self._thread.shutdown(wait=False)
+
+    async def _run(self, function: Callable[..., T], *arguments: object) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)
+
+    # -- writing ---------------------------------------------------------------------------------------------------
+
+    def take(self, views: Sequence[JobView], sequence: int) -> None:
+        """Take over what the record at `sequence` retired (possibly nothing)."""
+        if sequence <= self._seen:
+            return
+        self._seen = sequence
+        if views:
+            self._waiting.extend(views)
+            if len(self._waiting) >= BATCH_ROWS and self._writing is None:
+                self._start_writing()
+
+    def _start_writing(self) -> None:
+        self._writing = asyncio.get_running_loop().create_task(self._write_all(), name="history")
+
+    async def _write_all(self) -> None:
+        try:
+            while self._waiting or self.through < self._seen:
+                views, self._waiting = self._waiting, []
+                seen = self._seen
+                await self._run(self._write, views, seen)
+                self.through = seen
+        except sqlite3.Error as error:
+            # Nothing is lost: `through` stays, so the journal keeps what is missing for the next start.
+            log.error("history.unwritten", error=str(error), path=str(self._path))
+        finally:
+            self._writing = None
+
+    async def flush(self) -> None:
+        """Everything handed over so far is on disk when this returns (or an error was logged)."""
+        if self._writing is None and (self._waiting or self.through < self._seen):
+            self._start_writing()
+        if self._writing is not None:
+            await self._writing
+
+    async def forget_old(self, now_ms: int) -> None:
+        await self._run(self._forget, now_ms - self._keep_ms)
+
+    # -- reading ---------------------------------------------------------------------------------------------------
+
+    async def job(self, job: JobId) -> JobView | None:
+        waiting = next((view for view in self._waiting if view.job == job), None)
+        return waiting or await self._run(self._job, job)
+
+    async def jobs(self, wanted: HistoryFilter) -> list[JobView]:
+        await self.flush()
+        return await self._run(self._jobs, wanted)
+
+    # -- in the thread ---------------------------------------------------------------------------------------------
+
+    def _open(self) -> int:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        connection = sqlite3.connect(self._path, check_same_thread=False, isolation_level=None)
+        connection.execute("PRAGMA journal_mode=WAL")
+        # Durable enough: what a power cut takes is fed again from the journal, because `through` goes with it.
+        connection.execute("PRAGMA synchronous=NORMAL")
+        connection.executescript(_SCHEMA)
+        connection.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
+        self._connection = connection
+        row = connection.execute("SELECT through FROM place").fetchone()
+        return int(row[0]) if row else 0
+
+    def _close(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+    def _require(self) -> sqlite3.Connection:
+        if self._connection is None:
+            raise sqlite3.ProgrammingError("the history is closed")
+        return self._connection
+
+    def _write(self, views: list[JobView], through: int) -> None:
+        rows = [
+            (view.job, view.tenant, view.user, view.service, view.state, view.ended_ms, encode(view)) for view in views
+        ]
+        connection = self._require()
+        connection.execute("BEGIN IMMEDIATE")
+        try:
+            connection.executemany("INSERT OR REPLACE INTO jobs VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
+            connection.execute("INSERT OR REPLACE INTO place VALUES (1, ?)", (through,))
+        except sqlite3.Error:
+            connection.execute("ROLLBACK")
+            raise
+        connection.execute("COMMIT")
+
+    def _forget(self, before_ms: int) -> None:
+        self._require().execute("DELETE FROM jobs WHERE ended_ms < ?", (before_ms,))
+
+    def _job(self, job: JobId) -> JobView | None:
+        row = self._require().execute("SELECT view FROM jobs WHERE job = ?", (job,)).fetchone()
+        return _view(row[0]) if row else None
+
+    def _jobs(self, wanted: HistoryFilter) -> list[JobView]:
+        where, values = ["1"], list[str | int]()
+        for column, value in (("tenant", wanted.tenant), ("user", wanted.user), ("service", wanted.service)):
+            if value:
+                where.append(f"{column} = ?")
+                values.append(value)
+        if wanted.below:
+            where.append("job < ?")
+            values.append(wanted.below)
+        if wanted.states:
+            where.append(f"state IN ({', '.join('?' * len(wanted.states))})")
+            values.extend(wanted.states)
+        rows = self._require().execute(
+            f"SELECT view FROM jobs WHERE {' AND '.join(where)} ORDER BY job DESC LIMIT ?", (*values, wanted.limit)
+        )
+        return [view for row in rows if (view := _view(row[0])) is not None]
+
+
+def _view(data: bytes) -> JobView | None:
+    """A stored view; None if a much later version wrote it."""
+    try:
+        return decode(JobView, data, max_bytes=16 * 1024 * 1024)
+    except Malformed as error:
+        log.error("history.unreadable", error=str(error))
+        return None

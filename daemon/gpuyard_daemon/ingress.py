@@ -1,0 +1,275 @@
+"""From stored messages to inputs.
+
+Tenants' requests are decoded by the types of the protocol; one that can be attributed to a tenant but not understood
+becomes `RequestMalformed` and is answered like any other. What cannot be attributed at all (a subject that is none of
+ours, a report that is not its node's) is poison: counted, logged, dropped, and the cursor moves past it. Who asks is
+read from the subject alone.
+
+Nothing in here decides about a request; nothing in here can raise on account of its bytes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+
+import msgspec
+import structlog
+
+from gpuyard_daemon.core.inputs import (
+    CancelRequested,
+    Input,
+    JobSubmitted,
+    NodeReported,
+    RequestMalformed,
+    ServiceApplied,
+    ServiceDeleted,
+)
+from gpuyard_daemon.inbox import Inbox, Line, Waiting
+from gpuyard_protocol.bus.base import Bus, BusError, StoredMessage, StreamReader
+from gpuyard_protocol.codec import MAX_BATCH_BYTES, MAX_REQUEST_BYTES, Malformed, RequestVersion, decode
+from gpuyard_protocol.jobs import CancelRequest, JobRequest
+from gpuyard_protocol.names import (
+    NAME_EXPECTED,
+    SUBMISSION_EXPECTED,
+    SubmissionId,
+    given_submission_id,
+    is_name,
+    is_submission_id,
+    nearest,
+)
+from gpuyard_protocol.nodes import ReportBatch
+from gpuyard_protocol.services import DeleteRequest, ServiceRequest
+from gpuyard_protocol.subjects import (
+    SUBMIT_VERBS,
+    Caller,
+    parse_node_subject,
+    parse_tenant_subject,
+    stream_name,
+)
+
+log = structlog.get_logger("ingress")
+
+#: Jobs in one `submit-many`.
+BATCH_JOBS_MAX = 1000
+#: What an agent may send in one batch of reports.
+REPORT_BYTES_MAX = 1024 * 1024
+
+
+class _Batch(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """`BatchRequest`, with each job left for later: one that is wrong must not spoil the others."""
+
+    jobs: list[msgspec.Raw]
+    v: RequestVersion = 1
+    submission_id: str | None = None
+
+
+class _Identified(msgspec.Struct):
+    """The one field that a malformed request is answered under."""
+
+    submission_id: str = ""
+
+
+class Ingress:
+    """Readers of SUB and REP that fill the inbox, and the purge of what the journal has taken in."""
+
+    def __init__(self, bus: Bus, yard: str, inbox: Inbox) -> None:
+        self._bus = bus
+        self._inbox = inbox
+        self._submissions = stream_name("SUB", yard)
+        self._reports = stream_name("REP", yard)
+        self._readers: list[StreamReader] = []
+        #: Up to where each stream was purged by this process.
+        self._purged = {self._submissions: 0, self._reports: 0}
+        #: Messages by what was wrong with them: `poison_submission`, `poison_report`, `malformed`.
+        self.counts: Counter[str] = Counter()
+
+    async def open(self) -> None:
+        self._readers = [
+            await self._bus.read_stream(
+                self._submissions, self._take_submissions, start=self._inbox.submissions.position + 1
+            ),
+            await self._bus.read_stream(self._reports, self._take_reports, start=self._inbox.reports.position + 1),
+        ]
+        for reader, line in zip(self._readers, (self._inbox.submissions, self._inbox.reports), strict=True):
+            _connect_flow(reader, line)
+
+    async def close(self) -> None:
+        for reader in self._readers:
+            await reader.close()
+
+    async def purge(self, submissions: int, reports: int) -> None:
+        """Drop what the journal has taken in. A failure is nothing: the next second does it."""
+        for stream, up_to in ((self._submissions, submissions), (self._reports, reports)):
+            if up_to <= self._purged[stream] or not self._bus.is_connected:
+                continue
+            try:
+                await self._bus.purge_stream(stream, up_to=up_to)
+                self._purged[stream] = up_to
+            except BusError as error:
+                log.warning("purge.failed", stream=stream, error=str(error))
+
+    # -- what arrives ----------------------------------------------------------------------------------------------
+
+    def _take_submissions(self, messages: list[StoredMessage]) -> None:
+        for message in messages:
+            try:
+                inputs = tuple(decode_submission(message, self.counts))
+            except Exception:
+                log.exception("submission.undecodable", sequence=message.sequence, subject=message.subject[:120])
+                self.counts["poison_submission"] += 1
+                inputs = ()
+            self._inbox.submissions.put(Waiting(message.sequence, len(message.data), inputs))
+        self._inbox.arrived()
+
+    def _take_reports(self, messages: list[StoredMessage]) -> None:
+        for message in messages:
+            report = decode_report(message, self.counts)
+            inputs = () if report is None else (report,)
+            self._inbox.reports.put(Waiting(message.sequence, len(message.data), inputs))
+        self._inbox.arrived()
+
+
+def _connect_flow(reader: StreamReader, line: Line) -> None:
+    line.pause, line.resume = reader.pause, reader.resume
+
+
+# --- submissions -----------------------------------------------------------------------------------------------------
+
+
+def decode_submission(message: StoredMessage, counts: Counter[str]) -> list[Input]:
+    """What a message of SUB says: one input, for `submit-many` one per job, none if it is poison."""
+    caller = parse_tenant_subject(message.subject)
+    if caller is None:
+        counts["poison_submission"] += 1
+        log.warning("poison.submission", sequence=message.sequence, subject=message.subject[:120])
+        return []
+    try:
+        if caller.verb == "submit-many":
+            return _batch(caller, message, counts)
+        return [_single(caller, message)]
+    except Malformed as error:
+        counts["malformed"] += 1
+        given = given_submission_id(message.sequence)
+        return [_malformed(caller, _chosen_id(message.data) or given, error)]
+
+
+def _single(caller: Caller, message: StoredMessage) -> Input:
+    tenant, user, verb = caller
+    given = given_submission_id(message.sequence)
+    match verb:
+        case "submit":
+            job = decode(JobRequest, message.data)
+            return JobSubmitted(
+                tenant=tenant,
+                user=user,
+                submission_id=job.submission_id or given,
+                spec=job.specify(),
+                chosen_id=job.submission_id is not None,
+            )
+        case "cancel":
+            cancel = decode(CancelRequest, message.data)
+            return CancelRequested(
+                tenant=tenant, user=user, submission_id=_checked_id(cancel.submission_id) or given, job=cancel.job
+            )
+        case "apply":
+            service = decode(ServiceRequest, message.data)
+            return ServiceApplied(
+                tenant=tenant, user=user, submission_id=service.submission_id or given, spec=service.specify()
+            )
+        case "delete":
+            delete = decode(DeleteRequest, message.data)
+            if not is_name(delete.service):
+                raise Malformed("$.service", repr(delete.service)[:80], NAME_EXPECTED)
+            return ServiceDeleted(
+                tenant=tenant,
+                user=user,
+                submission_id=_checked_id(delete.submission_id) or given,
+                service=delete.service,
+            )
+        case _:
+            verbs = ", ".join(SUBMIT_VERBS)
+            raise Malformed("subject", repr(verb), f"one of the verbs {verbs}", nearest(verb, SUBMIT_VERBS))
+
+
+def _batch(caller: Caller, message: StoredMessage, counts: Counter[str]) -> list[Input]:
+    batch = decode(_Batch, message.data, max_bytes=MAX_BATCH_BYTES)
+    if len(batch.jobs) > BATCH_JOBS_MAX:
+        raise Malformed("$.jobs", f"{len(batch.jobs)} jobs", f"at most {BATCH_JOBS_MAX} jobs in one message")
+    prefix = _checked_id(batch.submission_id)
+    if prefix is not None and len(prefix) > 60:
+        raise Malformed("$.submission_id", repr(prefix), "at most 60 characters: each job's place is appended to it")
+    inputs: list[Input] = []
+    for index, raw in enumerate(batch.jobs):
+        of_batch = f"{prefix}-{index}" if prefix is not None else given_submission_id(message.sequence, index)
+        try:
+            job = decode(JobRequest, bytes(raw))
+            inputs.append(
+                JobSubmitted(
+                    tenant=caller.tenant,
+                    user=caller.user,
+                    submission_id=job.submission_id or of_batch,
+                    spec=job.specify(),
+                    chosen_id=job.submission_id is not None or prefix is not None,
+                )
+            )
+        except Malformed as error:
+            counts["malformed"] += 1
+            path = f"$.jobs[{index}]{error.path.removeprefix('$')}"
+            placed = Malformed(path, error.found, error.expected, error.nearest)
+            inputs.append(_malformed(caller, _chosen_id(bytes(raw)) or of_batch, placed))
+    return inputs
+
+
+def _checked_id(submission_id: str | None) -> SubmissionId | None:
+    if submission_id is not None and not is_submission_id(submission_id):
+        raise Malformed("$.submission_id", repr(submission_id)[:80], SUBMISSION_EXPECTED)
+    return submission_id
+
+
+_IDENTIFIED = msgspec.json.Decoder(_Identified)
+_ID_IN_TEXT = re.compile(rb'"submission_id"\s*:\s*"([a-z0-9-]{1,64})"')
+
+
+def _chosen_id(data: bytes) -> SubmissionId:
+    """The id that a malformed request chose, so that whoever waits for its answer gets it; "" for none."""
+    if len(data) > MAX_BATCH_BYTES:
+        return ""
+    try:
+        found = _IDENTIFIED.decode(data).submission_id
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, ValueError):
+        # Not even JSON, or an id of another type: the text may still say whom to answer.
+        match = _ID_IN_TEXT.search(data[:MAX_REQUEST_BYTES])
+        found = match[1].decode() if match else ""
+    return found if is_submission_id(found) else ""
+
+
+def _malformed(caller: Caller, submission_id: SubmissionId, error: Malformed) -> RequestMalformed:
+    return RequestMalformed(
+        tenant=caller.tenant,
+        user=caller.user,
+        submission_id=submission_id,
+        path=error.path[:200],
+        found=error.found[:200],
+        expected=error.expected[:1000],
+        nearest=error.nearest,
+    )
+
+
+# --- reports ---------------------------------------------------------------------------------------------------------
+
+
+def decode_report(message: StoredMessage, counts: Counter[str]) -> NodeReported | None:
+    """What a message of REP says; None if it is poison: unreadable, or about another node than its subject's."""
+    node = parse_node_subject(message.subject)
+    try:
+        batch = decode(ReportBatch, message.data, max_bytes=REPORT_BYTES_MAX)
+        if node is None or batch.node != node or batch.first < 1:
+            raise Malformed("$.node", repr(batch.node)[:80], f"the node of the subject {message.subject[:80]}")
+    except Malformed as error:
+        counts["poison_report"] += 1
+        log.warning("poison.report", sequence=message.sequence, subject=message.subject[:120], error=str(error))
+        return None
+    return NodeReported(
+        node=batch.node, instance=batch.instance, boot_id=batch.boot_id, first=batch.first, reports=batch.reports
+    )

@@ -1,0 +1,52 @@
+"""A yard on a NATS server that somebody else runs (`gpuyard up --nats URL`).
+
+The yard keeps its promises only on a server with its accounts and settings. What the server must know is written out as a
+configuration to include; a server that does not know the yard's keys, or breaks a promise, is refused with that file's name.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from gpuyard_daemon.yard.accounts import DAEMON_INBOX, ServerSettings, server_config
+from gpuyard_daemon.yard.home import YardTrouble
+from gpuyard_daemon.yard.keys import YardKeys
+from gpuyard_daemon.yard.nats_server import store_budget
+from gpuyard_daemon.yard.server_check import check_server
+from gpuyard_protocol.bus import nats
+from gpuyard_protocol.bus.base import BusError, Disconnected, PermissionDenied
+
+
+async def check_foreign_server(
+    url: str, keys: YardKeys, *, yard: str, directory: Path, say: Callable[[str], None]
+) -> None:
+    """Return if the server can carry the yard; `YardTrouble` says what to change."""
+    needed = _write_needed(keys, yard, directory)
+    try:
+        bus = await nats.connect(url, name="gpuyard up", inbox_prefix=DAEMON_INBOX, seed=str(keys.daemon))
+    except PermissionDenied:
+        raise YardTrouble(
+            f"the NATS server at {url} does not know this yard's keys: take accounts, system_account and jetstream settings "
+            f"from {needed} into its configuration, reload it, and start again"
+        ) from None
+    except (Disconnected, BusError) as error:
+        raise YardTrouble(str(error)) from None
+    try:
+        check = await check_server(bus, yard=yard, store_bytes=store_budget(directory))
+    finally:
+        await bus.close()
+    check.require(url)
+    for promise in check.unverified:
+        say(f"not verified from here: {url} must have {promise}")
+
+
+def _write_needed(keys: YardKeys, yard: str, directory: Path) -> Path:
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    text = server_config(ServerSettings(yard, directory, store_budget(directory)), keys)
+    # Address, name and log are the other server's own affair.
+    text = re.sub(r"^(listen|server_name|log_file|logfile_[a-z_]+):.*\n", "", text, flags=re.MULTILINE)
+    path = directory / "needed.conf"
+    path.write_text(text)
+    return path

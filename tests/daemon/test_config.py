@@ -1,0 +1,75 @@
+"""Wrong settings stop the daemon before it starts, and say where and what is allowed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from gpuyard_daemon.__main__ import main
+from gpuyard_daemon.config import EXIT_BAD_CONFIG, BadConfig, DaemonConfig, load, parse_arguments
+
+
+def complaint(tmp_path: Path, text: str) -> str:
+    file = tmp_path / "daemon.toml"
+    file.write_text(text)
+    with pytest.raises(BadConfig) as caught:
+        load(file, {})
+    assert str(caught.value).startswith(str(file))
+    return str(caught.value).removeprefix(f"{file}: ")
+
+
+def test_defaults_are_valid() -> None:
+    DaemonConfig().validate()
+
+
+def test_a_misspelt_key_names_the_nearest(tmp_path: Path) -> None:
+    assert "did you mean 'log_level'?" in complaint(tmp_path, 'log_levle = "info"\n')
+    text = complaint(tmp_path, "[journal]\nsnapshot_recrods = 5\n")
+    assert text.startswith("journal.snapshot_recrods:")
+    assert "did you mean 'snapshot_records'?" in text
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "allowed"),
+    [
+        ('yard = "Main Street"', "yard", "lower-case letters"),
+        ('log_level = "loud"', "log_level", "one of debug, info"),
+        ('http = "7790"', "http", "HOST:PORT"),
+        ('nats = "http://x"', "nats", "nats://HOST:PORT"),
+        ('[journal]\nbudget = "1Mi"', "journal.budget", "at least 64Mi"),
+        ("[journal]\nbudget = 5", "journal.budget", "with its unit"),
+        ("[journal]\narchive_days = 0", "journal.archive_days", "more than 0"),
+        ('[nodes]\nlost_after = "1s"', "nodes.lost_after", "more than 'nodes.suspected_after'"),
+        ("history_days = true", "history_days", "an integer"),
+        ("[scheduler]\nstarts_per_turn = 0", "scheduler.starts_per_turn", "above 0"),
+    ],
+)
+def test_a_wrong_value_says_what_is_allowed(tmp_path: Path, text: str, key: str, allowed: str) -> None:
+    said = complaint(tmp_path, text + "\n")
+    assert said.startswith(key + ":")
+    assert allowed in said
+
+
+def test_a_file_that_is_not_there_or_not_toml(tmp_path: Path) -> None:
+    assert "not TOML" in complaint(tmp_path, "yard = \n")
+    with pytest.raises(BadConfig, match="No such file"):
+        load(tmp_path / "other.toml", {})
+
+
+def test_flags_override_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "daemon.toml"
+    file.write_text('yard = "one"\nhttp = "127.0.0.1:1"\n')
+    config = parse_arguments(["--config", str(file), "--yard", "two", "--state", str(tmp_path), "--no-authentication"])
+    assert (config.yard, config.http, config.state_directory) == ("two", "127.0.0.1:1", tmp_path)
+    assert config.seed("daemon") is None
+    assert parse_arguments(["--state", str(tmp_path)]).seed("daemon") == tmp_path / "keys" / "daemon.seed"
+
+
+def test_the_process_refuses_with_its_own_exit_code(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--state", str(tmp_path), "--yard", "No Yard"])
+    assert ended.value.code == EXIT_BAD_CONFIG
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "yard: found 'No Yard'" in captured.err

@@ -1,0 +1,73 @@
+"""The history: derived, so writing twice changes nothing, and it says up to where it is whole."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from gpuyard_daemon.history import History, HistoryFilter
+from gpuyard_protocol.jobs import JobView
+
+DAY_MS = 86_400_000
+
+
+def view(job: int, *, tenant: str = "acme", state: str = "succeeded", ended_ms: int = 500 * DAY_MS) -> JobView:
+    plain = JobView(
+        job=job, tenant=tenant, user="alice", name="n", state="failed", submission_id=f"s{job}", priority=0,
+        replicas=1, wants="1×GPU", submitted_ms=1, ended_ms=ended_ms,
+    )  # fmt: skip
+    return msgspec.structs.replace(plain, state=state)
+
+
+@pytest.fixture
+async def history(tmp_path: Path) -> AsyncIterator[History]:
+    history = History(tmp_path / "history.sqlite", 400)
+    await history.open()
+    yield history
+    await history.close()
+
+
+async def numbers(history: History, wanted: HistoryFilter) -> list[int]:
+    return [found.job for found in await history.jobs(wanted)]
+
+
+async def test_jobs_are_found_by_number_and_listed_newest_first(history: History) -> None:
+    history.take([view(1), view(2, tenant="globex"), view(3, state="failed")], 10)
+    assert await history.job(2) == view(2, tenant="globex")
+    assert await history.job(9) is None
+    assert await numbers(history, HistoryFilter()) == [3, 2, 1]
+    assert await numbers(history, HistoryFilter(tenant="acme")) == [3, 1]
+    assert await numbers(history, HistoryFilter(states=("failed",))) == [3]
+    assert await numbers(history, HistoryFilter(below=3, limit=1)) == [2]
+
+
+async def test_what_was_taken_before_is_taken_once(history: History) -> None:
+    history.take([view(1)], 10)
+    history.take([view(1, state="failed")], 10)
+    await history.flush()
+    assert await history.job(1) == view(1)
+    assert history.through == 10
+
+
+async def test_it_knows_after_a_restart_how_far_it_came(tmp_path: Path) -> None:
+    for first in (1, 101):
+        history = History(tmp_path / "history.sqlite", 400)
+        await history.open()
+        assert history.through == first - 1
+        history.take([view(first)], first)
+        history.take([], first + 99)
+        await history.close()
+    history = History(tmp_path / "history.sqlite", 400)
+    await history.open()
+    assert await numbers(history, HistoryFilter()) == [101, 1]
+    await history.close()
+
+
+async def test_old_jobs_are_forgotten(history: History) -> None:
+    history.take([view(1, ended_ms=DAY_MS), view(2, ended_ms=500 * DAY_MS)], 1)
+    await history.flush()
+    await history.forget_old(500 * DAY_MS)
+    assert await numbers(history, HistoryFilter()) == [2]

@@ -1,0 +1,80 @@
+"""What one turn takes: bounded, reports first, nobody starved."""
+
+from __future__ import annotations
+
+from gpuyard_daemon.core.inputs import Cursors, JobSubmitted, NodeReported, NodeSuspected
+from gpuyard_daemon.inbox import (
+    HIGH_WATER_MESSAGES,
+    LOW_WATER_MESSAGES,
+    TURN_BYTES_MAX,
+    TURN_INPUTS_MAX,
+    Inbox,
+    Waiting,
+)
+from gpuyard_protocol.jobs import JobSpec
+
+JOB = JobSubmitted(tenant="acme", user="alice", submission_id="s1", spec=JobSpec(argv=("true",)))
+REPORT = NodeReported(node="n-1", instance="i", boot_id="b", first=1, reports=())
+
+
+def inbox() -> Inbox:
+    return Inbox(Cursors(10, 20), wake=lambda: None)
+
+
+def test_an_empty_inbox_gives_nothing_and_keeps_its_place() -> None:
+    taken = inbox().take()
+    assert (taken.inputs, taken.cursors, taken.oldest_at) == ([], Cursors(10, 20), None)
+
+
+def test_a_turn_takes_at_most_its_bytes() -> None:
+    box = inbox()
+    for number in range(10):
+        box.submissions.put(Waiting(11 + number, TURN_BYTES_MAX // 4, (JOB,)))
+    assert box.take().cursors == Cursors(14, 20)
+    assert box.take().cursors == Cursors(18, 20)
+    assert box.take().cursors == Cursors(20, 20)
+    assert not box
+
+
+def test_a_message_above_the_bound_gets_a_turn_of_its_own() -> None:
+    box = inbox()
+    box.submissions.put(Waiting(11, 10, (JOB,)))
+    box.submissions.put(Waiting(12, TURN_BYTES_MAX * 4, (JOB,) * 1000))
+    box.submissions.put(Waiting(13, 10, (JOB,)))
+    assert [len(box.take().inputs) for _ in range(3)] == [1, 1000, 1]
+
+
+def test_reports_go_first_and_leave_room_for_submissions() -> None:
+    box = inbox()
+    for number in range(2000):
+        box.reports.put(Waiting(21 + number, 10, (REPORT,)))
+        box.submissions.put(Waiting(11 + number, 10, (JOB,)))
+    inputs = box.take().inputs
+    assert len(inputs) == TURN_INPUTS_MAX
+    assert inputs[0] is REPORT
+    assert inputs.count(JOB) == TURN_INPUTS_MAX // 4
+
+
+def test_the_shells_own_facts_come_before_everything_that_is_read() -> None:
+    box = inbox()
+    box.reports.put(Waiting(21, 10, (REPORT,)))
+    box.add_fact(NodeSuspected(node="n-1"))
+    assert box.take().inputs == [NodeSuspected(node="n-1"), REPORT]
+
+
+def test_poison_moves_the_cursor_and_gives_no_input() -> None:
+    box = inbox()
+    box.submissions.put(Waiting(11, 10, ()))
+    assert box.take()[:2] == ([], Cursors(11, 20))
+
+
+def test_a_flood_pauses_its_reader_until_it_is_worked_off() -> None:
+    box, calls = inbox(), list[str]()
+    box.submissions.pause = lambda: calls.append("pause")
+    box.submissions.resume = lambda: calls.append("resume")
+    for number in range(HIGH_WATER_MESSAGES + 10):
+        box.submissions.put(Waiting(11 + number, 1, (JOB,)))
+    assert calls == ["pause"]
+    while len(box) > LOW_WATER_MESSAGES:
+        box.take()
+    assert calls == ["pause", "resume"]

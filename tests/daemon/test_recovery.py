@@ -1,0 +1,191 @@
+"""From snapshot and journal to the same state; and no start on what does not fit together."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from gpuyard_daemon import recovery
+from gpuyard_daemon.archive import Archive
+from gpuyard_daemon.config import DaemonConfig, JournalConfig
+from gpuyard_daemon.core.inputs import Cursors
+from gpuyard_daemon.core.scheduler import Scheduler
+from gpuyard_daemon.core.settings import CoreSettings
+from gpuyard_daemon.history import History, HistoryFilter
+from gpuyard_daemon.journal import Journal
+from gpuyard_daemon.recovery import Restored, StartRefused
+from gpuyard_daemon.snapshots import SnapshotStore
+from gpuyard_daemon.upkeep import Upkeep
+from gpuyard_protocol.bus.base import Bus
+from gpuyard_protocol.bus.nats import connect
+from gpuyard_protocol.codec import encode
+from gpuyard_protocol.subjects import streams
+from gpuyard_protocol.units import Memory
+from support.builders import CoreHarness, node
+from support.nats import NatsProcess
+
+SETTINGS = CoreSettings(finished_kept_max=20, retired_per_turn=10)
+
+
+class Rig:
+    """A state directory and a journal, and a core whose turns go into it."""
+
+    def __init__(self, bus: Bus, directory: Path) -> None:
+        self.bus = bus
+        self.store = SnapshotStore(directory / "snapshots", "main")
+        self.archive = Archive(directory / "archive", 30)
+        self.history = History(directory / "history.sqlite", 400)
+        self.harness = CoreHarness(SETTINGS)
+        self.journal = Journal(bus, "main", "writer")
+        self._stored = 0
+
+    async def open(self) -> None:
+        await self.bus.ensure_stream(streams("main", 2**28).journal)
+        await self.history.open()
+        await self.journal.claim("host", 1)
+        self.harness.join(node("n-1"))
+
+    async def work(self, jobs: int) -> None:
+        """Jobs that run and end, each turn in the journal."""
+        for _ in range(jobs):
+            number = self.harness.submit()
+            self.harness.run(number)
+            self.harness.ended(number)
+        self.harness.settle(most_ms=20_000)
+        for record in self.harness.records[self._stored :]:
+            await self.journal.append(encode(record), f"1-{record.turn}")
+        self._stored = len(self.harness.records)
+
+    def upkeep(self) -> Upkeep:
+        core = self.harness.core
+        upkeep = Upkeep(
+            JournalConfig(snapshot_records=1), self.journal, self.store, self.archive, self.history,
+            core.snapshot, lambda: core.turn, 0,
+        )  # fmt: skip
+        upkeep.record_stored(self.journal.last_sequence, 1)
+        return upkeep
+
+    async def snapshot(self) -> None:
+        upkeep = self.upkeep()
+        upkeep.settled()
+        await upkeep.close()
+        assert upkeep.snapshots_made == 1
+
+    async def restart(self) -> Scheduler:
+        """What a daemon that starts now makes of the directory and the journal."""
+        restored = recovery.restore(self.store)
+        core = Scheduler(SETTINGS) if restored.state is None else Scheduler.restore(restored.state, SETTINGS)
+        await recovery.replay_and_claim(Journal(self.bus, "main", "reader"), core, self.history, restored)
+        return core
+
+
+@pytest.fixture
+async def rig(nats_process: NatsProcess, tmp_path: Path) -> AsyncIterator[Rig]:
+    bus = await connect(nats_process.url, name="test", inbox_prefix="_INBOX_D")
+    rig = Rig(bus, tmp_path)
+    await rig.open()
+    yield rig
+    await rig.history.close()
+    await bus.close()
+
+
+async def test_replay_alone_gives_the_same_state(rig: Rig) -> None:
+    await rig.work(30)
+    assert (await rig.restart()).digest() == rig.harness.core.digest()
+
+
+async def test_snapshot_and_replay_give_the_same_state(rig: Rig) -> None:
+    await rig.work(10)
+    await rig.snapshot()
+    await rig.work(10)
+    assert recovery.restore(rig.store).sequence > 0
+    assert (await rig.restart()).digest() == rig.harness.core.digest()
+
+
+async def test_a_broken_newest_snapshot_costs_a_longer_replay_and_nothing_else(rig: Rig) -> None:
+    for _ in range(3):
+        await rig.work(5)
+        await rig.snapshot()
+    await rig.work(5)
+    _, newest = rig.store.paths()[0]
+    newest.write_bytes(newest.read_bytes()[:-10])
+    assert (await rig.restart()).digest() == rig.harness.core.digest()
+
+
+async def test_pruning_keeps_what_the_older_snapshot_needs_and_archives_the_rest(rig: Rig) -> None:
+    for _ in range(3):
+        await rig.work(5)
+        rig.history.take([], rig.journal.last_sequence)
+        await rig.snapshot()
+    older = rig.store.paths()[-1][0]
+    state = await rig.bus.stream_state(rig.journal.stream)
+    first = await rig.bus.get_message(rig.journal.stream, older)
+    assert first is None
+    assert await rig.bus.get_message(rig.journal.stream, older + 1) is not None
+    assert state.messages < rig.journal.last_sequence
+    turns = []
+    for path in sorted(rig.archive.directory.glob("journal-*.gz")):
+        lines = gzip.decompress(path.read_bytes()).splitlines()
+        turns += [json.loads(line)["record"]["turn"] for line in lines]
+    assert turns == list(range(1, len(turns) + 1))
+    assert len(turns) == rig.store.read_header(older).turn
+    assert list(rig.archive.directory.glob("*.snap"))
+
+
+async def test_retired_jobs_reach_the_history_even_when_it_was_left_behind(rig: Rig) -> None:
+    """The history was not written when the daemon died; the snapshot is newer than what it has."""
+    await rig.work(40)
+    await rig.snapshot()
+    assert await rig.history.jobs(HistoryFilter()) == []
+    await rig.restart()
+    retired = await rig.history.jobs(HistoryFilter(limit=500))
+    assert [view.job for view in retired] == list(range(len(retired), 0, -1))
+    assert len(retired) >= 10
+
+
+async def test_a_journal_shorter_than_the_snapshot_is_refused(rig: Rig) -> None:
+    await rig.work(5)
+    rig.store.write(rig.journal.last_sequence + 5, 99, rig.harness.core.snapshot())
+    with pytest.raises(StartRefused, match="was the NATS store replaced"):
+        await rig.restart()
+
+
+async def test_a_missing_part_of_the_journal_is_refused(rig: Rig) -> None:
+    await rig.work(20)
+    await rig.journal.prune(rig.journal.last_sequence - 3)
+    with pytest.raises(StartRefused, match="a part is missing"):
+        await rig.restart()
+
+
+async def test_a_record_that_cannot_be_read_is_refused(rig: Rig) -> None:
+    await rig.work(2)
+    await rig.journal.append(b'{"turn": "x"}', "1-x")
+    with pytest.raises(StartRefused, match="cannot be read"):
+        await rig.restart()
+
+
+async def test_streams_that_were_made_anew_are_refused(rig: Rig) -> None:
+    names = streams("main", 2**28)
+    await rig.bus.ensure_stream(names.submissions)
+    await rig.bus.ensure_stream(names.reports)
+    await recovery.check_cursors(rig.bus, names, Cursors(0, 0))
+    with pytest.raises(StartRefused, match="it was made anew"):
+        await recovery.check_cursors(rig.bus, names, Cursors(5, 0))
+
+
+async def test_a_server_without_room_for_the_streams_is_refused_with_what_to_do(rig: Rig, tmp_path: Path) -> None:
+    config = DaemonConfig(state=str(tmp_path), journal=JournalConfig(budget=Memory.parse("1Ti")))
+    with pytest.raises(StartRefused, match=r"1024Gi together\. Set `budget`"):
+        await recovery.ensure_streams(rig.bus, config)
+    fitting = DaemonConfig(state=str(tmp_path), journal=JournalConfig(budget=Memory.parse("512Mi")))
+    specs = await recovery.ensure_streams(rig.bus, fitting)
+    assert await recovery.ensure_streams(rig.bus, fitting) == specs
+    assert sum(spec.max_bytes for spec in specs) <= 512 * 2**20
+
+
+def test_an_empty_directory_begins_an_empty_yard(tmp_path: Path) -> None:
+    assert recovery.restore(SnapshotStore(tmp_path, "main")) == Restored(None, 0)
