@@ -1,0 +1,107 @@
+"""What comes in on `cmd.<node>`: orders to the core, questions about output to the files.
+
+Only the daemon may command a node. Between accounts the server puts replies under `_R_.`, a prefix that no client can
+forge: a message whose reply does not begin so did not come through the scheduler's import, whatever it claims, and is
+dropped. (A server without accounts offers no such mark, and protects nobody.)
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from typing import Any, cast
+
+import structlog
+
+from gpuyard_agent.core.events import OrdersReceived, SyncReceived
+from gpuyard_agent.inbox import Inbox
+from gpuyard_agent.logs import Followers, LogStore
+from gpuyard_agent.metrics import Metrics
+from gpuyard_protocol.bus.base import Bus, BusError, Message
+from gpuyard_protocol.codec import Malformed, decode, encode
+from gpuyard_protocol.nodes import Command, FollowLog, Go, OrderAnswer, OrderBatch, ReadLog, Start, Sync
+
+#: A `Sync` states the whole desired set of a node.
+COMMAND_BYTES_MAX = 8 * 1024 * 1024
+_FORWARDED = "_R_."
+_COMMAND = cast("type[Command]", Command)
+
+_log = structlog.get_logger("gpuyard_agent.commands")
+
+Spawn = Callable[[Coroutine[Any, Any, None]], object]
+
+
+class CommandDoor:
+    """`on_message` is the subscription's handler; `answer` sends what the core decided."""
+
+    def __init__(
+        self,
+        bus: Bus,
+        inbox: Inbox,
+        store: LogStore,
+        followers: Followers,
+        metrics: Metrics,
+        spawn: Spawn,
+        *,
+        must_be_forwarded: bool,
+    ) -> None:
+        self._bus = bus
+        self._inbox = inbox
+        self._store = store
+        self._followers = followers
+        self._metrics = metrics
+        self._spawn = spawn
+        self._must_be_forwarded = must_be_forwarded
+        self._requests = 0
+        #: Where the answer to each request that the core has goes.
+        self._replies: dict[int, str] = {}
+
+    def on_message(self, message: Message) -> None:
+        if not message.reply or (self._must_be_forwarded and not message.reply.startswith(_FORWARDED)):
+            self._metrics.orders.labels("forged").inc()
+            _log.warning("command dropped", subject=message.subject, why="not forwarded from the scheduler's account")
+            return
+        try:
+            command = decode(_COMMAND, message.data, max_bytes=COMMAND_BYTES_MAX)
+        except Malformed as error:
+            self._metrics.orders.labels("malformed").inc()
+            _log.warning("command malformed", why=str(error))
+            self._reply(message.reply, OrderAnswer(status="malformed", detail=str(error)))
+            return
+        match command:
+            case OrderBatch():
+                for order in command.orders:
+                    if isinstance(order, Start | Go):
+                        self._metrics.ordered(order.key)
+                self._inbox.put(OrdersReceived(self._request(message), command))
+            case Sync():
+                self._inbox.put(SyncReceived(self._request(message), command))
+            case ReadLog():
+                self._spawn(self._read_log(message.reply, command))
+            case FollowLog():
+                self._reply(message.reply, self._followers.follow(command))
+
+    def answer(self, request: int, answer: OrderAnswer) -> None:
+        self._metrics.orders.labels(answer.status).inc()
+        if answer.status != "ok":
+            _log.warning("orders refused", status=answer.status, applied=answer.applied, why=answer.detail)
+        if (reply := self._replies.pop(request, None)) is not None:
+            self._reply(reply, answer)
+
+    def _request(self, message: Message) -> int:
+        self._requests += 1
+        self._replies[self._requests] = message.reply
+        return self._requests
+
+    async def _read_log(self, reply: str, request: ReadLog) -> None:
+        await self._publish(reply, encode(await asyncio.to_thread(self._store.read, request)))
+
+    def _reply(self, reply: str, answer: object) -> None:
+        self._spawn(self._publish(reply, encode(answer)))
+
+    async def _publish(self, reply: str, data: bytes) -> None:
+        try:
+            await self._bus.publish(reply, data)
+        except BusError as error:
+            # The asker hears nothing and asks again; orders are recognised by their numbers.
+            _log.warning("answer not sent", why=str(error))

@@ -1,0 +1,166 @@
+"""The agent's settings: a TOML file into a typed struct, with flags on top.
+
+An agent with a wrong setting does not start: `BadConfig` says which file, which key, what stood there and what is
+allowed, and names the nearest key where one was misspelt. Every field has a default that is meant to be kept, but for
+the address of the server and the key, and, when the agent runs as root, the account that jobs run as.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import msgspec
+
+from gpuyard_agent.devices.simulated import parse_cards
+from gpuyard_agent.launch.accounts import AccountPolicy
+from gpuyard_protocol.codec import Malformed, from_plain
+from gpuyard_protocol.names import NAME_EXPECTED, is_name
+
+#: What `sysexits.h` calls a configuration error; systemd is told not to restart on it.
+EXIT_BAD_CONFIG = 78
+LOG_LEVELS = ("debug", "info", "warning", "error")
+
+
+class BadConfig(Exception):
+    """The settings make no sense; the text says where and what is allowed."""
+
+
+class AgentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    #: The agent's own directory: identity, ledger, supervisor, output of jobs. Unset: `agent` in /var/lib/gpuyard for
+    #: root, else in gpuyard in $XDG_STATE_HOME.
+    state: str = ""
+    #: One address or several with commas.
+    nats: str = "nats://127.0.0.1:4222"
+    #: Name of this node; "": what the state directory says, or one minted on the first start.
+    node: str = ""
+    #: Path of the seed of this node's key; "": connect without, to a server without accounts, which protects nobody.
+    key: str = ""
+    #: For `tls://` addresses: files in PEM form.
+    tls_ca: str = ""
+    tls_cert: str = ""
+    tls_key: str = ""
+    #: Modelled cards instead of real ones, such as "8xH100-80GB"; "": the cards that are there.
+    simulate: str = ""
+    #: The Unix account that jobs run as, or rules by "tenant/user" (`gpuyard_agent.launch.accounts`); "": the agent's
+    #: own, or, where that is root, the account that called sudo, or else `nobody`.
+    run_as: str | dict[str, str] = ""
+    #: The same for shares under MPS, which serves one account at a time on a card; "": as above.
+    run_shares_as: str | dict[str, str] = ""
+    #: HOST:PORT of metrics and health; port 0: any free one; "": none.
+    http: str = ""
+    #: Where other nodes reach this one; "": the address of the route to the NATS server.
+    address: str = ""
+    #: What jobs may ask nodes for.
+    labels: dict[str, str] = {}
+    log_level: str = "info"
+
+    @property
+    def state_directory(self) -> Path:
+        return Path(self.state) if self.state else default_state_directory(os.environ, os.geteuid())
+
+    def http_address(self) -> tuple[str, int] | None:
+        if not self.http:
+            return None
+        host, _, port = self.http.rpartition(":")
+        return host.strip("[]"), int(port)
+
+    def validate(self) -> None:
+        """`BadConfig` with one sentence for the first thing wrong."""
+        if self.node and not is_name(self.node):
+            raise _bad("node", self.node, NAME_EXPECTED)
+        for part in self.nats.split(","):
+            if urlsplit(part.strip()).scheme not in ("nats", "tls") or not urlsplit(part.strip()).hostname:
+                raise _bad("nats", self.nats, "nats://HOST:PORT or tls://HOST:PORT, several with commas")
+        host, colon, port = self.http.rpartition(":")
+        if self.http and not (host and colon and port.isdigit() and int(port) < 65536):
+            raise _bad("http", self.http, "HOST:PORT, such as '127.0.0.1:7791', or '' for none")
+        if bool(self.tls_cert) != bool(self.tls_key):
+            raise _bad("tls_key", self.tls_key, "'tls_cert' and 'tls_key' together")
+        if self.key and not Path(self.key).is_file():
+            raise _bad("key", self.key, "a file that holds the seed of this node's key")
+        if self.log_level not in LOG_LEVELS:
+            raise _bad("log_level", self.log_level, f"one of {', '.join(LOG_LEVELS)}")
+        try:
+            AccountPolicy(self.run_as, self.run_shares_as)
+        except ValueError as error:
+            raise BadConfig(str(error)) from None
+        for name in self.labels:
+            if not name or not name.isprintable() or "=" in name:
+                raise _bad("labels", name, "names without '='")
+        if self.simulate:
+            try:
+                parse_cards(self.simulate)
+            except ValueError as error:
+                raise BadConfig(f"simulate: {error}") from None
+
+
+def default_state_directory(environment: Mapping[str, str], uid: int) -> Path:
+    if uid == 0:
+        return Path("/var/lib/gpuyard/agent")
+    base = environment.get("XDG_STATE_HOME") or str(Path(environment.get("HOME", "/")) / ".local" / "state")
+    return Path(base) / "gpuyard" / "agent"
+
+
+def load(file: Path | None, overrides: Mapping[str, Any]) -> AgentConfig:
+    """The settings of `file` with `overrides` (from flags) on top; `BadConfig` for anything wrong."""
+    plain: dict[str, Any] = {}
+    if file is not None:
+        try:
+            plain = tomllib.loads(file.read_text())
+        except OSError as error:
+            raise BadConfig(f"{file}: {error.strerror or error}") from None
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise BadConfig(f"{file}: not TOML: {error}") from None
+    where = str(file) if file is not None else "flags"
+    try:
+        config = from_plain(AgentConfig, {**plain, **overrides})
+        config.validate()
+    except Malformed as error:
+        hint = f" (did you mean {error.nearest!r}?)" if error.nearest else ""
+        key = error.path.removeprefix("$.")
+        raise BadConfig(f"{where}: {key}: found {error.found}; expected {error.expected}{hint}") from None
+    except BadConfig as error:
+        raise BadConfig(f"{where}: {error}") from None
+    return config
+
+
+def _bad(key: str, found: str, expected: str) -> BadConfig:
+    return BadConfig(f"{key}: found {found!r}; expected {expected}")
+
+
+def parse_arguments(arguments: Sequence[str]) -> AgentConfig:
+    """Flags and the file they name. Exits with argparse's own message for unknown flags."""
+    parser = argparse.ArgumentParser(prog="gpuyard-agent", description="The agent of one node of a yard.")
+    parser.add_argument("--config", type=Path, help="TOML file with the settings; flags override it")
+    parser.add_argument("--state", help="the agent's own directory: identity, ledger, output of jobs")
+    parser.add_argument("--nats", help="address of the NATS server, such as nats://127.0.0.1:4222")
+    parser.add_argument("--node", help="name of this node; kept in the state directory from the first start on")
+    parser.add_argument("--key", metavar="SEEDFILE", help="seed of this node's key")
+    parser.add_argument("--simulate", metavar="CARDS", help="modelled cards, such as 8xH100-80GB")
+    parser.add_argument("--run-as", metavar="USER", help="the Unix account that jobs run as")
+    parser.add_argument("--http", metavar="HOST:PORT", help="address of metrics and health; '' for none")
+    parser.add_argument("--address", help="where other nodes reach this one")
+    parser.add_argument("--label", metavar="NAME=VALUE", action="append", default=[], help="may be given repeatedly")
+    parser.add_argument("--log-level", choices=LOG_LEVELS)
+    given = parser.parse_args(arguments)
+    names = ("state", "nats", "node", "key", "simulate", "run_as", "http", "address", "log_level")
+    overrides: dict[str, Any] = {name: value for name in names if (value := getattr(given, name)) is not None}
+    if given.label:
+        overrides["labels"] = _parse_labels(given.label)
+    return load(given.config, overrides)
+
+
+def _parse_labels(texts: Sequence[str]) -> dict[str, str]:
+    labels = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals or not name:
+            raise BadConfig(f"flags: label: found {text!r}; expected NAME=VALUE")
+        labels[name] = value
+    return labels

@@ -1,0 +1,98 @@
+"""What the core asks of the shell, and what of its state must be durable first.
+
+A `Turn` is carried out in this order: its changes are written to the ledger in one transaction, and only then its
+actions are done, in their order. Each action may be carried out again after a crash: all are idempotent by key.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+from gpuyard_agent.core.model import Assignment
+from gpuyard_protocol.names import AssignmentKey
+from gpuyard_protocol.nodes import Go, Launch, OrderAnswer, Report
+from gpuyard_protocol.resources import Partition
+
+
+@dataclass(frozen=True, slots=True)
+class PreparePartition:
+    """Answered by `PartitionReady` or `PartitionFailed`."""
+
+    key: AssignmentKey
+    partition: Partition
+    launch: Launch
+
+
+@dataclass(frozen=True, slots=True)
+class HoldPort:
+    """Look whether the port can be bound: `PortFree` or `PortTaken`."""
+
+    key: AssignmentKey
+    port: int
+
+
+@dataclass(frozen=True, slots=True)
+class StartProcess:
+    """Answered by `ProcessStarted` or `ProcessRefused`."""
+
+    key: AssignmentKey
+    launch: Launch
+    #: None for a replica that is no member of a gang.
+    go: Go | None
+    port: int
+
+
+@dataclass(frozen=True, slots=True)
+class StopProcess:
+    """SIGTERM, then SIGKILL after the grace; the end comes as `ProcessExited`."""
+
+    key: AssignmentKey
+    grace_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class UndoPartition:
+    """Answered by `PartitionUndone` or `UndoFailed`."""
+
+    key: AssignmentKey
+
+
+@dataclass(frozen=True, slots=True)
+class ForgetProcess:
+    """Its end is durable in the ledger: the launcher need not remember it."""
+
+    key: AssignmentKey
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """To the orders or the sync with this mark."""
+
+    request: int
+    answer: OrderAnswer
+
+
+Action: TypeAlias = PreparePartition | HoldPort | StartProcess | StopProcess | UndoPartition | ForgetProcess | Answer
+
+
+@dataclass(slots=True)
+class Turn:
+    """The outcome of one call of `handle`."""
+
+    actions: list[Action] = field(default_factory=list)
+    #: Assignments whose row has to be written, by key, as they stand at the end of the turn.
+    saved: dict[AssignmentKey, Assignment] = field(default_factory=dict)
+    #: Assignments that ended: their row goes, their key stays with the number of their `Ended` report.
+    closed: dict[AssignmentKey, int] = field(default_factory=dict)
+    #: Keys of ended assignments that need not be remembered any more.
+    pruned: list[AssignmentKey] = field(default_factory=list)
+    #: New reports with their numbers.
+    reports: list[tuple[int, Report]] = field(default_factory=list)
+    #: Orders were taken, or a leader's epoch.
+    orders_taken: bool = False
+
+    @property
+    def must_commit(self) -> bool:
+        """Something has to be durable before the actions are carried out."""
+        return bool(self.saved or self.closed or self.reports or self.orders_taken)

@@ -1,0 +1,154 @@
+"""Everything that can happen to the agent's core: facts in the past tense, a closed union.
+
+`request` is the mark of a message that waits for an answer; the core hands it back and reads nothing in it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from gpuyard_protocol.names import AssignmentKey
+from gpuyard_protocol.nodes import Inventory, OrderBatch, Sync
+
+
+@dataclass(frozen=True, slots=True)
+class OrdersReceived:
+    request: int
+    batch: OrderBatch
+
+
+@dataclass(frozen=True, slots=True)
+class SyncReceived:
+    request: int
+    sync: Sync
+
+
+@dataclass(frozen=True, slots=True)
+class PartitionReady:
+    key: AssignmentKey
+
+
+@dataclass(frozen=True, slots=True)
+class PartitionFailed:
+    """Nothing is left of the attempt to make it."""
+
+    key: AssignmentKey
+    code: str
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class PartitionUndone:
+    key: AssignmentKey
+
+
+@dataclass(frozen=True, slots=True)
+class UndoFailed:
+    """The card would not let go: the partition stays held, and is to be undone again."""
+
+    key: AssignmentKey
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class PortFree:
+    """The port proposed by `HoldPort` can be bound."""
+
+    key: AssignmentKey
+    port: int
+
+
+@dataclass(frozen=True, slots=True)
+class PortTaken:
+    """Somebody outside the yard listens there."""
+
+    key: AssignmentKey
+    port: int
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessStarted:
+    key: AssignmentKey
+    pid: int
+    #: Wall time.
+    at_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessRefused:
+    """Nothing was started."""
+
+    key: AssignmentKey
+    code: str
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessExited:
+    """The process and its whole tree are gone. With `lost`: nobody saw how."""
+
+    key: AssignmentKey
+    exit_code: int = 0
+    signal: int = 0
+    lost: bool = False
+    #: Wall times; 0: not known.
+    at_ms: int = 0
+    started_ms: int = 0
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessFound:
+    """One key that the launcher knows."""
+
+    key: AssignmentKey
+    pid: int
+    at_ms: int
+    #: It has ended: its exit is told as an event of its own.
+    has_ended: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessesListed:
+    """What the launcher knows, complete: told when the agent starts, and after the launcher was out of reach."""
+
+    found: tuple[ProcessFound, ...]
+    #: The agent has just started: what its ledger says is older than what the launcher says.
+    at_start: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class InventoryRead:
+    inventory: Inventory
+
+
+@dataclass(frozen=True, slots=True)
+class ReportsDelivered:
+    """Every report up to this number is stored in the reports' stream."""
+
+    up_to: int
+
+
+@dataclass(frozen=True, slots=True)
+class TimePassed:
+    """A deadline of the core may have come."""
+
+
+Event: TypeAlias = (
+    OrdersReceived
+    | SyncReceived
+    | PartitionReady
+    | PartitionFailed
+    | PartitionUndone
+    | UndoFailed
+    | PortFree
+    | PortTaken
+    | ProcessStarted
+    | ProcessRefused
+    | ProcessExited
+    | ProcessesListed
+    | InventoryRead
+    | ReportsDelivered
+    | TimePassed
+)

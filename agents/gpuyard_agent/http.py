@@ -1,0 +1,46 @@
+"""`/metrics` for Prometheus and `/healthz` for whoever restarts the agent."""
+
+from __future__ import annotations
+
+from aiohttp import web
+
+from gpuyard_agent.health import Health
+from gpuyard_agent.metrics import Metrics
+
+
+class HttpDoor:
+    """One listening socket; `open` returns the URL."""
+
+    def __init__(self, host: str, port: int, metrics: Metrics, health: Health) -> None:
+        self._host = host
+        self._port = port
+        self._metrics = metrics
+        self._health = health
+        self._runner: web.AppRunner | None = None
+
+    async def open(self) -> str:
+        """Raises `OSError` when the address is taken."""
+        app = web.Application()
+        app.router.add_get("/metrics", self._on_metrics)
+        app.router.add_get("/healthz", self._on_healthz)
+        self._runner = runner = web.AppRunner(app, access_log=None)
+        await runner.setup()
+        await web.TCPSite(runner, self._host, self._port).start()
+        host, port = runner.addresses[0][:2]
+        return f"http://{host}:{port}"
+
+    async def close(self) -> None:
+        if self._runner is not None:
+            await self._runner.cleanup()
+
+    async def _on_metrics(self, _: web.Request) -> web.Response:
+        self._metrics.connected.set(self._health.is_connected)
+        return web.Response(
+            body=self._metrics.text(), headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"}
+        )
+
+    async def _on_healthz(self, _: web.Request) -> web.Response:
+        health = self._health
+        if not health.is_alive:
+            return web.Response(status=503, text=f"no turn for {health.age_s:.0f} s\n")
+        return web.Response(text="ok\n" if health.is_connected else "ok, not connected to NATS\n")

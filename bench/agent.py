@@ -1,0 +1,142 @@
+"""A real agent process: how soon an ordered process runs, how many in a second, and what that and idling cost.
+
+    python -m bench.agent --json [--jobs N] [--simulate CARDS]
+
+The benchmark is the daemon: orders over a real NATS server with the yard's accounts, reports read from the stream.
+Latency is taken from outside, from just before the order is sent to the stamp that the started program (`/bin/date`)
+makes, so NATS and the program's own start are in it. CPU time is the agent's and its supervisor's, read from /proc; the
+started programs are not counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+
+import psutil
+from tests.support.agents import AgentProcess, AgentRoom, Commander, agent_room, start_order, until_file
+
+from gpuyard_protocol.names import AssignmentKey
+from gpuyard_protocol.nodes import Ended, Joined
+
+IDLE_S = 5.0
+PACED_PER_S = 200
+ADOPTED = 500
+_BATCH = 4
+_DEADLINE_S = 120.0
+
+
+class AgentCost:
+    """CPU seconds of the agent and of its supervisor, without their children."""
+
+    def __init__(self, room: AgentRoom, agent: AgentProcess) -> None:
+        self._processes = [psutil.Process(agent.pid), *room.supervisors()]
+
+    def cpu_s(self) -> float:
+        times = [process.cpu_times() for process in self._processes]
+        return sum(one.user + one.system for one in times)
+
+    def rss_mib(self) -> float:
+        return self._processes[0].memory_info().rss / 2**20
+
+
+async def _measure_latency(room: AgentRoom, commander: Commander, first: int, jobs: int) -> list[float]:
+    """Milliseconds from order to the program's own stamp, one job after another."""
+    latencies = []
+    for job in range(first, first + jobs):
+        start = start_order(job, "/bin/date", "+%s%N")
+        ordered_ns = time.time_ns()
+        await commander.order(start)
+        await commander.ended(start.key)
+        text = await until_file(room.state / "jobs" / str(job) / "1" / "0.out")
+        latencies.append((int(text) - ordered_ns) / 1e6)
+    return latencies
+
+
+async def _run_many(commander: Commander, first: int, jobs: int, per_s: float | None) -> float:
+    """Order `/bin/true` `jobs` times, in batches; seconds until every end is reported."""
+    before = commander.count(Ended)
+    began_s = time.perf_counter()
+    for index in range(0, jobs, _BATCH):
+        if per_s is not None:
+            due_s = began_s + index / per_s
+            await asyncio.sleep(max(0.0, due_s - time.perf_counter()))
+        keys = range(first + index, first + min(index + _BATCH, jobs))
+        await commander.order(*(start_order(job, "/bin/true", "x") for job in keys))
+    await commander.until(lambda: commander.count(Ended) >= before + jobs, _DEADLINE_S)
+    return time.perf_counter() - began_s
+
+
+async def _measure_adoption(room: AgentRoom, commander: Commander, agent: AgentProcess, first: int) -> float:
+    """Seconds from the start of a new agent process until it has reported that it holds everything."""
+    for index in range(0, ADOPTED, 50):
+        await commander.order(*(start_order(first + index + job, "/bin/sleep", "1000") for job in range(50)))
+    await commander.started(AssignmentKey(first + ADOPTED - 1, 1, 0), _DEADLINE_S)
+    await agent.kill()
+    joined = commander.count(Joined)
+    began_s = time.perf_counter()
+    await room.start_agent()
+    held = (await commander.joined(joined + 1)).held
+    if len(held) != ADOPTED:
+        raise SystemExit(f"{len(held)} of {ADOPTED} assignments were taken over")
+    return time.perf_counter() - began_s
+
+
+def _quantiles(values: Sequence[float]) -> dict[str, float]:
+    cuts = statistics.quantiles(values, n=100, method="inclusive")
+    return {"p50": round(cuts[49], 2), "p99": round(cuts[98], 2)}
+
+
+async def measure(jobs: int, simulate: str) -> dict[str, object]:
+    async with agent_room() as room:
+        commander = await room.commander()
+        agent = await room.start_agent("--log-level", "warning", simulate=simulate)
+        await commander.joined()
+        await commander.sync()
+        await _measure_latency(room, commander, 1, 20)  # warm
+        cost = AgentCost(room, agent)
+
+        latencies = await _measure_latency(room, commander, 1_000, jobs)
+        cpu_s = cost.cpu_s()
+        await _run_many(commander, 10_000, jobs, PACED_PER_S)
+        cpu_ms_per_start = (cost.cpu_s() - cpu_s) * 1000 / jobs
+        many = jobs * 3
+        seconds = await _run_many(commander, 20_000, many, None)
+
+        cpu_s, began_s = cost.cpu_s(), time.perf_counter()
+        await asyncio.sleep(IDLE_S)
+        idle_cpu_pct = (cost.cpu_s() - cpu_s) * 100 / (time.perf_counter() - began_s)
+        rss_mib = cost.rss_mib()
+        adopt_s = await _measure_adoption(room, commander, agent, 50_000)
+    return {
+        "n": jobs,
+        "order_to_running_ms": _quantiles(latencies),
+        "starts_per_s": round(many / seconds, 1),
+        "cpu_ms_per_start": round(cpu_ms_per_start, 2),
+        "idle_cpu_pct": round(idle_cpu_pct, 2),
+        "idle_rss_mib": round(rss_mib, 1),
+        "adopt_500_s": round(adopt_s, 2),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
+    parser.add_argument("--jobs", type=int, default=400)
+    parser.add_argument("--simulate", default="8xH100-80GB")
+    given = parser.parse_args()
+    result = asyncio.run(measure(given.jobs, given.simulate))
+    if given.json:
+        print(json.dumps(result))
+        return
+    for name, value in result.items():
+        sys.stdout.write(f"{name:20} {value}\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,268 @@
+"""The agent's core in a hostile world: messages come twice, late and from deposed leaders, actions finish in any order,
+and the agent is killed at any moment.
+
+The world around the core is small and honest: a launcher that remembers every start it was not told to forget, cards
+that are made and undone, a ledger that holds what a turn made durable. Whatever happens:
+
+- a key is started once at most, and never after its end was reported;
+- an assignment that was taken ends in exactly one `Ended`;
+- what was refused or repeated changes nothing.
+"""
+
+from __future__ import annotations
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from gpuyard_agent.core.actions import (
+    Action,
+    Answer,
+    ForgetProcess,
+    HoldPort,
+    PreparePartition,
+    StartProcess,
+    StopProcess,
+    UndoPartition,
+)
+from gpuyard_agent.core.events import (
+    Event,
+    OrdersReceived,
+    PartitionFailed,
+    PartitionReady,
+    PartitionUndone,
+    PortFree,
+    PortTaken,
+    ProcessesListed,
+    ProcessExited,
+    ProcessFound,
+    ProcessRefused,
+    ProcessStarted,
+    ReportsDelivered,
+    SyncReceived,
+    TimePassed,
+    UndoFailed,
+)
+from gpuyard_protocol.names import AssignmentKey
+from gpuyard_protocol.nodes import Desired, Ended, Go, Order, OrderBatch, Start, Stop, Sync
+from support.agent_core import INSTANCE, NODE, CoreHarness
+from support.agents import start_order
+
+JOBS = st.integers(min_value=1, max_value=4)
+
+
+class HostileWorld(RuleBasedStateMachine):
+    def __init__(self) -> None:
+        super().__init__()
+        self.core = CoreHarness()
+        #: Asked for and not carried out yet: lost when the agent is killed.
+        self.pending: list[Action] = []
+        #: What the launcher remembers: whether it still runs.
+        self.processes: dict[AssignmentKey, bool] = {}
+        #: Processes ever made, by key.
+        self.made: dict[AssignmentKey, int] = {}
+        #: Every message ever sent, to be delivered again.
+        self.sent: list[Event] = []
+        self.issued: dict[AssignmentKey, Start] = {}
+        #: Left out of a sync: the daemon never speaks of them again.
+        self.dropped: set[AssignmentKey] = set()
+        self.taken: set[AssignmentKey] = set()
+        self.attempts = 0
+        self.epoch = 7
+
+    # --- the daemon ---
+
+    def tell(self, *events: Event) -> None:
+        self.pending.extend(self.core.tell(*events).actions)
+        self.taken |= self.core.core.live.keys() | self.core.ended.keys()
+
+    def issue(self, *orders: Order) -> None:
+        first = self.core.ordered + 1
+        self.core.ordered += len(orders)
+        batch = OrderBatch(node=NODE, instance=INSTANCE, epoch=self.epoch, first=first, orders=orders)
+        event = OrdersReceived(len(self.sent), batch)
+        self.sent.append(event)
+        self.tell(event)
+
+    def sync(self, *desired: Desired) -> None:
+        message = Sync(node=NODE, instance=INSTANCE, epoch=self.epoch, n=self.core.ordered, desired=desired)
+        event = SyncReceived(len(self.sent), message)
+        self.sent.append(event)
+        self.tell(event)
+
+    @rule(is_gang=st.booleans(), has_limit=st.booleans(), is_lost=st.booleans())
+    def order_a_start(self, is_gang: bool, has_limit: bool, is_lost: bool) -> None:
+        self.attempts += 1
+        launch = {"time_limit_ms": 5_000} if has_limit else {}
+        start = start_order(self.attempts % 5, "x", attempt=self.attempts, hold=is_gang, replicas=1 + is_gang, **launch)
+        self.issued[start.key] = start
+        if is_lost:  # the number is given, the message never arrives
+            self.core.ordered += 1
+        else:
+            self.issue(start)
+
+    def known(self) -> list[AssignmentKey]:
+        """What the daemon may still speak of: not what it has left out of a sync, nor what ended long ago."""
+        return sorted(
+            key
+            for key in self.issued
+            if key not in self.dropped and (key in self.core.ended or not self.is_delivered(key))
+        )
+
+    @precondition(lambda self: self.known())
+    @rule(data=st.data(), grace_ms=st.integers(0, 9))
+    def order_a_stop(self, data: st.DataObject, grace_ms: int) -> None:
+        self.issue(Stop(key=data.draw(st.sampled_from(self.known())), grace_ms=grace_ms))
+
+    @precondition(lambda self: self.known())
+    @rule(data=st.data())
+    def order_go(self, data: st.DataObject) -> None:
+        key = data.draw(st.sampled_from(self.known()))
+        self.issue(Go(key=key, master_address="10.0.0.1", master_port=29_500))
+
+    @rule(data=st.data())
+    def order_a_sync(self, data: st.DataObject) -> None:
+        """What the daemon wants may include what has ended, if it has not read that yet."""
+        known = self.known()
+        wanted = data.draw(st.lists(st.sampled_from(known), unique=True)) if known else []
+        self.dropped |= self.issued.keys() - set(wanted)
+        self.sync(*(Desired(start=self.issued[key]) for key in wanted))
+
+    def is_delivered(self, key: AssignmentKey) -> bool:
+        delivered = self.core.core.counters.delivered
+        return any(isinstance(report, Ended) and report.key == key for report in self.core.reports[:delivered])
+
+    @precondition(lambda self: self.sent)
+    @rule(data=st.data())
+    def a_message_comes_again(self, data: st.DataObject) -> None:
+        again = data.draw(st.sampled_from(self.sent))
+        rows, ended, numbers = dict(self.core.rows), dict(self.core.ended), self.core.core.counters.applied
+        told = self.core.tell(again)
+        last = again.batch.first + len(again.batch.orders) - 1 if isinstance(again, OrdersReceived) else again.sync.n
+        if told.answers[0].status != "ok" or (last <= numbers and isinstance(again, OrdersReceived)):
+            assert (self.core.rows, self.core.ended) == (rows, ended)
+            assert told.others == []
+        self.pending.extend(told.actions)
+
+    @rule()
+    def a_new_leader_takes_over(self) -> None:
+        self.epoch += 1
+
+    @precondition(lambda self: self.core.core.counters.epoch > 6)
+    @rule()
+    def a_deposed_leader_orders(self) -> None:
+        start = start_order(99, "x", attempt=1)
+        batch = OrderBatch(
+            node=NODE, instance=INSTANCE, epoch=6, first=self.core.core.counters.applied + 1, orders=(start,)
+        )
+        assert self.core.tell(OrdersReceived(0, batch)).others == []
+        assert start.key not in self.core.core.live
+
+    # --- the node ---
+
+    @precondition(lambda self: self.pending)
+    @rule(data=st.data(), fails=st.booleans())
+    def an_action_is_carried_out(self, data: st.DataObject, fails: bool) -> None:
+        index = data.draw(st.integers(0, min(len(self.pending) - 1, 5)))
+        self.carry_out(self.pending.pop(index), fails=fails)
+
+    def carry_out(self, action: Action, *, fails: bool = False) -> None:
+        match action:
+            case PreparePartition(key=key):
+                self.tell(PartitionFailed(key, "PartitionUnavailable", "no") if fails else PartitionReady(key))
+            case HoldPort(key=key, port=port):
+                self.tell(PortTaken(key, port) if fails else PortFree(key, port))
+            case StartProcess(key=key):
+                self.start(key, fails=fails)
+            case StopProcess(key=key):
+                if self.processes.get(key):
+                    self.exit(key)
+            case UndoPartition(key=key):
+                assert not self.processes.get(key), "undone under a running process"
+                self.tell(UndoFailed(key, "busy") if fails else PartitionUndone(key))
+            case ForgetProcess(key=key):
+                if self.processes.get(key) is False:
+                    del self.processes[key]
+            case Answer():
+                pass
+
+    def start(self, key: AssignmentKey, *, fails: bool) -> None:
+        if key not in self.processes:
+            if fails:
+                self.tell(ProcessRefused(key, "CommandNotFound", "no"))
+                return
+            assert key not in self.core.ended, "started after its end"
+            self.made[key] = self.made.get(key, 0) + 1
+            self.processes[key] = True
+        self.tell(ProcessStarted(key, 100, self.core.wall_ms))
+
+    def exit(self, key: AssignmentKey) -> None:
+        self.processes[key] = False
+        self.tell(ProcessExited(key, exit_code=1, at_ms=self.core.wall_ms, started_ms=self.core.wall_ms))
+
+    @precondition(lambda self: any(self.processes.values()))
+    @rule(data=st.data())
+    def a_process_ends(self, data: st.DataObject) -> None:
+        self.exit(data.draw(st.sampled_from(sorted(key for key, runs in self.processes.items() if runs))))
+
+    @rule(ms=st.integers(1, 700_000))
+    def time_passes(self, ms: int) -> None:
+        self.core.now_ms += ms
+        self.core.wall_ms += ms
+        self.tell(TimePassed())
+
+    @rule(data=st.data())
+    def reports_are_delivered(self, data: st.DataObject) -> None:
+        self.tell(ReportsDelivered(data.draw(st.integers(0, len(self.core.reports)))))
+
+    @rule()
+    def the_agent_is_killed(self) -> None:
+        """What was asked and not carried out is gone; the launcher tells what it knows, then every end again."""
+        self.pending = []
+        self.pending.extend(self.core.restart(found=self.listing()).actions)
+        self.retell()
+
+    @rule()
+    def the_launcher_was_out_of_reach(self) -> None:
+        self.pending = [action for action in self.pending if not isinstance(action, StartProcess | StopProcess)]
+        self.tell(ProcessesListed(tuple(self.listing())))
+
+    def listing(self) -> list[ProcessFound]:
+        return [
+            ProcessFound(key, 100, self.core.wall_ms, has_ended=not runs)
+            for key, runs in sorted(self.processes.items())
+        ]
+
+    def retell(self) -> None:
+        for assignment in list(self.core.core.live.values()):
+            if assignment.state != "ending":
+                self.tell(PartitionReady(assignment.key))
+        for key, runs in sorted(self.processes.items()):
+            if not runs:
+                self.tell(ProcessExited(key, exit_code=1, started_ms=self.core.wall_ms))
+
+    # --- what must hold ---
+
+    @invariant()
+    def nothing_starts_twice(self) -> None:
+        assert all(count == 1 for count in self.made.values())
+
+    def teardown(self) -> None:
+        """In a kind world everything that was taken comes to its end, once."""
+        self.epoch += 1
+        self.sync()
+        for _ in range(500):
+            if not self.pending and not self.core.core.live:
+                break
+            while self.pending:
+                self.carry_out(self.pending.pop(0))
+            self.core.now_ms += 60_000
+            self.tell(TimePassed())
+        assert not self.core.core.live
+        ends = [report.key for report in self.core.reports if isinstance(report, Ended)]
+        assert sorted(ends) == sorted(self.taken)
+        assert not any(self.processes.values()), "a process was left running"
+
+
+TestHostileWorld = HostileWorld.TestCase
+TestHostileWorld.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
