@@ -1,0 +1,190 @@
+"""The flags that describe a job, once, for every command that makes one.
+
+A flag that was not given says nothing: it neither overrides the job file nor sends a default, so that defaults have
+one home, in the yard. Values go on as people wrote them; the yard judges them, and its refusal names the field.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import os
+import stat
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, get_type_hints
+
+import typer
+
+from gpuyard.cli.output import remark
+from gpuyard.requests import read_items
+
+Command = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[--] COMMAND...",
+        help="Program and arguments; one quoted argument with spaces is a line for /bin/sh.",
+        show_default=False,
+    ),
+]
+
+
+def _option(*names: str, text: str, metavar: str | None = None) -> Any:
+    return typer.Option(*names, help=text, metavar=metavar, show_default=False)
+
+
+_GPUS = _option("--gpus", "-g", metavar="N", text="Whole cards per replica.")
+_GPU = _option("--gpu", metavar="SHARE", text="A share of one card: 0.3, 30%.")
+_GPU_MEMORY = _option("--gpu-memory", metavar="SIZE", text="Memory of one card: 5Gi, 12GB.")
+_MIG = _option("--mig", metavar="PROFILE", text="A MIG instance: 1g.10gb, 3g.40gb.")
+_ISOLATION = _option("--isolation", metavar="hard|soft|none", text="How far neighbours on a card are kept apart.")
+_GPU_MODEL = _option("--gpu-model", metavar="MODEL", text="Cards by model: H100, 'A100|H100', A100:80GB:4.")
+_REPLICAS = _option("--replicas", "-r", metavar="N", text="Processes that start together or not at all.")
+_CPUS = _option("--cpus", metavar="N", text="CPU cores per replica: 4, 0.5, 500m.")
+_MEMORY = _option("--memory", metavar="SIZE", text="Host memory per replica: 8Gi.")
+_TIME = _option("--time", "-t", metavar="TIME", text="Limit: 90s, 1h30m, 1-12:00:00; a bare number is minutes.")
+_PRIORITY = _option("--priority", metavar="-2..2", text="Larger goes first (default 0).")
+_RETRIES = _option("--retries", metavar="N", text="Starts after a failure of the job's own (default 0).")
+_ENV = _option("--env", metavar="K=V", text="A variable for the job; repeatable.")
+_CWD = _option("--cwd", metavar="DIR", text="Directory to run in (default: the current one; '': its own).")
+_NAME = _option("--name", "-n", metavar="TEXT", text="A name for people.")
+_NODE = _option("--node", metavar="NODE", text="Only on this node; repeatable.")
+_LABEL = _option("--label", metavar="K=V", text="Only on nodes with this label; repeatable.")
+_ALLOW_PENDING = _option("--allow-pending", text="Wait even if no node of today could ever run it.")
+_SUBMISSION_ID = _option("--submission-id", metavar="ID", text="De-duplication key: the same id is one job.")
+_FILE = _option("--file", "-f", metavar="FILE", text="Job file, YAML or TOML ('-': standard input).")
+
+
+@dataclasses.dataclass(kw_only=True)
+class JobOptions:
+    """Field by field a flag; None or false: not given."""
+
+    gpus: Annotated[int | None, _GPUS] = None
+    gpu: Annotated[str | None, _GPU] = None
+    gpu_memory: Annotated[str | None, _GPU_MEMORY] = None
+    mig: Annotated[str | None, _MIG] = None
+    isolation: Annotated[str | None, _ISOLATION] = None
+    gpu_model: Annotated[str | None, _GPU_MODEL] = None
+    replicas: Annotated[int | None, _REPLICAS] = None
+    cpus: Annotated[str | None, _CPUS] = None
+    memory: Annotated[str | None, _MEMORY] = None
+    time: Annotated[str | None, _TIME] = None
+    priority: Annotated[int | None, _PRIORITY] = None
+    retries: Annotated[int | None, _RETRIES] = None
+    env: Annotated[list[str] | None, _ENV] = None
+    cwd: Annotated[str | None, _CWD] = None
+    name: Annotated[str | None, _NAME] = None
+    node: Annotated[list[str] | None, _NODE] = None
+    label: Annotated[list[str] | None, _LABEL] = None
+    allow_pending: Annotated[bool, _ALLOW_PENDING] = False
+    submission_id: Annotated[str | None, _SUBMISSION_ID] = None
+    file: Annotated[str | None, _FILE] = None
+
+    def requests(self, command: list[str] | None) -> list[dict[str, Any]]:
+        """The jobs these flags, the file and the command describe, as plain requests."""
+        if self.file is None and not command:
+            raise typer.BadParameter("a command to run is missing, or a job file with --file", param_hint="COMMAND")
+        flags = self._flags()
+        if command:
+            flags["command"] = command[0] if len(command) == 1 and " " in command[0].strip() else command
+        items = read_items(self.file, "jobs") if self.file is not None else [{}]
+        if self.submission_id is not None and len(items) > 1:
+            raise typer.BadParameter(f"names one job, but {self.file} holds {len(items)}", param_hint="--submission-id")
+        jobs = [item | flags | _merged_maps(item, flags) for item in items]
+        if self.cwd is None and any("cwd" not in job for job in jobs) and (here := default_cwd()) is not None:
+            jobs = [{"cwd": here} | job for job in jobs]
+        return jobs
+
+    def _flags(self) -> dict[str, Any]:
+        given: dict[str, Any] = {
+            "gpus": self.gpus,
+            "gpu": self.gpu,
+            "gpu_memory": self.gpu_memory,
+            "mig": self.mig,
+            "isolation": self.isolation,
+            "gpu_model": self.gpu_model,
+            "replicas": self.replicas,
+            "cpus": self.cpus,
+            "memory": self.memory,
+            "time_limit": None if self.time is None else _time_limit(self.time),
+            "priority": self.priority,
+            "retries": self.retries,
+            "env": _pairs(self.env, "--env"),
+            "cwd": os.path.abspath(self.cwd) if self.cwd else None,
+            "name": self.name,
+            "nodes": self.node or None,
+            "node_labels": _pairs(self.label, "--label"),
+            "allow_pending": self.allow_pending or None,
+            "submission_id": self.submission_id,
+        }
+        return {field: value for field, value in given.items() if value is not None}
+
+
+def _time_limit(text: str) -> str:
+    """Minutes where there is no unit, as Slurm's users type it."""
+    return f"{text}m" if text.isdigit() else text
+
+
+def _pairs(texts: list[str] | None, flag: str) -> dict[str, str] | None:
+    if not texts:
+        return None
+    for text in texts:
+        if "=" not in text or text.startswith("="):
+            raise typer.BadParameter(f"found {text!r}; expected NAME=VALUE", param_hint=flag)
+    return dict(text.split("=", 1) for text in texts)
+
+
+def _merged_maps(item: dict[str, Any], flags: dict[str, Any]) -> dict[str, Any]:
+    """`--env` and `--label` add to what the file says, name by name."""
+    return {
+        field: item[field] | flags[field]
+        for field in ("env", "node_labels")
+        if field in flags and isinstance(item.get(field), dict)
+    }
+
+
+def default_cwd() -> str | None:
+    """Where a job runs unless told: here; None where the job's account could not go.
+
+    Root's jobs run as somebody else, and root is often in a place that only root may enter.
+    """
+    here = os.getcwd()
+    if os.geteuid() == 0 and (closed := _first_closed(Path(here))) is not None:
+        remark(f"note: {closed} is closed to other users, so the job starts in a directory of its own (--cwd chooses)")
+        return None
+    return here
+
+
+def _first_closed(path: Path) -> Path | None:
+    for part in (*reversed(path.parents), path):
+        if not part.stat().st_mode & stat.S_IXOTH:
+            return part
+    return None
+
+
+def takes_job_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Replace a command's parameter `options: JobOptions` by one flag per field."""
+    own = inspect.signature(command, eval_str=True)
+    hints = get_type_hints(JobOptions, include_extras=True)
+    flags = [
+        inspect.Parameter(
+            field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=hints[field.name]
+        )
+        for field in dataclasses.fields(JobOptions)
+    ]
+
+    def expanded(**arguments: Any) -> None:
+        options = JobOptions(**{flag.name: arguments.pop(flag.name) for flag in flags})
+        command(options=options, **arguments)
+
+    others = [
+        parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+        for name, parameter in own.parameters.items()
+        if name != "options"
+    ]
+    parameters = [*others, *flags]
+    expanded.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # what `inspect` looks for
+    expanded.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    expanded.__doc__ = command.__doc__
+    expanded.__name__ = command.__name__
+    return expanded

@@ -1,0 +1,15 @@
+"""One real yard for all tests of the client."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from support.yard import Yard, running_yard
+
+
+@pytest.fixture(scope="session")
+def yard(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Yard]:
+    with running_yard(tmp_path_factory.mktemp("client"), nodes=1, simulate="8xH100-80GB") as yard:
+        yield yard

@@ -1,0 +1,201 @@
+"""The command line: what it prints, its exit codes, and what it says when something is wrong. Against a real yard."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from support.yard import Yard
+
+SMALL = ("--cpus", "0.1", "--memory", "64Mi")
+
+
+def number(printed: str) -> int:
+    assert printed.startswith("Submitted job "), printed
+    return int(printed.removeprefix("Submitted job "))
+
+
+def ok(yard: Yard, *arguments: str, stdin: bytes = b"") -> str:
+    done = yard.cli(*arguments, stdin=stdin)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def read(yard: Yard, *arguments: str) -> Any:
+    return json.loads(ok(yard, *arguments, "--json"))
+
+
+def test_submit_show_and_logs(yard: Yard) -> None:
+    job = number(ok(yard, "submit", "-g", "1", "-n", "tour", "--env", "A=b c", *SMALL, "--", "sh", "-c", 'echo "$A"'))
+    assert ok(yard, "logs", "-f", str(job)) == "b c\n"
+    shown = read(yard, "job", "show", str(job))
+    assert (shown["state"], shown["name"], shown["wants"]) == ("succeeded", "tour", "1×GPU")
+    text = ok(yard, "job", "show", str(job))
+    assert "succeeded" in text
+    assert "exit code   0" in text
+    assert f"job {job} is succeeded" in ok(yard, "why", str(job))
+    assert read(yard, "why", str(job))["job"] == job
+    assert any(row["job"] == job for row in read(yard, "jobs", "--all"))
+    assert "tour" in ok(yard, "jobs", "--state", "succeeded")
+
+
+def test_parsable_prints_the_number_and_nothing_else(yard: Yard) -> None:
+    printed = ok(yard, "submit", "--parsable", *SMALL, "true")
+    assert printed.strip().isdigit()
+    answer = read(yard, "submit", *SMALL, "true")
+    assert answer["job"] == int(printed) + 1
+
+
+def test_run_shows_the_output_and_ends_as_the_job_ends(yard: Yard) -> None:
+    done = yard.cli("run", "-g", "1", *SMALL, "--", "sh", "-c", "echo to out; echo to err >&2; exit 7")
+    assert (done.returncode, done.stdout) == (7, "to out\n")
+    assert "to err\n" in done.stderr
+    assert "exit code 7" in done.stderr
+
+
+def test_run_of_a_gang_names_the_replicas(yard: Yard) -> None:
+    done = yard.cli("run", "-q", "-r", "2", *SMALL, "--", "sh", "-c", "echo $RANK of $WORLD_SIZE")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert sorted(done.stdout.splitlines()) == ["[0] 0 of 2", "[1] 1 of 2"]
+
+
+def test_ctrl_c_lets_go_of_a_running_job(yard: Yard) -> None:
+    """It says how to come back, and the job is none the worse."""
+    command = [sys.executable, "-m", "gpuyard.cli", "run", *SMALL, "--", "sh", "-c", "echo begun; sleep 2; echo done"]
+    process = subprocess.Popen(
+        command,
+        env={**os.environ, "GPUYARD_CONTEXT": str(yard.context)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "begun\n"
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == 130
+    job = next(word for word in err.split() if word.isdigit())
+    assert f"gpuyard logs -f {job}" in err
+    assert f"gpuyard cancel {job}" in err
+    assert "Traceback" not in err
+    assert ok(yard, "logs", "-f", job).endswith("done\n")
+    assert read(yard, "job", "show", job)["state"] == "succeeded"
+
+
+def test_job_files_and_flags_on_top(yard: Yard, tmp_path: Path) -> None:
+    path = tmp_path / "jobs.yaml"
+    path.write_text(
+        "- {name: one, command: [echo, one], cpus: 0.1, memory: 64Mi, env: {N: 1}}\n"
+        "- {name: two, command: 'echo $N', cpus: 0.1, memory: 64Mi, env: {N: 2}}\n"
+    )
+    printed = ok(yard, "submit", "-f", str(path), "--priority", "1", "--env", "M=3").splitlines()
+    shown = [read(yard, "job", "show", str(number(line))) for line in printed]
+    assert [view["name"] for view in shown] == ["one", "two"]
+    assert [view["priority"] for view in shown] == [1, 1]
+    assert [dict(view["spec"]["env"]) for view in shown] == [{"M": "3", "N": "1"}, {"M": "3", "N": "2"}]
+    toml = b'command = ["true"]\ngpu = 0.3\ntime_limit = "1h"\n'
+    job = number(ok(yard, "submit", "-f", "-", stdin=toml.replace(b" = ", b": ")))
+    assert read(yard, "job", "show", str(job))["spec"]["time_limit_ms"] == 3_600_000
+
+
+def test_a_bare_time_is_minutes(yard: Yard) -> None:
+    job = number(ok(yard, "submit", "-t", "90", *SMALL, "true"))
+    assert read(yard, "job", "show", str(job))["spec"]["time_limit_ms"] == 90 * 60_000
+
+
+def test_cancel_many_fails_where_one_is_unknown(yard: Yard) -> None:
+    job = number(ok(yard, "submit", *SMALL, "sleep", "60"))
+    done = yard.cli("cancel", str(job), "999999")
+    assert (done.returncode, done.stdout) == (1, f"Cancelled job {job}\n")
+    assert "999999" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_services_from_file_to_deletion(yard: Yard, tmp_path: Path) -> None:
+    path = tmp_path / "service.yaml"
+    path.write_text(
+        "name: chat\ncommand: 'while :; do sleep 0.2; done'\nmin_replicas: 0\nmax_replicas: 2\n"
+        "target_concurrency: 4\nstop_grace: 1s\nreplica: {mig: 1g.10gb, cpus: 0.1, memory: 64Mi}\n"
+    )
+    assert ok(yard, "apply", "-f", str(path)) == "Applied service chat\n"
+    ok(yard, "load", "chat", "8")
+    deadline = time.monotonic() + 20
+    while read(yard, "services", "chat")[0]["running"] < 2:
+        assert time.monotonic() < deadline
+    assert "chat" in ok(yard, "services")
+    done = yard.cli("load", "chatt", "8")
+    assert (done.returncode, "did you mean 'chat'?" in done.stderr) == (1, True)
+    assert ok(yard, "delete", "chat") == "Deleted service chat\n"
+    assert yard.cli("delete", "chat").returncode == 1
+
+
+def test_nodes_and_stats(yard: Yard) -> None:
+    assert "node-1" in ok(yard, "nodes")
+    assert ok(yard, "nodes", "node-1").count("H100") == 8
+    assert [view["node"] for view in read(yard, "nodes")] == ["node-1"]
+    done = yard.cli("nodes", "nod-1")
+    assert (done.returncode, "did you mean 'node-1'?" in done.stderr) == (1, True)
+    assert read(yard, "stats")["gpus"] == 8
+    assert "GPUs" in ok(yard, "stats")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (("submit", "--gpu-memory", "5", "true"), 1, "$.gpu_memory: found '5'; expected an amount of memory"),
+        (("submit", "--gpu-model", "H1000", "-g", "1", "true"), 1, "H1000"),
+        (("submit", "-f", "none.yaml"), 1, "cannot read none.yaml"),
+        (("job", "show", "999999"), 1, "there is no job 999999"),
+        (("submit",), 2, "a command to run is missing"),
+        (("submit", "--gpu-mem", "5Gi", "true"), 2, "--gpu-memory"),
+        (("submit", "--env", "AB", "true"), 2, "expected NAME=VALUE"),
+        (("jobs", "--state", "runing"), 2, "did you mean 'running'?"),
+        (("job", "show", "seventeen"), 2, "seventeen"),
+        (("jbos",), 2, "Did you mean 'jobs'"),
+    ],
+)
+def test_errors_name_what_is_wrong(yard: Yard, arguments: tuple[str, ...], code: int, says: str) -> None:
+    done = yard.cli(*arguments)
+    assert (done.returncode, done.stdout) == (code, "")
+    assert says in done.stderr
+    assert "Traceback" not in done.stderr
+    if code == 1:
+        assert done.stderr.startswith("gpuyard: ")
+
+
+def test_without_a_yard_every_command_says_how_to_get_one(tmp_path: Path) -> None:
+    environment = {**os.environ, "GPUYARD_CONTEXT": str(tmp_path / "context.toml")}
+    command = [sys.executable, "-m", "gpuyard.cli", "jobs"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=20, check=False)
+    assert done.returncode == 1
+    assert "start a yard with `gpuyard up`" in done.stderr
+
+
+def test_help_does_not_load_what_only_the_work_needs() -> None:
+    """`gpuyard --help` answers at once: no message library, no tables, nothing of the components."""
+    program = (
+        "import sys\n"
+        "from gpuyard.cli.app import build_app\n"
+        "build_app()\n"
+        "heavy = {'nats', 'rich.table', 'uvloop', 'psutil', 'aiohttp', 'yaml', 'orjson'} & set(sys.modules)\n"
+        "sys.exit(', '.join(sorted(heavy)))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=20, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_reader_that_leaves_early_is_no_error(yard: Yard) -> None:
+    line = f"{sys.executable} -m gpuyard.cli jobs --all --limit 0 | true; exit ${{PIPESTATUS[0]}}"
+    environment = {**os.environ, "GPUYARD_CONTEXT": str(yard.context)}
+    done = subprocess.run(
+        ["bash", "-c", line], env=environment, capture_output=True, text=True, timeout=20, check=False
+    )
+    assert "Traceback" not in done.stderr
