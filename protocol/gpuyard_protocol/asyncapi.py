@@ -6,7 +6,7 @@
 
 It speaks from the daemon's point of view: the daemon *receives* submissions and *sends* events. Payload schemas come
 from the structs, descriptions of fields from the `#:` comments above them, stream settings from `subjects.streams`.
-Only which type travels on which subject stands in this file. A new verb or subject belongs into `_channels()`.
+Only which type travels on which subject stands in this file. A new verb or subject belongs into `every_channel()`.
 
 Same types, same bytes: the tests compare the committed file with this module's output.
 """
@@ -91,7 +91,8 @@ _SUBMISSIONS: tuple[tuple[subjects.SubmitVerb, type[Any], str], ...] = (
 )
 
 
-def _channels() -> Iterator[Channel]:
+def every_channel() -> Iterator[Channel]:
+    """Every subject there is, with what travels on it."""
     for submit, request, summary in _SUBMISSIONS:
         address = subjects.submission("{tenant}", "{user}", submit)
         yield Channel(f"sub.{submit}", address, "receive", summary, (request,), (PubAck,), "SUB")
@@ -143,7 +144,7 @@ def _channels() -> Iterator[Channel]:
 
 def document() -> dict[str, Any]:
     """The whole document as plain data."""
-    channels = tuple(_channels())
+    channels = tuple(every_channel())
     kinds = {kind.__name__: kind for channel in channels for kind in (*channel.payloads, *channel.replies)}
     return {
         "asyncapi": "3.0.0",
@@ -243,6 +244,7 @@ def _stream(kind: StreamKind) -> dict[str, Any]:
         "x-nats-discard": "old" if spec.discard_old else "new",
         "x-nats-max-bytes-pct-of-budget": spec.max_bytes,
         "x-nats-duplicate-window-s": spec.duplicate_window_s,
+        "x-nats-persist-mode": "async" if spec.is_lazy else "default",
     }
     bounds = {
         "x-nats-max-msg-size": spec.max_message_bytes,

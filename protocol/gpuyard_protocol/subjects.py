@@ -184,5 +184,6 @@ def streams(yard: str, budget_bytes: int, replicas: int = 1) -> Streams:
             max_age_s=7 * 86_400,
             duplicate_window_s=120,
             replicas=replicas,
+            is_lazy=True,
         ),
     )

@@ -115,6 +115,7 @@ def stream_config(spec: StreamSpec) -> dict[str, Any]:
         "allow_rollup_hdrs": False,
         "allow_msg_ttl": False,
         "num_replicas": spec.replicas,
+        "persist_mode": "async" if spec.is_lazy and spec.replicas == 1 else "default",
     }
 
 
