@@ -74,6 +74,8 @@ class FakeAgent:
         self.started: set[AssignmentKey] = set()
         self.live: set[AssignmentKey] = set()
         self.ended: set[AssignmentKey] = set()
+        #: Set by each start.
+        self.news = asyncio.Event()
         self.syncs = 0
         self.faults: list[str] = []
         #: Set to leave commands unanswered.
@@ -190,6 +192,7 @@ class FakeAgent:
                         continue
                     self.started.add(key)
                     self.live.add(key)
+                    self.news.set()
                     if hold:
                         self.report(Prepared(key=key, port=29500))
                     else:

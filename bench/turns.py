@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 
 import psutil
+import uvloop
 
 from bench.fleet import FakeAgent
 from gpuyard_protocol.bus.base import Bus
@@ -113,12 +114,14 @@ async def _run(jobs: int, nodes: int, directory: Path, url: str, daemon: psutil.
 async def _latency(bus: Bus, agents: list[FakeAgent], request: bytes) -> dict[str, float]:
     """Submission published → order at the agent, one at a time on an idle yard."""
     times = []
+    news = asyncio.Event()
+    for agent in agents:
+        agent.news = news
     for _ in range(200):
-        known = sum(len(agent.started) for agent in agents)
+        news.clear()
         began = time.perf_counter()
         await bus.stream_publish(submission("acme", "alice", "submit"), request)
-        while sum(len(agent.started) for agent in agents) == known:
-            await asyncio.sleep(0)
+        await news.wait()
         times.append((time.perf_counter() - began) * 1000)
         await asyncio.sleep(0.01)
     times.sort()
@@ -136,7 +139,7 @@ def main() -> None:
         server, url = start_nats(directory)
         daemon = start_daemon(directory, url)
         try:
-            result = asyncio.run(_run(options.jobs, options.nodes, directory, url, psutil.Process(daemon.pid)))
+            result = uvloop.run(_run(options.jobs, options.nodes, directory, url, psutil.Process(daemon.pid)))
         finally:
             daemon.terminate()
             daemon.wait()

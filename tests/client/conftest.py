@@ -10,6 +10,6 @@ from support.yard import Yard, running_yard
 
 
 @pytest.fixture(scope="session")
-def yard(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Yard]:
-    with running_yard(tmp_path_factory.mktemp("client"), nodes=1, simulate="8xH100-80GB") as yard:
+def yard() -> Iterator[Yard]:
+    with running_yard(nodes=1, simulate="8xH100-80GB") as yard:
         yield yard

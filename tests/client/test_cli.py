@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from gpuyard.cli.options import default_cwd
 from support.yard import Yard
 
 SMALL = ("--cpus", "0.1", "--memory", "64Mi")
@@ -50,7 +51,7 @@ def test_submit_show_and_logs(yard: Yard) -> None:
 def test_parsable_prints_the_number_and_nothing_else(yard: Yard) -> None:
     printed = ok(yard, "submit", "--parsable", *SMALL, "true")
     assert printed.strip().isdigit()
-    answer = read(yard, "submit", *SMALL, "true")
+    answer = json.loads(ok(yard, "submit", "--json", *SMALL, "true"))
     assert answer["job"] == int(printed) + 1
 
 
@@ -106,6 +107,15 @@ def test_job_files_and_flags_on_top(yard: Yard, tmp_path: Path) -> None:
     assert read(yard, "job", "show", str(job))["spec"]["time_limit_ms"] == 3_600_000
 
 
+def test_a_waiting_job_says_why_in_the_list(yard: Yard) -> None:
+    job = number(ok(yard, "submit", "-g", "8", "--node", "node-9", "--allow-pending", *SMALL, "true"))
+    [row] = [line for line in ok(yard, "jobs").splitlines() if line.strip().startswith(f"{job} ")]
+    assert "pending" in row
+    why = read(yard, "why", str(job))
+    assert why["summary"] in row
+    ok(yard, "cancel", str(job))
+
+
 def test_a_bare_time_is_minutes(yard: Yard) -> None:
     job = number(ok(yard, "submit", "-t", "90", *SMALL, "true"))
     assert read(yard, "job", "show", str(job))["spec"]["time_limit_ms"] == 90 * 60_000
@@ -158,7 +168,7 @@ def test_nodes_and_stats(yard: Yard) -> None:
         (("submit", "--gpu-mem", "5Gi", "true"), 2, "--gpu-memory"),
         (("submit", "--env", "AB", "true"), 2, "expected NAME=VALUE"),
         (("jobs", "--state", "runing"), 2, "did you mean 'running'?"),
-        (("job", "show", "seventeen"), 2, "seventeen"),
+        (("job", "show", "seventeen"), 2, "integer"),
         (("jbos",), 2, "Did you mean 'jobs'"),
     ],
 )
@@ -179,6 +189,25 @@ def test_without_a_yard_every_command_says_how_to_get_one(tmp_path: Path) -> Non
     assert "start a yard with `gpuyard up`" in done.stderr
 
 
+def test_a_command_whose_component_is_missing_names_the_extra() -> None:
+    """A bare install has the client alone: `up` is listed, and says what brings it."""
+    program = "import sys\nsys.modules['psutil'] = None\nfrom gpuyard.cli import main\nmain(['up'])\n"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=20, check=False)
+    assert done.returncode == 1
+    assert "psutil" in done.stderr
+    assert "pip install 'gpuyard[daemon,agent]'" in done.stderr
+
+
+def test_root_in_a_closed_directory_sends_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.geteuid", lambda: 0)
+    tmp_path.chmod(0o700)
+    (tmp_path / "inner").mkdir()
+    monkeypatch.chdir(tmp_path / "inner")
+    assert default_cwd() is None
+    monkeypatch.chdir("/")
+    assert default_cwd() == "/"
+
+
 def test_help_does_not_load_what_only_the_work_needs() -> None:
     """`gpuyard --help` answers at once: no message library, no tables, nothing of the components."""
     program = (
@@ -186,7 +215,7 @@ def test_help_does_not_load_what_only_the_work_needs() -> None:
         "from gpuyard.cli.app import build_app\n"
         "build_app()\n"
         "heavy = {'nats', 'rich.table', 'uvloop', 'psutil', 'aiohttp', 'yaml', 'orjson'} & set(sys.modules)\n"
-        "sys.exit(', '.join(sorted(heavy)))\n"
+        "sys.exit(', '.join(sorted(heavy)) or 0)\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=20, check=False)
     assert (done.returncode, done.stderr) == (0, "")

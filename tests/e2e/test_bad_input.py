@@ -14,12 +14,13 @@ from gpuyard_protocol import subjects
 from gpuyard_protocol.bus import Message
 from gpuyard_protocol.codec import decode
 from gpuyard_protocol.jobs import SubmissionAnswer
+from support.wire import publish_raw
 from support.yard import Yard, running_yard
 
 
 @pytest.fixture(scope="module")
-def yard(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Yard]:
-    with running_yard(tmp_path_factory.mktemp("bad-input"), nodes=2, simulate="4xH100-80GB") as yard:
+def yard() -> Iterator[Yard]:
+    with running_yard(nodes=2, simulate="4xH100-80GB") as yard:
         yield yard
 
 
@@ -68,8 +69,6 @@ async def test_a_malformed_request_is_rejected_with_the_path_and_what_was_expect
 
 async def test_poison_in_subject_reply_and_header_harms_nobody(yard: Yard) -> None:
     """The bus refuses to send such bytes, so they are written to the socket by hand; the yard goes on afterwards."""
-    from support.nats import publish_raw
-
     context = gpuyard.load_context(yard.context)
     subject = subjects.submission(context.tenant, context.user, "submit").encode()
     seed = Path(context.key).read_text().strip()

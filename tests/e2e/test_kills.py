@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -19,8 +18,8 @@ VICTIMS = (("gpuyard_daemon",), ("gpuyard_agent", "node-1"), ("nats-server",))
 
 
 @pytest.fixture
-def yard(tmp_path: Path) -> Iterator[Yard]:
-    with running_yard(tmp_path, nodes=2, simulate="4xH100-80GB") as yard:
+def yard() -> Iterator[Yard]:
+    with running_yard(nodes=2, simulate="4xH100-80GB") as yard:
         yield yard
 
 

@@ -11,8 +11,8 @@ from support.yard import Yard, eventually, running_yard
 
 
 @pytest.fixture(scope="module")
-def yard(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Yard]:
-    with running_yard(tmp_path_factory.mktemp("partitions"), nodes=2, simulate="4xH100-80GB") as yard:
+def yard() -> Iterator[Yard]:
+    with running_yard(nodes=2, simulate="4xH100-80GB") as yard:
         yield yard
 
 

@@ -7,7 +7,7 @@ equal inputs.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -17,7 +17,7 @@ from gpuyard_daemon.core.invariants import check
 from gpuyard_daemon.core.scheduler import Scheduler
 from gpuyard_daemon.core.settings import CoreSettings
 from gpuyard_daemon.core.turn import AnswerNotice, JobNotice, Record, Turn
-from gpuyard_protocol.jobs import JobEvent, JobSpec, SubmissionAnswer
+from gpuyard_protocol.jobs import JobEvent, JobSpec, JobView, SubmissionAnswer, Why
 from gpuyard_protocol.names import AssignmentKey, JobId
 from gpuyard_protocol.nodes import Ended, Go, Inventory, Joined, Order, Prepared, Report, Start, Started, Stop
 from gpuyard_protocol.resources import Device, MigProfileFacts, Mode, ResourceNeed
@@ -88,7 +88,7 @@ def node(
     )
 
 
-def need(**fields: object) -> ResourceNeed:
+def need(**fields: Any) -> ResourceNeed:
     """A need of one core and a GiB, and what is named: `gpus=2`, `share_milli=300`, `mig="1g.10gb"`."""
     return msgspec.structs.replace(ResourceNeed(), **fields)
 
@@ -101,7 +101,7 @@ def job(
     time_limit_ms: int = 0,
     allow_pending: bool = False,
     name: str = "",
-    **fields: object,
+    **fields: Any,
 ) -> JobSpec:
     """A job of `/bin/true`; what is not a field of the job is one of its need."""
     return JobSpec(
@@ -276,6 +276,11 @@ class CoreHarness:
 
     # --- looking ---
 
+    def view(self, number: JobId) -> JobView:
+        view = self.core.job_view(number, with_spec=True)
+        assert view is not None, f"job {number} is gone"
+        return view
+
     def state(self, number: JobId) -> str:
         view = self.core.job_view(number)
         return view.state if view else "gone"
@@ -292,6 +297,17 @@ class CoreHarness:
     def new_orders(self, kind: type[T]) -> list[T]:
         """Orders of one kind that the last turn made."""
         return [order for batch in self.last.orders for order in batch.orders if isinstance(order, kind)]
+
+    def refused(self) -> Why:
+        """Why the last request was refused."""
+        answer = self.answers[-1]
+        assert not answer.accepted
+        assert answer.reason is not None
+        return answer.reason
+
+    def facts(self, kind: type[T]) -> list[T]:
+        """Facts of one kind in all records so far."""
+        return [fact for record in self.records for fact in record.facts if isinstance(fact, kind)]
 
     def new_facts(self, kind: type[T]) -> list[T]:
         facts: tuple[Fact, ...] = self.last.record.facts if self.last.record else ()

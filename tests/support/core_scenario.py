@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import random
 import sys
+from typing import Any
 
 import msgspec
 
@@ -17,7 +18,7 @@ from gpuyard_protocol.services import ServiceSpec
 from support.builders import CoreHarness, job, need, node
 from support.core_world import World
 
-NEEDS: tuple[dict[str, object], ...] = (
+NEEDS: tuple[dict[str, Any], ...] = (
     {"gpus": 1},
     {"gpus": 2, "models": ("H100", "A100")},
     {"gpus": 8},

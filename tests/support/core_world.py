@@ -6,6 +6,8 @@ at its orders, what its replicas do, and which reports arrive, again or late.
 
 from __future__ import annotations
 
+from typing import Any
+
 from gpuyard_daemon.core.inputs import NodeReported, NodeReturned
 from gpuyard_protocol.names import AssignmentKey
 from gpuyard_protocol.nodes import Desired, Ended, Inventory, Joined, Prepared, Report, Started
@@ -91,12 +93,10 @@ class World:
             node.outbox.append(Started(key=key, at_ms=0))
 
     def end(
-        self, node: WorldNode, key: AssignmentKey, outcome: str, *, exit_code: int = 0, signal: int = 0, code: str = ""
+        self, node: WorldNode, key: AssignmentKey, outcome: Any, *, exit_code: int = 0, signal: int = 0, code: str = ""
     ) -> None:
         node.ledger[key] = "ended"
-        node.outbox.append(
-            Ended(key=key, outcome=outcome, at_ms=0, exit_code=exit_code, signal=signal, code=code)  # type: ignore[arg-type]  # drawn as a word
-        )
+        node.outbox.append(Ended(key=key, outcome=outcome, at_ms=0, exit_code=exit_code, signal=signal, code=code))
 
     def deliver(self, node: WorldNode, most: int = 1000) -> None:
         """What the core has not seen of the outbox arrives."""

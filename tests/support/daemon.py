@@ -35,11 +35,11 @@ snapshot_records = 40
 class DaemonProcess:
     """One state directory; the process can be killed and started again."""
 
-    def __init__(self, directory: Path, url: str, *, settings: str = "", yard: str = "main") -> None:
+    def __init__(self, directory: Path, url: str, *, settings: str = "", authenticate: bool = False) -> None:
         self.directory = directory
         self.state = directory / "state"
         self._url = url
-        self._yard = yard
+        self._authenticate = authenticate
         self._process: subprocess.Popen[bytes] | None = None
         directory.mkdir(parents=True, exist_ok=True)
         self._config = directory / "daemon.toml"
@@ -53,7 +53,8 @@ class DaemonProcess:
 
     def spawn(self) -> None:
         arguments = ["--config", str(self._config), "--state", str(self.state), "--nats", self._url]
-        arguments += ["--yard", self._yard, "--http", "127.0.0.1:0", "--no-authentication"]
+        arguments += ["--http", "127.0.0.1:0"]
+        arguments += [] if self._authenticate else ["--no-authentication"]
         with (self.directory / "daemon.log").open("ab") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "gpuyard_daemon", *arguments], stdin=subprocess.DEVNULL, stdout=log, stderr=log

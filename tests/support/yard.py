@@ -12,6 +12,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
@@ -79,13 +80,23 @@ class Yard:
 
 
 @contextlib.contextmanager
-def running_yard(directory: Path, *, nodes: int = 2, simulate: str = "4xH100-80GB") -> Iterator[Yard]:
-    """`gpuyard up` until every node has joined; SIGTERM at the end, and nothing of it may be left."""
-    for part in (directory, *directory.parents[:3]):
-        with contextlib.suppress(PermissionError):
-            part.chmod(part.stat().st_mode | 0o011)  # jobs of another account pass through
+def running_yard(*, nodes: int = 2, simulate: str = "4xH100-80GB") -> Iterator[Yard]:
+    """`gpuyard up` until every node has joined; SIGTERM at the end, and nothing of it may be left.
+
+    Not below pytest's own temporary directory: every new session of pytest closes that to other accounts, and jobs run
+    as one.
+    """
+    with tempfile.TemporaryDirectory(prefix="gpuyard-test-") as name:
+        directory = Path(name)
+        directory.chmod(0o755)
+        with _up(directory, nodes, simulate) as yard:
+            yield yard
+
+
+@contextlib.contextmanager
+def _up(directory: Path, nodes: int, simulate: str) -> Iterator[Yard]:
     state, scratch = directory / "state", directory / "scratch"
-    scratch.mkdir(exist_ok=True)
+    scratch.mkdir()
     scratch.chmod(0o777)
     with (directory / "up.log").open("ab") as log:
         arguments = ["up", "--state", str(state), "--port", "0"]
