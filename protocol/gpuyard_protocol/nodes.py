@@ -263,6 +263,16 @@ class Heartbeat(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     v: int = 1
 
 
+class InstanceSample(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One MIG instance now. None: the card does not say (load of instances is given from Hopper on)."""
+
+    mig_uuid: str
+    profile: str = ""
+    utilization_pct: int | None = None
+    memory_used_mib: int | None = None
+    memory_total_mib: int = 0
+
+
 class DeviceSample(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """One card now. None: the card does not say."""
 
@@ -272,6 +282,18 @@ class DeviceSample(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     memory_total_mib: int = 0
     power_mw: int | None = None
     temperature_c: int | None = None
+    power_limit_mw: int | None = None
+    #: Since the driver was loaded.
+    energy_mj: int | None = None
+    memory_temperature_c: int | None = None
+    sm_clock_mhz: int | None = None
+    #: What keeps the clocks down: `power-cap`, `thermal`, `thermal-hardware`, `slowdown`, `power-brake`, `sync-boost`.
+    slowed_by: tuple[str, ...] = ()
+    #: Memory errors since the driver was loaded.
+    ecc_corrected: int | None = None
+    ecc_uncorrected: int | None = None
+    #: In MIG mode, by place on the card.
+    instances: tuple[InstanceSample, ...] = ()
 
 
 class Telemetry(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

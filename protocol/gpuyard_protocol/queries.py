@@ -115,6 +115,8 @@ class CardView(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     memory_mib: int
     mode: str
     healthy: bool = True
+    #: Why it is not, in words.
+    fault: str = ""
     #: Compute and memory held by jobs.
     held_milli: int = 0
     held_memory_mib: int = 0

@@ -44,19 +44,25 @@ def build_app() -> typer.Typer:
     return app
 
 
+def _print_version(asked: bool) -> None:
+    """Eager: before typer finds that no command was named."""
+    if asked:
+        from gpuyard.cli.output import say
+
+        say(f"gpuyard {_version()}")
+        raise typer.Exit
+
+
 def _root(
     ctx: typer.Context,
     context: Annotated[
         str | None,
         typer.Option("--context", help="Context file of the yard meant, or its directory (also: $GPUYARD_CONTEXT)."),
     ] = None,
-    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=_print_version)
+    ] = False,
 ) -> None:
-    if version:
-        from gpuyard.cli.output import say
-
-        say(f"gpuyard {_version()}")
-        raise typer.Exit
     ctx.obj = Session(context)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 STATES = ("pending", "starting", "running", "stopping", "succeeded", "failed", "cancelled")
 #: Rows without --limit.
 DEFAULT_ROWS = 100
+#: Each reason is a question of its own: so many a list.
+EXPLAINED_ROWS = 20
 COLUMNS = ("#JOB", "NAME", "USER", "STATE", "WANTS", "SUBMITTED", "#TIME", "NODES OR REASON")
 
 JobNumber = Annotated[int, typer.Argument(metavar="JOB", help="The job's number.", min=1)]
@@ -49,12 +52,13 @@ def jobs(
     # States that jobs end in are among those that the list leaves out unless asked for all.
     wants_ended = show_all or any(name in FINAL_STATES for name in states)
 
-    async def work(yard: Client) -> list[JobView]:
+    async def work(yard: Client) -> tuple[list[JobView], dict[int, str]]:
         # One more than is shown tells whether there are more.
         rows = yard.jobs(states=states, all=wants_ended, user=user, service=service, limit=limit + 1 if limit else 0)
-        return [view async for view in rows]
+        found = [view async for view in rows]
+        return found, {} if as_json else await _reasons(yard, found)
 
-    found = session_of(ctx).run(work)
+    found, reasons = session_of(ctx).run(work)
     shown = found[:limit] if limit else found
     if as_json:
         print_json(shown)
@@ -63,7 +67,7 @@ def jobs(
         remark("no jobs" if wants_ended else "no job is waiting or running (those that have ended: gpuyard jobs --all)")
         return
     now = now_ms()
-    print_table(COLUMNS, [_row(view, now) for view in shown])
+    print_table(COLUMNS, [_row(view, now, reasons.get(view.job, "")) for view in shown])
     if len(found) > len(shown):
         remark(f"… and more: these are the newest {limit} (--limit 0 shows all)")
 
@@ -78,7 +82,14 @@ def _checked_states(given: list[str]) -> list[str]:
     return states
 
 
-def _row(view: JobView, now: int) -> tuple[str, ...]:
+async def _reasons(yard: Client, found: list[JobView]) -> dict[int, str]:
+    """Why the longest waiting of the jobs wait, for those whose view does not say."""
+    waiting = [view.job for view in found if view.state == "pending" and view.reason is None][-EXPLAINED_ROWS:]
+    answers = await asyncio.gather(*(yard.why(job) for job in waiting), return_exceptions=True)
+    return {answer.job: answer.summary for answer in answers if isinstance(answer, WhyAnswer)}
+
+
+def _row(view: JobView, now: int, reason: str) -> tuple[str, ...]:
     wants = view.wants if view.replicas == 1 else f"{view.replicas} × ({view.wants})"
     spent_ms = (view.ended_ms or now) - view.started_ms if view.started_ms else 0
     return (
@@ -89,7 +100,7 @@ def _row(view: JobView, now: int) -> tuple[str, ...]:
         wants,
         ago(view.submitted_ms, now),
         rough(spent_ms) if view.started_ms else "",
-        _where(view),
+        _where(view) or reason,
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -11,6 +11,9 @@ from gpuyard.cli.output import AsJson, print_json, remark, say
 from gpuyard.cli.session import session_of
 from gpuyard.errors import GpuyardError, Rejected
 from gpuyard.job import Job
+
+if TYPE_CHECKING:
+    from gpuyard.client import Client
 
 
 def register(app: typer.Typer) -> None:
@@ -29,10 +32,7 @@ def submit(
     """Submit a job: gpuyard submit --gpus 2 -- python train.py"""
     requests = options.requests(command)
 
-    async def work(yard: object) -> list[Job | Rejected]:
-        from gpuyard.client import Client
-
-        assert isinstance(yard, Client)
+    async def work(yard: Client) -> list[Job | Rejected]:
         if len(requests) == 1:
             return [await yard.submit(requests[0])]
         return await yard.submit_many(requests)

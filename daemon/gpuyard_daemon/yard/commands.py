@@ -86,6 +86,7 @@ def up(
         raise typer.BadParameter("this machine is one node; more need --simulate", param_hint="--nodes")
     if nats and port is not None:
         raise typer.BadParameter("is of the yard's own server; with --nats there is none", param_hint="--port")
+    _check_address(http)
     for name, flag in ((tenant, "--tenant"), (user, "--user")):
         _check_name(name, flag)
     settings_of = _component("gpuyard_daemon.yard.up").Settings
@@ -111,6 +112,12 @@ def _check_name(name: str, flag: str) -> None:
 
     if name and not is_name(name):
         raise typer.BadParameter(f"found {name!r}; expected {NAME_EXPECTED}", param_hint=flag)
+
+
+def _check_address(address: str) -> None:
+    host, _, port = address.rpartition(":")
+    if address and not (host and port.isdigit() and int(port) < 65536):
+        raise typer.BadParameter(f"found {address!r}; expected HOST:PORT", param_hint="--http")
 
 
 def _component(module: str) -> Any:
@@ -163,8 +170,11 @@ async def _conduct(settings: Settings) -> None:
         return
     await starting
     try:
-        for line in await _how_to_reach(yard, time.monotonic() - begun):
-            sys.stdout.write(line + "\n")
+        text = "\n".join(await _how_to_reach(yard, time.monotonic() - begun))
+        yard.announce(text)
+        sys.stdout.write(
+            f"{text}\nCtrl-C stops it; jobs are put back into the queue and start again with the next one.\n"
+        )
         sys.stdout.flush()
         failure = asyncio.ensure_future(yard.failure())
         await asyncio.wait((leaving, failure), return_when=asyncio.FIRST_COMPLETED)
@@ -219,7 +229,7 @@ async def _how_to_reach(yard: Yard, took_s: float) -> list[str]:
         f"  NATS    {context.url}",
         f"  status  {context.http}",
         "",
-        f"  export {CONTEXT_VARIABLE}={yard.guest_context or yard.home.context_file}",
+        *_export_lines(yard),
         "  gpuyard submit --gpus 1 -- sleep 10" if cards else "  gpuyard submit -- sleep 10",
         "  gpuyard jobs",
         "  gpuyard nodes",
@@ -227,8 +237,14 @@ async def _how_to_reach(yard: Yard, took_s: float) -> list[str]:
     ]
     if not cards:
         lines.append("No GPU was found: jobs that ask for none run; to try the rest: gpuyard up --simulate 8xH100-80GB")
-    lines.append("Ctrl-C stops it; jobs are put back into the queue and start again with the next `gpuyard up`.")
     return lines
+
+
+def _export_lines(yard: Yard) -> list[str]:
+    """What a shell must know; nothing where clients look by themselves."""
+    if yard.guest_context is not None:
+        return [f"  export {CONTEXT_VARIABLE}={yard.guest_context}   # for the user who called sudo"]
+    return [] if yard.home.is_usual() else [f"  export {CONTEXT_VARIABLE}={yard.home.context_file}"]
 
 
 def _start_detached(settings: Settings) -> None:
@@ -251,14 +267,16 @@ def _start_detached(settings: Settings) -> None:
     deadline = time.monotonic() + DETACHED_START_TIMEOUT_S
     while time.monotonic() < deadline:
         running = home.read_running()
-        if running is not None and running.is_ready and running.conductor.pid == conductor.pid:
-            sys.stdout.write(log_file.read_text())
-            sys.stdout.write(f"\nIt runs in the background (process {conductor.pid}); gpuyard down stops it.\n")
+        if running is not None and running.announcement and running.conductor.pid == conductor.pid:
+            sys.stdout.write(running.announcement)
+            stop = "gpuyard down" + ("" if home.is_usual() else f" --state {home.path}")
+            sys.stdout.write(f"\nIt runs in the background (process {conductor.pid}); stop it with: {stop}\n")
             return
         if conductor.poll() is not None:
             break
         time.sleep(WATCH_S)
-    raise GpuyardError(f"the yard did not start: {log_file.read_text().strip()[-2000:]}")
+    said = log_file.read_text().strip().rpartition("\n")[2].removeprefix("gpuyard: ")
+    raise GpuyardError(f"the yard did not start: {said or 'it said nothing'}")
 
 
 def _take_briefly(home: Any) -> None:
@@ -291,6 +309,7 @@ def down(state: State = None, now: Annotated[bool, _Now] = False) -> None:
     """Stop the yard that runs from a state directory, with grace."""
     _component("gpuyard_daemon.yard.up")
     from gpuyard_daemon.yard.home import Home
+    from gpuyard_daemon.yard.processes import is_running
 
     home = Home(state if state is not None else default_state_dir())
     running = home.read_running()
@@ -304,7 +323,7 @@ def down(state: State = None, now: Annotated[bool, _Now] = False) -> None:
         time.sleep(WATCH_S)
         conductor.terminate()
     deadline = time.monotonic() + DOWN_TIMEOUT_S
-    while home.is_held():
+    while home.is_held() or is_running(conductor):
         if time.monotonic() > deadline:
             raise GpuyardError(f"process {conductor.pid} does not end within {DOWN_TIMEOUT_S:g} s (gpuyard down --now)")
         time.sleep(WATCH_S)
@@ -337,6 +356,10 @@ def demo(
         as_json=as_json,
     )
     try:
-        _run(module.run_demo(plan))
+        workload = module.plan_workload(plan)
+    except _component("gpuyard_daemon.yard.home").YardTrouble as error:
+        raise typer.BadParameter(str(error), param_hint="--trace") from None
+    try:
+        _run(module.run_demo(plan, workload))
     except KeyboardInterrupt:
         raise typer.Exit(130) from None

@@ -69,9 +69,8 @@ class Workload(msgspec.Struct, frozen=True, kw_only=True):
     longest_s: float
 
 
-async def run_demo(plan: DemoPlan) -> None:
+async def run_demo(plan: DemoPlan, workload: Workload) -> None:
     """Everything, from the empty directory to the empty directory."""
-    workload = plan_workload(plan)
     console = Console(stderr=plan.as_json)
     main = asyncio.current_task()
     assert main is not None

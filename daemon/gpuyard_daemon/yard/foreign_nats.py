@@ -1,7 +1,8 @@
 """A yard on a NATS server that somebody else runs (`gpuyard up --nats URL`).
 
-The yard keeps its promises only on a server with its accounts and settings. What the server must know is written out as a
-configuration to include; a server that does not know the yard's keys, or breaks a promise, is refused with that file's name.
+The yard keeps its promises only on a server with its accounts and settings. What the server must know is written out
+as a configuration to include; a server that does not know the yard's keys, or breaks a promise, is refused with that
+file's name.
 """
 
 from __future__ import annotations
@@ -18,18 +19,21 @@ from gpuyard_daemon.yard.server_check import check_server
 from gpuyard_protocol.bus import nats
 from gpuyard_protocol.bus.base import BusError, Disconnected, PermissionDenied
 
+CONNECT_TIMEOUT_S = 2.0
+
 
 async def check_foreign_server(
     url: str, keys: YardKeys, *, yard: str, directory: Path, say: Callable[[str], None]
 ) -> None:
     """Return if the server can carry the yard; `YardTrouble` says what to change."""
     needed = _write_needed(keys, yard, directory)
+    await _refuse_open_server(url, needed)
     try:
         bus = await nats.connect(url, name="gpuyard up", inbox_prefix=DAEMON_INBOX, seed=str(keys.daemon))
     except PermissionDenied:
         raise YardTrouble(
-            f"the NATS server at {url} does not know this yard's keys: take accounts, system_account and jetstream settings "
-            f"from {needed} into its configuration, reload it, and start again"
+            f"the NATS server at {url} does not know this yard's keys: take accounts, system_account and jetstream "
+            f"settings from {needed} into its configuration, reload it, and start again"
         ) from None
     except (Disconnected, BusError) as error:
         raise YardTrouble(str(error)) from None
@@ -40,6 +44,23 @@ async def check_foreign_server(
     check.require(url)
     for promise in check.unverified:
         say(f"not verified from here: {url} must have {promise}")
+
+
+async def _refuse_open_server(url: str, needed: Path) -> None:
+    """A server that lets in anybody protects nobody: whoever reaches it could submit as everyone."""
+    try:
+        stranger = await nats.connect(
+            url, name="gpuyard up", inbox_prefix="_INBOX", connect_timeout_s=CONNECT_TIMEOUT_S
+        )
+    except PermissionDenied:
+        return
+    except BusError as error:
+        raise YardTrouble(str(error)) from None
+    await stranger.close()
+    raise YardTrouble(
+        f"the NATS server at {url} lets in anybody: give it the accounts in {needed} (and its jetstream settings), "
+        "restart it, and start again"
+    )
 
 
 def _write_needed(keys: YardKeys, yard: str, directory: Path) -> Path:

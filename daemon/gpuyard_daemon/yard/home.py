@@ -1,8 +1,8 @@
 """The state directory of a yard: who holds it, what runs from it, and how clients find it.
 
-One conductor at a time: an exclusive lock on `up.lock`, which the kernel drops with the process, says whether a yard runs; the
-text of `up.json` only says where. Whatever `up.json` names after the lock is free was left behind by a conductor that was
-killed, and is ended before the next one starts.
+One conductor at a time: an exclusive lock on `up.lock`, which the kernel drops with the process, says whether a yard
+runs; the text of `up.json` only says where. Whatever `up.json` names after the lock is free was left behind by a
+conductor that was killed, and is ended before the next one starts.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 
 import msgspec
 
-from gpuyard.context import Context, load_context, render_context
+from gpuyard.context import Context, default_state_dir, load_context, render_context
 from gpuyard.errors import NoYard
 from gpuyard_daemon.yard.keys import YardKeys
 from gpuyard_daemon.yard.processes import ProcessMark
@@ -42,8 +42,8 @@ class Running(msgspec.Struct, kw_only=True):
     http: str
     #: Daemon, agents and nats-server by name, as far as they are started.
     children: dict[str, ProcessMark] = {}
-    #: The yard takes jobs.
-    is_ready: bool = False
+    #: What `gpuyard up` said when the yard took jobs; "" until then.
+    announcement: str = ""
 
 
 class Home:
@@ -68,6 +68,10 @@ class Home:
         """Of every node that this directory ever had."""
         agents = self.path / "agents"
         return sorted(path for path in agents.iterdir() if path.is_dir()) if agents.is_dir() else []
+
+    def is_usual(self) -> bool:
+        """Where clients look when nobody says otherwise."""
+        return self.path == default_state_dir()
 
     # -- the lock -----------------------------------------------------------------------------------------------------
 
@@ -166,7 +170,7 @@ def _replace(path: Path, text: str) -> None:
     fresh.replace(path)
 
 
-# --- accounts ----------------------------------------------------------------------------------------------------------
+# --- accounts ---------------------------------------------------------------------------------------------------------
 
 
 def job_account(wanted: str) -> str:

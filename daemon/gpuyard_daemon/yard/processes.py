@@ -159,7 +159,7 @@ class Child:
                 lines = log.read().decode(errors="replace").split("\n")
         except OSError:
             lines = []
-        said = next((line.strip() for line in reversed(lines) if line.strip()), "nothing")
+        said = next((line.strip(" |") for line in reversed(lines) if any(map(str.isalpha, line))), "nothing")
         return f"it said last: {_told(said)[:LAST_WORDS_CHARS]} (all of it: {self.log_file})"
 
     def signal(self, number: int) -> None:

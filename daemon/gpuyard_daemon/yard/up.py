@@ -25,7 +25,7 @@ import msgspec
 import psutil
 
 from gpuyard.client import Client
-from gpuyard.context import Context, default_state_dir
+from gpuyard.context import Context
 from gpuyard.errors import GpuyardError, QueryFailed
 from gpuyard.operator import Operator
 from gpuyard_daemon.yard import home as homes
@@ -95,7 +95,7 @@ class Yard:
         self.context: Context | None = None
         #: The context file for the sudo user, where there is one.
         self.guest_context: Path | None = None
-        self._is_ready = False
+        self._announcement = ""
         #: Set by whoever wants the stop without grace.
         self.hurry = asyncio.Event()
 
@@ -148,10 +148,8 @@ class Yard:
         await self._unless_failed(self._until_ready(http))
         self.home.write_context(self.context)
         self._write_guest_context(keys)
-        self._is_ready = True
         for child in self._children:
             child.is_proven = True
-        self._note_running()
 
     def _check_way_for_jobs(self) -> None:
         closed = homes.first_closed_parent(self.home.path / "agents", self.account)
@@ -182,7 +180,7 @@ class Yard:
 
     def _usual_port(self, offset: int) -> list[int]:
         """The well-known port is for the yard in the usual place: others on one machine stay out of its way."""
-        return [HTTP_PORT + offset] if self.home.path == default_state_dir() else []
+        return [HTTP_PORT + offset] if self.home.is_usual() else []
 
     def _child(self, name: str, arguments: list[str], log_file: Path) -> Child:
         child = Child(
@@ -280,7 +278,7 @@ class Yard:
                 url=self.context.url,
                 http=self.context.http,
                 children={name: mark for name, mark in marks.items() if mark is not None},
-                is_ready=self._is_ready,
+                announcement=self._announcement,
             )
         )
 
@@ -290,6 +288,11 @@ class Yard:
         assert self.context is not None
         async with Client(self.context) as yard:
             return await yard.nodes()
+
+    def announce(self, text: str) -> None:
+        """Keep what was said about how to reach the yard, for whoever started it in the background."""
+        self._announcement = text
+        self._note_running()
 
     async def failure(self) -> str:
         """Wait for a child that cannot be kept running; what it said."""

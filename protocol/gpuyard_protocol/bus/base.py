@@ -120,8 +120,8 @@ class StreamSpec:
     duplicate_window_s: float = 0.1
     allow_direct: bool = True
     replicas: int = 1
-    #: Written to disk some moments after it is acknowledged: ten times the rate, and what a crash of the server takes is
-    #: gone. For streams that are derived from another one alone. Ignored with more than one replica.
+    #: Written to disk some moments after it is acknowledged: ten times the rate, and what a crash of the server takes
+    #: is gone. For streams that are derived from another one alone. Ignored with more than one replica.
     is_lazy: bool = False
 
 
