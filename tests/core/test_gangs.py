@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from gpuyard_daemon.core.facts import JobPlaced
 from gpuyard_protocol.names import AssignmentKey
 from gpuyard_protocol.nodes import Ended, Go, Prepared, Start, Started, Stop
@@ -86,8 +88,7 @@ def test_one_members_failure_ends_the_attempt_for_all() -> None:
     h.report("n-1", Ended(key=AssignmentKey(gang, 1, 0), outcome="stopped", at_ms=1))
     assert h.state(gang) == "stopping"
     h.report("n-1", Ended(key=AssignmentKey(gang, 1, 2), outcome="exited", at_ms=1, exit_code=143))
-    view = h.core.job_view(gang)
-    assert view is not None
+    view = h.view(gang)
     assert view.reason is not None
     assert (view.state, view.exit_code, view.reason.code) == ("failed", 7, "ExitCode")
     assert "replica 1" in view.reason.text
@@ -103,8 +104,7 @@ def test_a_gang_that_is_not_prepared_in_time_gives_its_places_back_uncharged() -
     assert [stop.reason for stop in h.new_orders(Stop)] == ["prepare-timeout"] * 2
     assert h.state(gang) == "stopping"
     h.stopped(gang)
-    view = h.core.job_view(gang)
-    assert view is not None
+    view = h.view(gang)
     assert (view.state, view.attempt, view.retries_left) == ("starting", 2, 1)
 
 
@@ -130,7 +130,7 @@ def test_a_gang_shares_time_on_one_node_but_never_over_several() -> None:
     more = [gpu(index, node="n-2", modes=("whole", "timeslice")) for index in range(2)]
     h = CoreHarness()
     h.join(node("n-1", devices=cards), node("n-2", devices=more))
-    wanted = {"share_milli": 500, "share_memory_mib": 30_000, "isolation": "none"}
+    wanted: dict[str, Any] = {"share_milli": 500, "share_memory_mib": 30_000, "isolation": "none"}
     together = h.submit(job(replicas=4, **wanted))
     assert set(h.nodes_of(together)) == {"n-1"}
     assert all(isinstance(partition, TimeSliceShare) for partition in h.partitions_of(together))
@@ -142,7 +142,7 @@ def test_a_gang_shares_time_on_one_node_but_never_over_several() -> None:
 def test_members_of_a_time_sharing_gang_over_nodes_get_mps_instead() -> None:
     h = harness(1, 1)
     gang = h.submit(job(replicas=4, share_milli=500, share_memory_mib=30_000, isolation="none"))
-    assert h.core.job_view(gang).placed[0].partition.startswith("mps")  # type: ignore[union-attr]
+    assert h.view(gang).placed[0].partition.startswith("mps")
     assert sorted(h.nodes_of(gang)) == ["n-1", "n-1", "n-2", "n-2"]
 
 

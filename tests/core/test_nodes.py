@@ -106,8 +106,7 @@ def test_what_a_restarted_agent_no_longer_holds_is_lost_and_waits_again(yard: Co
     number, unconfirmed = yard.submit_many([job(gpus=1), job(gpus=1)])
     yard.started(number)
     yard.join(node("n-1", 2), held={})
-    view = yard.core.job_view(number)
-    assert view is not None
+    view = yard.view(number)
     assert (view.state, view.attempt) == ("starting", 2)
     # The other was never confirmed: it is still to be started, and its order is in the desired set.
     assert yard.core.cluster.jobs[unconfirmed].attempt == 1
@@ -168,7 +167,7 @@ def test_a_sick_card_is_passed_over_until_it_is_well(yard: CoreHarness) -> None:
     yard.join(node("n-1", devices=[gpu(0, healthy=False), gpu(1)]))
     first, second = yard.submit_many([job(gpus=1), job(gpus=1)])
     assert yard.states(first, second) == ["starting", "pending"]
-    assert yard.core.job_view(first).placed[0].devices == ("GPU-n-1-1",)  # type: ignore[union-attr]
+    assert yard.view(first).placed[0].devices == ("GPU-n-1-1",)
     answer = yard.core.why(second)
     assert answer is not None
     assert answer.reasons[0].reason.code == "CardsBusy"
@@ -199,8 +198,7 @@ def test_a_stopping_yard_stops_everything_and_charges_nobody(yard: CoreHarness) 
     assert yard.states(running, starting, waiting) == ["stopping", "stopping", "pending"]
     yard.stopped(running)
     yard.stopped(starting)
-    view = yard.core.job_view(running)
-    assert view is not None
+    view = yard.view(running)
     assert (view.state, view.retries_left) == ("pending", 1)
     late = yard.submit(job(gpus=1))
     yard.settle(most_ms=600_000)
@@ -233,7 +231,7 @@ def test_a_started_yard_goes_on_where_agents_have_joined(yard: CoreHarness) -> N
     assert yard.nodes_of(first) == ["n-2"]
     yard.join(node("n-1", 2))
     assert yard.states(first, second) == ["starting", "starting"]
-    assert yard.core.job_view(first).attempt == 2  # type: ignore[union-attr]
+    assert yard.view(first).attempt == 2
 
 
 def test_what_had_not_ended_when_the_daemon_died_is_still_to_be_stopped(yard: CoreHarness) -> None:

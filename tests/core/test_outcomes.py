@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
-from gpuyard_daemon.core.facts import ReportsTaken
+from gpuyard_daemon.core.facts import JobRetired, ReportsTaken
 from gpuyard_protocol.names import AssignmentKey
 from gpuyard_protocol.nodes import Ended, Start, Started
 from support.builders import CoreHarness, exited, job, node
@@ -17,17 +19,16 @@ def yard() -> CoreHarness:
     return h
 
 
-def end(h: CoreHarness, number: int, outcome: str, **fields: object) -> None:
+def end(h: CoreHarness, number: int, outcome: Any, **fields: Any) -> None:
     """The one replica of a job ends in some way."""
     (assignment,) = h.core.cluster.jobs[number].assignments
-    report = Ended(key=assignment.key, outcome=outcome, at_ms=0, **fields)  # type: ignore[arg-type]  # as a word
+    report = Ended(key=assignment.key, outcome=outcome, at_ms=0, **fields)
     h.report(assignment.node, report)
 
 
 def outcome(h: CoreHarness, number: int) -> tuple[str, str, int | None, int, int]:
     """(state, reason, exit code, attempt, retries left)."""
-    view = h.core.job_view(number)
-    assert view is not None
+    view = h.view(number)
     return view.state, view.reason.code if view.reason else "", view.exit_code, view.attempt, view.retries_left
 
 
@@ -39,8 +40,7 @@ def test_a_job_runs_and_succeeds(yard: CoreHarness) -> None:
     yard.ended(number)
     assert outcome(yard, number) == ("succeeded", "", 0, 1, 0)
     assert [event.state for event in yard.events] == ["starting", "running", "succeeded"]
-    view = yard.core.job_view(number, with_spec=True)
-    assert view is not None
+    view = yard.view(number)
     assert (view.started_ms - view.submitted_ms, view.ended_ms - view.started_ms) == (100, 1000)
     assert view.spec == job(gpus=1)
     assert yard.core.stats(yard.now_ms).wait_sum_ms == 100
@@ -56,14 +56,14 @@ def test_a_job_runs_and_succeeds(yard: CoreHarness) -> None:
     ],
 )
 def test_a_failure_of_its_own_spends_a_retry_and_then_fails(
-    yard: CoreHarness, fields: dict[str, object], reason: str, exit_code: int | None
+    yard: CoreHarness, fields: dict[str, Any], reason: str, exit_code: int | None
 ) -> None:
     number = yard.submit(job(gpus=1, retries=1))
-    end(yard, number, **fields)  # type: ignore[arg-type]  # the fields of Ended
+    end(yard, number, **fields)
     assert outcome(yard, number) == ("pending", reason, exit_code, 1, 0)
     yard.settle(most_ms=1000)
     assert outcome(yard, number)[0] == "starting"
-    end(yard, number, **fields)  # type: ignore[arg-type]  # the fields of Ended
+    end(yard, number, **fields)
     assert outcome(yard, number) == ("failed", reason, exit_code, 2, 0)
 
 
@@ -104,10 +104,10 @@ def test_the_time_limit_ends_a_job_whatever_its_retries(yard: CoreHarness) -> No
         {"outcome": "refused", "code": "PartitionUnavailable"},
     ],
 )
-def test_the_nodes_fault_costs_the_job_nothing(yard: CoreHarness, fields: dict[str, object]) -> None:
+def test_the_nodes_fault_costs_the_job_nothing(yard: CoreHarness, fields: dict[str, Any]) -> None:
     yard.join(node("n-2", 2))
     number = yard.submit(job(gpus=1))
-    end(yard, number, **fields)  # type: ignore[arg-type]  # the fields of Ended
+    end(yard, number, **fields)
     assert outcome(yard, number)[0] == "starting"
     yard.run(number)
     yard.ended(number)
@@ -239,12 +239,10 @@ def test_finished_jobs_leave_after_an_hour_with_all_that_history_needs(yard: Cor
     number = yard.submit(job(mig="1g.10gb", name="train"))
     yard.run(number)
     yard.ended(number)
-    view = yard.core.job_view(number, with_spec=True)
+    view = yard.view(number)
     yard.settle(most_ms=3_599_000)
     assert yard.state(number) == "succeeded"
     yard.settle(most_ms=20_000)
     assert yard.state(number) == "gone"
-    retired = [fact for record in yard.records for fact in record.facts if type(fact).__name__ == "JobRetired"]
-    assert [fact.view for fact in retired] == [view]
-    assert view is not None
+    assert [fact.view for fact in yard.facts(JobRetired)] == [view]
     assert view.placed[0].partition == "mig 1g.10gb@6"

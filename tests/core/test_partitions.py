@@ -154,6 +154,12 @@ def test_mps_shares_stop_at_the_whole_of_the_compute() -> None:
     assert card.milli == 800
 
 
+def test_compute_alone_stops_mps_shares_that_ask_for_little_memory() -> None:
+    card = Card(gpu(), 0)
+    wanted = need(share_milli=400, share_memory_mib=1000)
+    assert [take(card, wanted) is not None for _ in range(3)] == [True, True, False]
+
+
 def test_mps_shares_stop_at_the_whole_of_the_memory() -> None:
     """Memory asked for on its own brings its part of the compute: both dimensions fill up."""
     card = Card(gpu(memory_mib=80_000), 0)

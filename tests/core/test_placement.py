@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from gpuyard_daemon.core.settings import CoreSettings
-from gpuyard_protocol.nodes import Start
+from gpuyard_protocol.nodes import Inventory, Start
 from gpuyard_protocol.resources import MpsShare, NoGpu, TimeSliceShare, WholeCards
 from support.builders import CoreHarness, gpu, job, node
 
 
-def harness(*inventories: object, **settings: int) -> CoreHarness:
+def harness(*inventories: Inventory, **settings: int) -> CoreHarness:
     h = CoreHarness(CoreSettings(**settings))
-    h.join(*inventories)  # type: ignore[arg-type]  # inventories, as the builders give them
+    h.join(*inventories)
     return h
 
 
@@ -43,7 +43,7 @@ def test_a_share_goes_to_the_card_it_fills_best() -> None:
     first, second = h.submit(job(share_milli=600)), h.submit(job(share_milli=500))
     assert h.partitions_of(first) != h.partitions_of(second)
     third = h.submit(job(share_milli=400))
-    assert h.core.job_view(third).placed[0].devices == h.core.job_view(first).placed[0].devices  # type: ignore[union-attr]
+    assert h.view(third).placed[0].devices == h.view(first).placed[0].devices
 
 
 def test_time_slices_spread_over_idle_cards_before_they_over_subscribe() -> None:
@@ -125,6 +125,17 @@ def test_a_turn_starts_at_most_its_bound_and_says_that_it_is_not_done() -> None:
     assert h.states(*numbers) == ["starting"] * 7
 
 
+def test_a_late_comer_of_higher_priority_goes_before_what_a_full_turn_left_over() -> None:
+    """Its shape was in line already, behind another shape of the same priority that came after it."""
+    h = harness(node("n-1", 8), starts_per_turn=1)
+    first, left_over = h.submit_many([job(gpus=1), job(gpus=1)])
+    assert h.states(first, left_over) == ["starting", "pending"]
+    urgent, other = h.submit_many([job(gpus=1, priority=1), job(gpus=2, priority=1)])
+    assert h.states(urgent, other, left_over) == ["starting", "pending", "pending"]
+    h.turn()
+    assert h.states(other, left_over) == ["starting", "pending"]
+
+
 def test_an_idle_turn_leaves_nothing() -> None:
     h = harness(node("n-1", 1))
     turn = h.core.handle([], h.now_ms + 5000, h.core.cursors)
@@ -136,8 +147,7 @@ def test_the_clock_never_goes_back() -> None:
     before = h.core.now_ms
     h.now_ms -= 60_000
     number = h.submit(job(gpus=1))
-    view = h.core.job_view(number)
-    assert view is not None
+    view = h.view(number)
     assert (h.core.now_ms, view.submitted_ms) == (before, before)
 
 
@@ -150,4 +160,4 @@ def test_thousands_waiting_are_not_looked_at_one_by_one() -> None:
     h.run(running)
     h.ended(running)
     assert h.core.metrics().waiting == 2999
-    assert len(h.last.record.facts) == 4  # type: ignore[union-attr]
+    assert len(h.new_facts(object)) == 4

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from gpuyard_daemon.core.facts import LoadTaken, ServiceScaled
@@ -13,7 +15,7 @@ from gpuyard_protocol.services import ServiceSpec, ServiceView
 from support.builders import CoreHarness, job, need, node
 
 
-def service(low: int = 1, high: int = 4, *, target: int = 10, version: str = "1", **fields: object) -> ServiceSpec:
+def service(low: int = 1, high: int = 4, *, target: int = 10, version: str = "1", **fields: Any) -> ServiceSpec:
     return ServiceSpec(
         name="chat",
         argv=("/bin/serve",),
@@ -233,11 +235,11 @@ def test_a_deleted_service_stops_its_replicas_and_is_forgotten(yard: CoreHarness
 def test_services_belong_to_their_user_and_unknown_ones_are_told_with_the_nearest(yard: CoreHarness) -> None:
     apply(yard, service())
     apply(yard, service(2), user="bob")
-    assert yard.answers[-1].reason.code == "NotYours"  # type: ignore[union-attr]
+    assert yard.refused().code == "NotYours"
     yard.turn(ServiceDeleted(tenant="acme", user="bob", submission_id="s902", service="chat"))
-    assert yard.answers[-1].reason.code == "NotYours"  # type: ignore[union-attr]
+    assert yard.refused().code == "NotYours"
     yard.turn(ServiceDeleted(tenant="acme", user="alice", submission_id="s903", service="chad"))
-    assert (yard.answers[-1].reason.code, yard.answers[-1].nearest) == ("UnknownService", "chat")  # type: ignore[union-attr]
+    assert (yard.refused().code, yard.answers[-1].nearest) == ("UnknownService", "chat")
 
 
 def test_an_impossible_replica_is_refused(yard: CoreHarness) -> None:
@@ -275,7 +277,7 @@ def test_a_replica_lost_with_its_process_starts_again(yard: CoreHarness) -> None
     run_all(yard)
     (assignment,) = yard.core.cluster.jobs[1].assignments
     yard.report("n-1", Ended(key=assignment.key, outcome="lost", at_ms=0, code="NodeRestarted"))
-    assert yard.core.job_view(1).attempt == 2  # type: ignore[union-attr]
+    assert yard.view(1).attempt == 2
     assert view(yard).jobs == (1,)
 
 

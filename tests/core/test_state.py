@@ -21,8 +21,9 @@ from gpuyard_daemon.core.scheduler import Scheduler
 from gpuyard_daemon.core.settings import CoreSettings
 from gpuyard_daemon.core.states import ASSIGNMENT_MOVES, JOB_MOVES, InvariantViolated, check_assignment_move
 from gpuyard_daemon.core.turn import Record
-from gpuyard_protocol.jobs import FINAL_STATES, JobSpec, Why
+from gpuyard_protocol.jobs import FINAL_STATES, JobSpec, JobView, Why
 from gpuyard_protocol.names import AssignmentKey
+from gpuyard_protocol.queries import JobsQuery
 from gpuyard_protocol.resources import NoGpu
 from support.builders import START_MS, CoreHarness, job, node
 from support.core_scenario import digest, play
@@ -130,13 +131,7 @@ def test_a_record_stays_within_its_bound_however_much_text_jobs_carry() -> None:
     harness.settle(most_ms=8_000_000)
     sizes = [len(msgspec.json.encode(record)) for record in harness.records]
     assert max(sizes) < 1024 * 1024
-    assert harness.core.jobs_page(None, _all()).jobs == ()
-
-
-def _all() -> object:
-    from gpuyard_protocol.queries import JobsQuery
-
-    return JobsQuery(all=True)
+    assert harness.core.jobs_page(None, JobsQuery(all=True)).jobs == ()
 
 
 # --- states ----------------------------------------------------------------------------------------------------------
@@ -162,7 +157,21 @@ def test_an_illegal_move_is_told_with_the_jobs_story() -> None:
     [
         f.JobEnded(1, "succeeded"),
         f.JobWoken(1),
-        f.JobRetired(1, None),  # type: ignore[arg-type]  # never looked at
+        f.JobRetired(
+            1,
+            JobView(
+                job=1,
+                tenant="acme",
+                user="alice",
+                name="",
+                state="failed",
+                submission_id="s1",
+                priority=0,
+                replicas=1,
+                wants="",
+                submitted_ms=0,
+            ),
+        ),
         f.JobEnded(7, "failed"),
         f.JobPlaced(1, ()),
         f.JobPlaced(1, (f.Placement("n-1", NoGpu()), f.Placement("n-1", NoGpu()))),

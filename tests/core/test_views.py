@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
-from gpuyard_daemon.core.inputs import ServiceApplied
+from gpuyard_daemon.core.inputs import Input, ServiceApplied
 from gpuyard_protocol.queries import JobsQuery, ServicesQuery, WhyAnswer
 from gpuyard_protocol.services import ServiceSpec
-from support.builders import CoreHarness, gpu, job, need, node
+from support.builders import CoreHarness, exited, gpu, job, need, node
 
 
 @pytest.fixture
@@ -17,8 +19,8 @@ def yard() -> CoreHarness:
     return h
 
 
-def ids(h: CoreHarness, tenant: str | None = "acme", **query: object) -> list[int]:
-    return [view.job for view in h.core.jobs_page(tenant, JobsQuery(**query)).jobs]  # type: ignore[arg-type]  # its fields
+def ids(h: CoreHarness, tenant: str | None = "acme", **query: Any) -> list[int]:
+    return [view.job for view in h.core.jobs_page(tenant, JobsQuery(**query)).jobs]
 
 
 def test_a_list_shows_a_tenants_own_jobs_newest_first(yard: CoreHarness) -> None:
@@ -66,7 +68,6 @@ def test_lists_filter_by_user_and_service(yard: CoreHarness) -> None:
 def test_long_lists_stay_sorted_as_old_jobs_leave() -> None:
     h = CoreHarness()
     h.join(node("n-1", 0))
-    h.settings = h.core.settings
     for _ in range(30):
         numbers = h.submit_many([job(cpu_milli=1)] * 50)
         h.turn(*[batch for number in numbers for batch in _ends(h, number)])
@@ -76,16 +77,13 @@ def test_long_lists_stay_sorted_as_old_jobs_leave() -> None:
     assert ids(h, all=True) == [number]
 
 
-def _ends(h: CoreHarness, number: int) -> list[object]:
-    from support.builders import exited
-
+def _ends(h: CoreHarness, number: int) -> list[Input]:
     return [h.batch(a.node, exited(a.key)) for a in h.core.cluster.jobs[number].assignments]
 
 
 def test_a_view_says_what_was_asked_and_where_it_went(yard: CoreHarness) -> None:
     number = yard.submit(job(share_milli=300, name="train", priority=1))
-    view = yard.core.job_view(number)
-    assert view is not None
+    view = yard.view(number)
     assert (view.wants, view.priority, view.replicas) == ("0.3×GPU (soft)", 1, 1)
     assert [(p.replica, p.state, p.node, p.partition) for p in view.placed] == [
         (0, "ordered", "n-2", "mps 0.3/24345Mi")
@@ -97,6 +95,19 @@ def test_a_view_says_what_was_asked_and_where_it_went(yard: CoreHarness) -> None
     assert yard.core.assignment_node(number, 0, attempt=1) == "n-2"
     assert yard.core.assignment_node(number, 0, attempt=2) is None
     assert yard.core.assignment_node(number, 5) is None
+
+
+def test_where_earlier_attempts_ran_is_remembered(yard: CoreHarness) -> None:
+    number = yard.submit(job(gpus=1, retries=9))
+    for attempt in range(8):
+        yard.ended(number, exit_code=1)
+        if attempt % 2:
+            yard.submit(job(gpus=2, nodes=("n-2",)))
+        yard.settle(most_ms=60_000)
+    known = [yard.core.assignment_node(number, 0, attempt=attempt) for attempt in range(10)]
+    assert known[1:4] == [None] * 3
+    assert None not in known[4:]
+    assert known[0] == known[9]
 
 
 def test_nodes_show_their_cards_and_a_tenant_its_own_jobs(yard: CoreHarness) -> None:
@@ -165,7 +176,7 @@ def test_why_gives_every_reason_by_node_from_the_code_that_places() -> None:
         ("ModelMissing", 1, ("n-3",)),
         ("CpusBusy", 1, ("n-5",)),
     ]
-    assert answer.summary == "fewer than 1 such cards free (on 2 of 5 nodes)"
+    assert answer.summary == "no such card free (on 2 of 5 nodes)"
     assert h.core.why(99) is None
 
 

@@ -7,6 +7,7 @@ nothing waits that would fit. In the end everything heals, and every job must re
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import msgspec
 from hypothesis import HealthCheck, settings
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
 from gpuyard_daemon.core.feasibility import Shape, judge
-from gpuyard_daemon.core.gangs import plan_gang
+from gpuyard_daemon.core.gangs import Offers, plan_gang
 from gpuyard_daemon.core.inputs import (
     CancelRequested,
     LoadReported,
@@ -29,7 +30,7 @@ from gpuyard_daemon.core.inputs import (
 from gpuyard_daemon.core.placement import Candidates
 from gpuyard_protocol.jobs import JobSpec
 from gpuyard_protocol.names import AssignmentKey
-from gpuyard_protocol.nodes import Ended, Inventory
+from gpuyard_protocol.nodes import Ended, Inventory, Prepared, Started
 from gpuyard_protocol.resources import Isolation
 from gpuyard_protocol.services import ServiceSpec
 from support.builders import CoreHarness, gpu, job, need, node
@@ -135,7 +136,7 @@ class CoreMachine(RuleBasedStateMachine):
         more=st.integers(0, 3),
         version=st.sampled_from(("1", "2")),
     )
-    def apply_service(self, name: str, wants: dict[str, object], low: int, more: int, version: str) -> None:
+    def apply_service(self, name: str, wants: dict[str, Any], low: int, more: int, version: str) -> None:
         self.requests += 1
         spec = ServiceSpec(
             name=name,
@@ -217,6 +218,17 @@ class CoreMachine(RuleBasedStateMachine):
         for end in ended:
             self.a_replica_ends(end, True, data)
 
+    @rule(name=st.sampled_from(NODES), kind=st.sampled_from((Prepared, Started)), data=st.data())
+    def a_node_reports_out_of_turn(self, name: str, kind: type[Prepared] | type[Started], data: st.DataObject) -> None:
+        """Something about one of its assignments that the protocol does not have at this point."""
+        target = self.world.nodes[name]
+        if target.is_up and target.live():
+            key = data.draw(st.sampled_from(target.live()))
+            report = Prepared(key=key, port=1) if kind is Prepared else Started(key=key, at_ms=0)
+            target.outbox.append(report)
+            self.world.deliver(target)
+        self.check_work_goes_on()
+
     @rule(name=st.sampled_from(NODES), number=st.integers(0, 20), attempt=st.integers(0, 3), replica=st.integers(-1, 3))
     def a_node_reports_what_it_does_not_have(self, name: str, number: int, attempt: int, replica: int) -> None:
         target = self.world.nodes[name]
@@ -281,8 +293,9 @@ class CoreMachine(RuleBasedStateMachine):
             if spec.replicas == 1:
                 fits = any(type(judge(space, shape)) is int for space in cluster.pool.spaces.values())
             else:
-                alone, spanning = Candidates(shape), Candidates(shape, spanning=True)
-                fits = plan_gang(cluster.pool, shape, alone, spanning) is not None
+                together = Offers(Candidates(shape), spanning=False)
+                apart = Offers(Candidates(shape, spanning=True), spanning=True)
+                fits = plan_gang(cluster.pool, together, apart) is not None
             assert not fits, f"job {waiting.id} waits although it fits"
         for key, service in cluster.services.items():
             replicas = [r for r in cluster.service_jobs.get(key, {}).values() if r.generation == service.generation]

@@ -32,7 +32,7 @@ NEEDS: tuple[dict[str, Any], ...] = (
 )
 
 
-def play(seed: int, steps: int = 150) -> list[Record]:
+def play(seed: int, steps: int = 60) -> list[Record]:
     """Submissions of all kinds, services, lost nodes, failures, a stop and a start."""
     rng = random.Random(seed)
     harness = CoreHarness()

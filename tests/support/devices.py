@@ -1,27 +1,27 @@
-"""What every device backend must do, as coroutines that take an open one; and how to run them on NVIDIA's binding.
+"""What every device backend must do, as coroutines that take an open one; and the fake driver in this process.
 
-The binding finds its library by the loader's path at the start of a process, so checks of the real backend run in a
-process of their own: `python -m support.devices CHECK`.
+The checks ask nothing that a borrowed card must not do: no mode is switched and nothing is made.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
-import subprocess
-import sys
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
 
+import pynvml
 import pytest
 
-from gpuyard_agent.devices.base import DeviceBackend, DeviceTrouble, PartitionRefused
+from fake_driver.control import FakeDriver
+from gpuyard_agent.devices.base import DeviceBackend, DeviceNews, DeviceTrouble, PartitionRefused
 from gpuyard_agent.devices.nvml import NvmlBackend
 from gpuyard_protocol.names import AssignmentKey
 from gpuyard_protocol.resources import MODES, WholeCards
 
-ROOT = Path(__file__).parents[2]
-ROOTS = ("protocol", "client", "daemon", "agents", "tests")
+#: For something to come of an event.
+SOON_S = 10.0
 
 
 async def check_inventory_is_ordered_and_repeats_itself(backend: DeviceBackend) -> None:
@@ -40,6 +40,17 @@ async def check_inventory_is_ordered_and_repeats_itself(backend: DeviceBackend) 
     assert await backend.inventory() == devices
 
 
+async def check_profiles_lie_inside_their_card(backend: DeviceBackend) -> None:
+    for device in await backend.inventory():
+        assert bool(device.mig_profiles) == ("mig" in device.modes)
+        for facts in device.mig_profiles:
+            assert facts.starts
+            assert all(0 <= start <= device.mig_slices - facts.size for start in facts.starts)
+            assert 0 < facts.compute_slices <= device.mig_compute_slices
+            assert 0 < facts.count_max <= len(facts.starts)
+            assert 0 < facts.memory_mib <= device.memory_mib
+
+
 async def check_samples_cover_every_card(backend: DeviceBackend) -> None:
     devices = await backend.inventory()
     samples = await backend.samples()
@@ -50,6 +61,9 @@ async def check_samples_cover_every_card(backend: DeviceBackend) -> None:
         assert 0 <= sample.memory_used_mib <= device.memory_mib
         assert sample.utilization_pct is None or 0 <= sample.utilization_pct <= 100
         assert sample.temperature_c is None or 0 < sample.temperature_c < 120
+        assert sample.energy_mj is None or sample.energy_mj >= 0
+        assert sample.ecc_uncorrected in (None, 0)
+        assert sample.instances == ()
 
 
 async def check_unknown_cards_are_told(backend: DeviceBackend) -> None:
@@ -64,6 +78,8 @@ async def check_an_impossible_instance_is_refused(backend: DeviceBackend) -> Non
         await backend.create_mig(device.uuid, "9g.999gb", 0)
     assert await backend.mig_instances(device.uuid) == ()
     await backend.destroy_mig(device.uuid, "MIG-none")
+    await backend.destroy_mig_remains(device.uuid, 0)
+    await backend.leave_mig(device.uuid)
 
 
 async def check_partitions_are_noted_and_dropped(backend: DeviceBackend) -> None:
@@ -90,40 +106,49 @@ CHECKS: dict[str, Callable[[DeviceBackend], Awaitable[None]]] = {
 }
 
 
-def build_driver(directory: Path) -> Path:
-    """The stand-in for NVIDIA's library, compiled; returns the directory for the loader's path."""
-    library = directory / "libnvidia-ml.so.1"
-    source = Path(__file__).with_name("libnvidia-ml.c")
-    subprocess.run(
-        ["gcc", "-shared", "-fPIC", "-O1", "-Wall", "-Wextra", "-Werror", "-o", str(library), str(source)], check=True
-    )
-    return directory
+class News:
+    """What a backend tells, to be waited for."""
+
+    def __init__(self, backend: DeviceBackend) -> None:
+        self.heard: list[DeviceNews] = []
+        self._more = asyncio.Event()
+        backend.listen(self._hear)
+
+    def _hear(self, news: DeviceNews) -> None:
+        self.heard.append(news)
+        self._more.set()
+
+    async def wait(self, wanted: Callable[[DeviceNews], bool]) -> DeviceNews:
+        """The first that is so, also one heard before; what came up to it is forgotten."""
+        async with asyncio.timeout(SOON_S):
+            while True:
+                for number, news in enumerate(self.heard):
+                    if wanted(news):
+                        del self.heard[: number + 1]
+                        return news
+                self._more.clear()
+                await self._more.wait()
 
 
-def run_with_driver(library_dir: Path | None, arguments: list[str], environment: Mapping[str, str]) -> str:
-    """Standard output of a Python process that would find this library; a failure fails with what it wrote."""
-    env = {
-        "PATH": os.environ["PATH"],
-        "PYTHONPATH": os.pathsep.join(str(ROOT / name) for name in ROOTS),
-        **environment,
-    }
-    if library_dir is not None:
-        env["LD_LIBRARY_PATH"] = str(library_dir)
-    done = subprocess.run(
-        [sys.executable, *arguments], env=env, capture_output=True, text=True, timeout=60, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-async def _check_nvml(name: str) -> None:
-    backend = NvmlBackend()
-    await backend.open()
-    try:
-        await CHECKS[name](backend)
-    finally:
-        await backend.close()
-
-
-if __name__ == "__main__":
-    asyncio.run(_check_nvml(sys.argv[1]))
+@contextlib.asynccontextmanager
+async def fake_cards(
+    directory: Path,
+    model: str | Sequence[str] = "H100-80GB",
+    count: int = 1,
+    *,
+    without: tuple[str, ...] = (),
+    topology: str | None = None,
+    may_switch_mig: bool = True,
+    **knobs: int,
+) -> AsyncIterator[tuple[FakeDriver, NvmlBackend]]:
+    """The real backend over NVIDIA's own binding and a fake driver, open, with short quarantines."""
+    driver = FakeDriver.create(directory / "driver", model, count, without=without, topology=topology, **knobs)
+    with driver.in_process(pynvml):
+        backend = NvmlBackend(may_switch_mig=may_switch_mig, quarantine_s=0.1, probe_s=0.05)
+        await backend.open()
+        try:
+            yield driver, backend
+        finally:
+            driver.clear_faults()
+            await backend.close()
+            driver.close()

@@ -12,15 +12,24 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import cast
 
 import msgspec
 
-from gpuyard_agent.launch.base import Account, LauncherGone, ProcessExit, ProcessSpec, Refused, Started
+from gpuyard_agent.launch.base import Account, Launcher, LauncherGone, ProcessExit, ProcessSpec, Refused, Started
 from gpuyard_agent.launch.client import SupervisorLauncher
 from gpuyard_agent.launch.kernel import facts_of
+from gpuyard_agent.launch.systemd import SystemdLauncher
 from gpuyard_protocol.names import AssignmentKey
 
 DEADLINE_S = 20.0
+#: Which launcher the contract is tried on.
+KIND = os.environ.get("GPUYARD_TEST_LAUNCHER", "supervisor")
+
+#: Leaves two sessions of its own behind, one of them without the job's environment, and says their pids.
+SCATTER = (
+    'setsid sh -c "echo \\$\\$; exec sleep 1000" & env -i /usr/bin/setsid /bin/sh -c "echo \\$\\$; exec sleep 1001" &'
+)
 
 
 def key(job: int) -> AssignmentKey:
@@ -49,21 +58,37 @@ async def until(condition: Callable[[], bool], what: str) -> None:
 
 
 class LaunchYard:
-    """One node's supervisor as its agents see it."""
+    """One node as its agents see it: a supervisor of its own, or units of its own."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.account = job_account()
         self.launchers: list[SupervisorLauncher] = []
         self.supervisors: set[int] = set()
+        self.services: list[SystemdLauncher] = []
+        #: Goes into the names of units.
+        self.node = f"t{os.getpid()}-{directory.name[-8:].lower().replace('_', '-')}"
 
     async def agent(self) -> SupervisorLauncher:
         """An agent that has just started."""
+        if KIND == "systemd":
+            service = SystemdLauncher(self.node)
+            await service.open()
+            self.services.append(service)
+            return cast("SupervisorLauncher", service)  # a `Launcher`: the tests of the contract use no more of it
         launcher = SupervisorLauncher(self.directory / "supervisor.sock", self.directory / "state")
         self.launchers.append(launcher)
         await launcher.open()
         self.supervisors.add(launcher.supervisor_pid)
         return launcher
+
+    async def abandon(self, launcher: Launcher) -> None:
+        """As when the agent is killed."""
+        if isinstance(launcher, SupervisorLauncher):
+            assert launcher._writer is not None
+            launcher._writer.transport.abort()
+        else:
+            await launcher.close()
 
     def job_dir(self, job: int) -> Path:
         return self.directory / "jobs" / str(job) / "1"
@@ -93,7 +118,7 @@ class LaunchYard:
         await until(lambda: self.output(job).count("\n") >= lines, f"{lines} lines of output of job {job}")
         return self.output(job).split()
 
-    async def run(self, launcher: SupervisorLauncher, spec: ProcessSpec) -> ProcessExit:
+    async def run(self, launcher: Launcher, spec: ProcessSpec) -> ProcessExit:
         await start(launcher, spec)
         return await ended(launcher, spec.key)
 
@@ -101,23 +126,23 @@ class LaunchYard:
         return (self.directory / "state" / "supervisor.log").read_text()
 
 
-async def start(launcher: SupervisorLauncher, spec: ProcessSpec) -> Started:
+async def start(launcher: Launcher, spec: ProcessSpec) -> Started:
     (result,) = await launcher.start([spec])
     assert isinstance(result, Started), result
     return result
 
 
-async def refusal(launcher: SupervisorLauncher, spec: ProcessSpec) -> Refused:
+async def refusal(launcher: Launcher, spec: ProcessSpec) -> Refused:
     (result,) = await launcher.start([spec])
     assert isinstance(result, Refused), result
     return result
 
 
-async def ended(launcher: SupervisorLauncher, wanted: AssignmentKey) -> ProcessExit:
+async def ended(launcher: Launcher, wanted: AssignmentKey) -> ProcessExit:
     return (await all_ended(launcher, [wanted]))[wanted]
 
 
-async def all_ended(launcher: SupervisorLauncher, wanted: Iterable[AssignmentKey]) -> dict[AssignmentKey, ProcessExit]:
+async def all_ended(launcher: Launcher, wanted: Iterable[AssignmentKey]) -> dict[AssignmentKey, ProcessExit]:
     """The ends of these, whichever comes first; ends of others that come in between are an error."""
     missing = set(wanted)
     found: dict[AssignmentKey, ProcessExit] = {}
@@ -139,7 +164,10 @@ async def launch_yard() -> AsyncIterator[LaunchYard]:
     yard = LaunchYard(directory)
     try:
         yield yard
-        await _clear(yard)
+        if KIND == "systemd":
+            await _clear_units(yard)
+        else:
+            await _clear(yard)
     finally:
         for pid in yard.supervisors:
             if alive(pid):
@@ -161,7 +189,17 @@ async def _clear(yard: LaunchYard) -> None:
     await until(lambda: not any(alive(pid) for pid in yard.supervisors), "the supervisor ends with its agent")
 
 
-async def until_none_runs(launcher: SupervisorLauncher) -> None:
+async def _clear_units(yard: LaunchYard) -> None:
+    last = await yard.agent()
+    for state in await last.list():
+        await last.stop(state.key, 0)
+    await until_none_runs(last)
+    await last.forget([state.key for state in await last.list()])
+    for service in yard.services:
+        await service.close()
+
+
+async def until_none_runs(launcher: Launcher) -> None:
     end = time.monotonic() + DEADLINE_S
     try:
         while any(state.exit is None for state in await launcher.list()):

@@ -85,9 +85,7 @@ def cancel(draft: Draft, request: CancelRequested) -> None:
         draft.add(f.JobEnded(job.id, "cancelled", why))
     elif job.verdict is None or job.verdict.kind != "cancel":
         draft.add(f.JobStopping(job.id, "cancel", why, "cancelled"))
-    answer = SubmissionAnswer(
-        submission_id=request.submission_id, accepted=True, job=job.id, at_ms=draft.now_ms
-    )  # fmt: skip
+    answer = SubmissionAnswer(submission_id=request.submission_id, accepted=True, job=job.id, at_ms=draft.now_ms)
     _answer(draft, request.tenant, answer)
 
 
@@ -106,9 +104,7 @@ def apply(draft: Draft, request: ServiceApplied) -> None:
         _reject_impossible(draft, request.tenant, request.submission_id, missing, chosen=chosen)
         return
     apply_service(draft, request.tenant, request.user, spec)
-    answer = SubmissionAnswer(
-        submission_id=request.submission_id, accepted=True, service=spec.name, at_ms=draft.now_ms
-    )  # fmt: skip
+    answer = SubmissionAnswer(submission_id=request.submission_id, accepted=True, service=spec.name, at_ms=draft.now_ms)
     _answer(draft, request.tenant, answer)
 
 

@@ -19,6 +19,7 @@ from gpuyard_daemon.core.capacity import ANY_MODE, NodeSpace, Pool
 from gpuyard_daemon.core.effects import Effects, start_order
 from gpuyard_daemon.core.listing import JobList
 from gpuyard_daemon.core.model import (
+    EARLIER_ATTEMPTS_MAX,
     Assignment,
     AssignmentState,
     Avoidance,
@@ -66,6 +67,8 @@ class Cluster:
         self.timers = Timers()
         #: Jobs that may start now, by id.
         self.waiting: dict[JobId, Job] = {}
+        #: Their order keys.
+        self.waiting_keys: dict[JobId, int] = {}
         #: Jobs that began to wait since the queue last looked; None: too many, it must look at them all.
         self.newly_waiting: list[JobId] | None = []
         #: Finished jobs, longest ago first.
@@ -171,6 +174,9 @@ class Cluster:
         if len(fact.placements) != spec.replicas:
             raise InvariantViolated(f"job {job.id}: {len(fact.placements)} places for {spec.replicas} replicas")
         self._move_job(job, "starting")
+        if job.assignments:
+            job.earlier.append((job.attempt, tuple([a.node for a in job.assignments])))
+            del job.earlier[:-EARLIER_ATTEMPTS_MAX]
         job.attempt += 1
         job.prepare_until_ms = fact.prepare_until_ms
         job.exit_code = None
@@ -341,9 +347,7 @@ class Cluster:
         space = self.pool.spaces[node.id]
         if fact.inventory != node.inventory:
             listed = {device.uuid for device in fact.inventory.devices}
-            node.absent = [
-                card.device for card in space.cards if card.held and card.device.uuid not in listed
-            ]  # fmt: skip
+            node.absent = [card.device for card in space.cards if card.held and card.device.uuid not in listed]
             node.inventory = fact.inventory
             self.refit(space)
         else:
@@ -469,8 +473,8 @@ class Cluster:
             counts = self.lists[owner].counts
             counts[job.state] -= 1
             counts[to] += 1
-        if job.state == "pending":
-            self.waiting.pop(job.id, None)
+        if job.id in self.waiting:
+            del self.waiting[job.id], self.waiting_keys[job.id]
         job.state = to
         if to == "pending":
             self._await(job)
@@ -485,6 +489,7 @@ class Cluster:
             self.timers.set_job(job.not_before_ms, Timer.WAKE, job.id)
             return
         self.waiting[job.id] = job
+        self.waiting_keys[job.id] = job.order_key
         if self.newly_waiting is not None:
             self.newly_waiting.append(job.id)
             if len(self.newly_waiting) > 1024 + 2 * len(self.waiting):
@@ -519,9 +524,7 @@ class Cluster:
     def go_order(self, job: Job, assignment: Assignment) -> Go:
         """The order that lets one member of a prepared gang run."""
         peers = tuple([self._address(member.node) for member in job.assignments])
-        return Go(
-            key=assignment.key, master_address=peers[0], master_port=job.assignments[0].port, peers=peers
-        )  # fmt: skip
+        return Go(key=assignment.key, master_address=peers[0], master_port=job.assignments[0].port, peers=peers)
 
     def _address(self, node: NodeId) -> str:
         inventory = self.nodes[node].inventory

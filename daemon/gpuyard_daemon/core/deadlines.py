@@ -6,10 +6,11 @@ clock.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Collection
 
 from gpuyard_daemon.core import facts as f
-from gpuyard_daemon.core.cluster import Cluster
+from gpuyard_daemon.core.cluster import AnswerKey, Cluster
 from gpuyard_daemon.core.draft import Draft
 from gpuyard_daemon.core.model import Job, KeptAnswer
 from gpuyard_daemon.core.outcomes import give_up_preparing
@@ -92,8 +93,20 @@ def _housekeeping_ms(cluster: Cluster, settings: CoreSettings) -> list[int]:
         due.append(oldest.ended_ms + settings.finished_kept_ms + settings.housekeeping_ms)
         if len(cluster.finished) > settings.finished_kept_max + settings.retired_per_turn:
             due.append(0)
-    oldest_answers = [next(iter(a.values())) for a in (cluster.chosen_answers, cluster.given_answers) if a]
-    return due + [kept.until_ms + settings.housekeeping_ms for kept in oldest_answers]
+    for answers, most in _answers(cluster, settings):
+        if len(answers) > most + settings.retired_per_turn:
+            due.append(0)
+        elif answers:
+            due.append(next(iter(answers.values())).until_ms + settings.housekeeping_ms)
+    return due
+
+
+def _answers(cluster: Cluster, settings: CoreSettings) -> tuple[tuple[OrderedDict[AnswerKey, KeptAnswer], int], ...]:
+    """Answers of both kinds, and how many are kept."""
+    return (
+        (cluster.chosen_answers, settings.chosen_answers_max),
+        (cluster.given_answers, settings.given_answers_max),
+    )
 
 
 def _keep_house(draft: Draft) -> None:
@@ -109,8 +122,7 @@ def _keep_house(draft: Draft) -> None:
         draft.add(f.JobRetired(job.id, job_view(cluster, job, with_spec=True)))
         retired += 1
         size += _text_size(job)
-    chosen = _expired(cluster.chosen_answers.values(), draft)
-    given = _expired(cluster.given_answers.values(), draft)
+    chosen, given = [_expired(answers.values(), most, now_ms) for answers, most in _answers(cluster, settings)]
     if chosen or given:
         draft.add(f.AnswersForgotten(chosen, given))
 
@@ -121,12 +133,12 @@ def _text_size(job: Job) -> int:
     return len(spec.script) + sum(map(len, spec.argv)) + sum([len(name) + len(value) for name, value in spec.env])
 
 
-def _expired(answers: Collection[KeptAnswer], draft: Draft) -> int:
+def _expired(answers: Collection[KeptAnswer], most: int, now_ms: int) -> int:
     """How many answers, oldest first, have had their time or are beyond the number kept."""
-    surplus = max(0, len(answers) - draft.settings.answers_kept_max)
+    surplus = max(0, len(answers) - most)
     count = 0
     for kept in answers:
-        if count >= surplus and kept.until_ms > draft.now_ms:
+        if count >= surplus and kept.until_ms > now_ms:
             break
         count += 1
     return count

@@ -19,7 +19,7 @@ from gpuyard_protocol.names import AssignmentKey
 from gpuyard_protocol.resources import Partition
 
 
-class _Offer(NamedTuple):
+class Offer(NamedTuple):
     """What one node could take of a gang."""
 
     space: NodeSpace
@@ -28,16 +28,38 @@ class _Offer(NamedTuple):
     left: int
 
 
-def plan_gang(pool: Pool, shape: Shape, candidates: Candidates, spanning: Candidates) -> tuple[Placement, ...] | None:
+class Offers:
+    """What each node could take of a gang of one shape; asked again only of nodes that have changed."""
+
+    __slots__ = ("_candidates", "_known", "shape", "spanning")
+
+    def __init__(self, candidates: Candidates, *, spanning: bool) -> None:
+        self.shape = candidates.shape
+        self.spanning = spanning
+        self._candidates = candidates
+        #: By node number, with the version of the space then.
+        self._known: dict[int, tuple[int, Offer]] = {}
+
+    def all(self, pool: Pool) -> list[Offer]:
+        """Of every node that takes at least one replica, snuggest first."""
+        return [self._of(space) for space in self._candidates.in_order(pool)]
+
+    def _of(self, space: NodeSpace) -> Offer:
+        number = space.node.number
+        known = self._known.get(number)
+        if known is None or known[0] != space.version:
+            offer = offer_of(space, self.shape, self.shape.replicas, spanning=self.spanning)
+            known = self._known[number] = (space.version, offer)
+        return known[1]
+
+
+def plan_gang(pool: Pool, together: Offers, spanning: Offers) -> tuple[Placement, ...] | None:
     """Places for all replicas, by rank; None if there are not enough."""
-    together = _on_one_node(pool, shape, candidates)
-    if together is not None:
-        return together
-    offers = [
-        offer
-        for space in spanning.in_order(pool)
-        if (offer := offer_of(space, shape, shape.replicas, spanning=True)).partitions
-    ]
+    shape = together.shape
+    on_one = _on_one_node(together.all(pool), shape.replicas)
+    if on_one is not None:
+        return on_one
+    offers = spanning.all(pool)
     if sum(len(offer.partitions) for offer in offers) < shape.replicas:
         return None
     offers.sort(key=lambda offer: (-len(offer.partitions), offer.left, offer.space.node.number))
@@ -52,25 +74,21 @@ def plan_gang(pool: Pool, shape: Shape, candidates: Candidates, spanning: Candid
     return None
 
 
-def _on_one_node(pool: Pool, shape: Shape, candidates: Candidates) -> tuple[Placement, ...] | None:
-    fitting = []
-    for space in candidates.in_order(pool):
-        offer = offer_of(space, shape, shape.replicas)
-        if len(offer.partitions) == shape.replicas:
-            fitting.append(offer)
+def _on_one_node(offers: list[Offer], replicas: int) -> tuple[Placement, ...] | None:
+    fitting = [offer for offer in offers if len(offer.partitions) == replicas]
     if not fitting:
         return None
     best = min(fitting, key=lambda offer: (offer.left, offer.space.node.number))
     return tuple([Placement(best.space.node.id, partition) for partition in best.partitions])
 
 
-def _tightest(offers: list[_Offer], missing: int) -> _Offer:
+def _tightest(offers: list[Offer], missing: int) -> Offer:
     """Of the nodes that take all the missing members, the one with the fewest places to spare."""
     enough = [offer for offer in offers if len(offer.partitions) >= missing]
     return min(enough, key=lambda offer: (len(offer.partitions), offer.left, offer.space.node.number))
 
 
-def offer_of(space: NodeSpace, shape: Shape, at_most: int, *, spanning: bool = False, empty: bool = False) -> _Offer:
+def offer_of(space: NodeSpace, shape: Shape, at_most: int, *, spanning: bool = False, empty: bool = False) -> Offer:
     """How many replicas a node takes, and how. `empty`: as if nothing ran there."""
     trial = space.copy(empty=empty)
     need = shape.need
@@ -83,4 +101,4 @@ def offer_of(space: NodeSpace, shape: Shape, at_most: int, *, spanning: bool = F
         partitions.append(partition)
         after = left
         left = judge(trial, shape, spanning=spanning)
-    return _Offer(space, tuple(partitions), after)
+    return Offer(space, tuple(partitions), after)

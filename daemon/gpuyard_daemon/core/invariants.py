@@ -171,6 +171,8 @@ def _indexes(cluster: Cluster) -> Iterator[str]:
     waiting = {job.id for job in cluster.jobs.values() if job.is_waiting}
     if waiting != set(cluster.waiting):
         yield f"waiting: {sorted(cluster.waiting)[:20]}; by the jobs {sorted(waiting)[:20]}"
+    if cluster.waiting_keys != {number: job.order_key for number, job in cluster.waiting.items()}:
+        yield "order keys are not those of the waiting jobs"
     finished = {job.id for job in cluster.jobs.values() if job.is_final}
     if finished != set(cluster.finished):
         yield f"finished: {len(cluster.finished)}; by the jobs {len(finished)}"

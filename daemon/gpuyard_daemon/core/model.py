@@ -12,7 +12,7 @@ from typing import Literal, TypeAlias
 import msgspec
 
 from gpuyard_daemon.core.facts import NodeState, VerdictKind
-from gpuyard_protocol.jobs import JobSpec, JobState, SubmissionAnswer, Why
+from gpuyard_protocol.jobs import PRIORITY_MAX, JobSpec, JobState, SubmissionAnswer, Why
 from gpuyard_protocol.names import AssignmentKey, JobId, NodeId, ServiceName, SubmissionId, Tenant, User
 from gpuyard_protocol.nodes import Inventory
 from gpuyard_protocol.resources import Device, Partition
@@ -24,6 +24,8 @@ AssignmentState: TypeAlias = Literal["ordered", "prepared", "released", "running
 
 #: Lines of a job's story that are kept, the newest.
 STORY_LINES_MAX = 50
+#: Earlier attempts of a job whose nodes are remembered.
+EARLIER_ATTEMPTS_MAX = 5
 
 
 class _Record(msgspec.Struct, array_like=True, gc=False):
@@ -92,6 +94,8 @@ class Job(_Record):
     verdict: Verdict | None = None
     #: Of the current or last attempt, by replica; [] before the first.
     assignments: list[Assignment] = []
+    #: Attempts before that with the node of each replica, newest last: where their output lies.
+    earlier: list[tuple[int, tuple[NodeId, ...]]] = []
     #: Of `assignments`: how many have not ended.
     live: int = 0
     first_started_ms: int = 0
@@ -111,6 +115,11 @@ class Job(_Record):
     def is_waiting(self) -> bool:
         """Pending, and no wait before a retry holds it back."""
         return self.state == "pending" and not self.not_before_ms
+
+    @property
+    def order_key(self) -> int:
+        """Place in the waiting line, smaller first: by priority, then by number; one integer, quick to compare."""
+        return (PRIORITY_MAX - self.spec.priority) << 48 | self.id
 
     def note(self, now_ms: int, text: str) -> None:
         if len(self.story) >= STORY_LINES_MAX:

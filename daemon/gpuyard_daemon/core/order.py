@@ -16,9 +16,9 @@ from typing import TypeAlias
 from gpuyard_daemon.core.capacity import Pool
 from gpuyard_daemon.core.cluster import Cluster
 from gpuyard_daemon.core.feasibility import Shape
+from gpuyard_daemon.core.gangs import Offers
 from gpuyard_daemon.core.model import Job
 from gpuyard_daemon.core.placement import Candidates
-from gpuyard_protocol.jobs import PRIORITY_MAX
 from gpuyard_protocol.names import Tenant, User
 from gpuyard_protocol.resources import ResourceNeed
 
@@ -28,23 +28,23 @@ ShapeKey: TypeAlias = tuple[ResourceNeed, int, Tenant, User]
 _IDLE_QUEUES_MAX = 256
 
 
-def order_key(job: Job) -> int:
-    """Smaller goes first."""
-    return (PRIORITY_MAX - job.spec.priority) << 48 | job.id
-
-
 class ShapeQueue:
     """Waiting jobs of one shape, and the nodes it fits."""
 
-    __slots__ = ("blocked", "candidates", "heads", "key", "number", "ready_key", "shape", "spanning")
+    __slots__ = (
+        "apart", "blocked", "candidates", "heads", "key", "number", "ready_key", "shape", "spanning", "together",
+    )  # fmt: skip
 
     def __init__(self, key: ShapeKey, number: int, timeslice_milli_max: int) -> None:
         self.key = key
         self.number = number
         self.shape = Shape(*key, timeslice_milli_max)
         self.candidates = Candidates(self.shape)
-        #: The same for a gang over several nodes.
+        #: The same for a member of a gang over several nodes.
         self.spanning = Candidates(self.shape, spanning=True)
+        #: What nodes could take of a gang, as a whole and in parts.
+        self.together = Offers(self.candidates, spanning=False)
+        self.apart = Offers(self.spanning, spanning=True)
         #: Order keys, a heap; those of jobs that no longer wait are skipped.
         self.heads: list[int] = []
         #: It fitted nowhere when last looked at.
@@ -102,7 +102,7 @@ class WaitingLine:
 
     def _enter(self, job: Job) -> None:
         queue = self.queue_of(job)
-        key = order_key(job)
+        key = job.order_key
         heapq.heappush(queue.heads, key)
         if not queue.blocked and (queue.ready_key < 0 or key < queue.ready_key):
             self._make_ready(queue, key)

@@ -29,6 +29,9 @@ from gpuyard_protocol.nodes import Ended, Joined, Prepared, Report, Started
 #: Refusals that are the node's fault. Every other is the job's: it would be refused elsewhere too.
 NODES_FAULT = frozenset({"PartitionUnavailable", "PartitionLost", "NoFreePort", "OutputUnavailable"})
 TIME_LIMIT = "TimeLimit"
+#: What is kept of a node's own words: they are repeated in reasons, stories and views.
+_CODE_CHARS_MAX = 64
+_DETAIL_CHARS_MAX = 500
 
 
 def take_reports(draft: Draft, batch: NodeReported) -> None:
@@ -70,13 +73,16 @@ def _take_report(draft: Draft, batch: NodeReported, report: Report) -> None:
     assignment = draft.cluster.assignment(report.key)
     if assignment is None or not assignment.is_live or assignment.node != batch.node:
         return
+    is_gang = len(draft.cluster.jobs[report.key.job].assignments) > 1
     match report:
         case Prepared(key=key, port=port):
-            if assignment.state == "ordered":
+            if assignment.state == "ordered" and is_gang:
                 draft.add(f.ReplicaPrepared(key, port))
                 _release_if_prepared(draft, draft.cluster.jobs[key.job])
         case Started(key=key, port=port):
-            if not assignment.started_ms and assignment.state in ("ordered", "released", "stopping"):
+            # A gang's member starts once it was told to go, and not before.
+            told = "released" if is_gang else "ordered"
+            if not assignment.started_ms and assignment.state in (told, "stopping"):
                 draft.add(f.ReplicaStarted(key, port))
         case Ended():
             end_replica(draft, report)
@@ -103,10 +109,8 @@ def _release_if_prepared(draft: Draft, job: Job) -> None:
 
 
 def end_replica(draft: Draft, report: Ended) -> None:
-    _end(
-        draft,
-        f.ReplicaEnded(report.key, report.outcome, report.exit_code, report.signal, report.code, report.detail),
-    )
+    code, detail = report.code[:_CODE_CHARS_MAX], report.detail[:_DETAIL_CHARS_MAX]
+    _end(draft, f.ReplicaEnded(report.key, report.outcome, report.exit_code, report.signal, code, detail))
 
 
 def _end(draft: Draft, fact: f.ReplicaEnded) -> None:

@@ -138,6 +138,7 @@ class Card:
         "position",
         "present",
         "profile_counts",
+        "takes_work",
     )
 
     def __init__(self, device: Device, position: int, *, present: bool = True) -> None:
@@ -146,6 +147,8 @@ class Card:
         self.position = position
         #: The node's inventory lists it; if not, it stays only until its jobs have ended.
         self.present = present
+        #: Something new may go there.
+        self.takes_work = present and device.healthy
         self.geometry = geometry_of(device)
         self.mode: Mode = "idle"
         #: Whose it is while it is shared by MPS or time-slice.
@@ -161,16 +164,11 @@ class Card:
         self.mask = 0
         self.profile_counts: dict[str, int] = {}
 
-    @property
-    def takes_work(self) -> bool:
-        return self.present and self.device.healthy
-
     def copy(self) -> Card:
         """For trying placements: the sums are its own, what holds them is not carried over."""
         twin = Card.__new__(Card)
-        twin.device, twin.position, twin.present, twin.geometry = (
-            self.device, self.position, self.present, self.geometry,
-        )  # fmt: skip
+        twin.device, twin.position, twin.geometry = self.device, self.position, self.geometry
+        twin.present, twin.takes_work = self.present, self.takes_work
         twin.mode, twin.domain, twin.milli, twin.memory_mib = self.mode, self.domain, self.milli, self.memory_mib
         twin.clients, twin.mask, twin.profile_counts = self.clients, self.mask, dict(self.profile_counts)
         twin.held = {}

@@ -37,7 +37,7 @@ def places(draft: Draft, queue: ShapeQueue) -> tuple[Placement, ...] | None:
     """Where a job of this shape could start now; None if nowhere."""
     pool = draft.cluster.pool
     if queue.shape.replicas > 1:
-        return plan_gang(pool, queue.shape, queue.candidates, queue.spanning)
+        return plan_gang(pool, queue.together, queue.apart)
     space = queue.candidates.best(pool)
     if space is None:
         return None

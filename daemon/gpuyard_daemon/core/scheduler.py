@@ -142,11 +142,13 @@ class Scheduler:
         return known.state if known else ""
 
     def assignment_node(self, job: JobId, replica: int, attempt: int = 0) -> NodeId | None:
-        """Where a replica is or was. `attempt`: 0 for the last; earlier ones are not kept."""
+        """Where a replica is or was. `attempt`: 0 for the last; the nodes of a few earlier ones are kept."""
         known = self.cluster.jobs.get(job)
-        if known is None or not 0 <= replica < len(known.assignments) or attempt not in (0, known.attempt):
+        if known is None or not 0 <= replica < len(known.assignments):
             return None
-        return known.assignments[replica].node
+        if attempt in (0, known.attempt):
+            return known.assignments[replica].node
+        return next((nodes[replica] for number, nodes in known.earlier if number == attempt), None)
 
     def job_view(self, job: JobId, *, with_spec: bool = False) -> JobView | None:
         known = self.cluster.jobs.get(job)

@@ -34,8 +34,9 @@ class CoreSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     chosen_answers_kept_ms: int = 7 * 86_400_000
     #: Answers to requests without a chosen id are only kept for those who ask late.
     given_answers_kept_ms: int = 3_600_000
-    #: Most answers of each kind; beyond it the oldest go early.
-    answers_kept_max: int = 1_000_000
+    #: Most answers of either kind; beyond it the oldest go early.
+    chosen_answers_max: int = 1_000_000
+    given_answers_max: int = 100_000
     #: Facts one turn adds for housekeeping (jobs retired); bounds the record's size.
     retired_per_turn: int = 1000
     #: Housekeeping waits until this much of it can be done at once, so that it causes few turns.

@@ -202,6 +202,7 @@ def _card_view(cluster: Cluster, card: Card, tenant: Tenant | None) -> CardView:
         memory_mib=device.memory_mib,
         mode=card.mode,
         healthy=card.takes_work,
+        fault=device.fault,
         held_milli=card.milli,
         held_memory_mib=card.memory_mib,
         jobs=tuple([job for job in jobs if tenant is None or cluster.jobs[job].tenant == tenant]),

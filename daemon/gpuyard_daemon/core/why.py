@@ -10,7 +10,6 @@ from gpuyard_daemon.core.cluster import Cluster
 from gpuyard_daemon.core.feasibility import LASTING, Reason, Shape, judge
 from gpuyard_daemon.core.gangs import offer_of
 from gpuyard_daemon.core.model import Job
-from gpuyard_daemon.core.order import order_key
 from gpuyard_protocol.jobs import Why
 from gpuyard_protocol.queries import NodeReason, WhyAnswer
 from gpuyard_protocol.units import format_mib, format_milli, format_ms
@@ -29,8 +28,7 @@ def why(cluster: Cluster, job: Job, now_ms: int, timeslice_milli_max: int) -> Wh
     need = job.spec.need
     shape = Shape(need, job.spec.replicas, job.tenant, job.user, timeslice_milli_max)
     reasons, members = _judge_all(cluster, shape)
-    mine = order_key(job)
-    ahead = sum(1 for other in cluster.waiting.values() if order_key(other) < mine)
+    ahead = sum(map(job.order_key.__gt__, cluster.waiting_keys.values()))
     return WhyAnswer(
         job=job.id,
         state=job.state,
@@ -123,7 +121,7 @@ def text_of(reason: Reason, shape: Shape) -> str:
         case Reason.CARD_TOO_SMALL:
             return f"no card with {format_mib(max(need.card_memory_mib, need.share_memory_mib))}"
         case Reason.TOO_FEW_CARDS:
-            return f"fewer than {need.gpus} such cards"
+            return f"fewer than {need.gpus} such cards" if need.gpus > 1 else "no such card"
         case Reason.PROFILE_MISSING:
             return f"no card offers MIG profile {need.mig}"
         case Reason.MODE_MISSING:
@@ -133,7 +131,7 @@ def text_of(reason: Reason, shape: Shape) -> str:
         case Reason.MEMORY_BUSY:
             return f"less than {format_mib(need.memory_mib)} of memory free"
         case Reason.CARDS_BUSY:
-            return f"fewer than {need.gpus} such cards free"
+            return f"fewer than {need.gpus} such cards free" if need.gpus > 1 else "no such card free"
         case Reason.PROFILE_BUSY:
             return f"no free slices for {need.mig}"
         case Reason.SHARE_BUSY:
