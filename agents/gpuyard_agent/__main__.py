@@ -1,7 +1,8 @@
 """`python -m gpuyard_agent`: settings, identity, wiring; no logic of its own.
 
 Exit codes: 0 asked to stop; 70 the core contradicts itself; 75 ledger, launcher or driver fail, try again; 78 the
-settings, the key or the state directory are wrong, trying again changes nothing. Whatever the code: jobs go on.
+settings, the key, the name or the state directory are wrong, trying again changes nothing. Whatever the code: jobs go
+on.
 """
 
 from __future__ import annotations
@@ -18,21 +19,27 @@ from pathlib import Path
 import structlog
 import uvloop
 
-from gpuyard_agent import host, identity
+from gpuyard_agent import host, identity, network
 from gpuyard_agent.config import EXIT_BAD_CONFIG, AgentConfig, BadConfig, parse_arguments
 from gpuyard_agent.core.model import InvariantViolated
 from gpuyard_agent.devices.base import DeviceBackend, DeviceTrouble, NoDriver
 from gpuyard_agent.devices.nvml import NvmlBackend
 from gpuyard_agent.devices.simulated import SimulatedBackend, parse_cards, simulated_host
+from gpuyard_agent.drill import FAULTS_FILE, FaultDrill
 from gpuyard_agent.http import HttpDoor
+from gpuyard_agent.idle import IdlePolicy
 from gpuyard_agent.launch.accounts import AccountPolicy
 from gpuyard_agent.launch.base import LauncherGone
-from gpuyard_agent.launch.client import SupervisorLauncher
+from gpuyard_agent.launch.choose import choose
+from gpuyard_agent.launch.turn_taking import TurnTakingLauncher
 from gpuyard_agent.ledger import Ledger, LedgerUnusable
 from gpuyard_agent.notify import Notifier
 from gpuyard_agent.partitions.maker import CardPartitions
-from gpuyard_agent.runtime import Runtime
+from gpuyard_agent.partitions.timeslice import DriverSlices, TimeSliceMaker
+from gpuyard_agent.partitions.turns import TurnSettings
+from gpuyard_agent.runtime import NodeRules, Runtime
 from gpuyard_agent.telemetry import agent_version
+from gpuyard_agent.twin import NameTaken
 from gpuyard_protocol.bus.base import Bus
 from gpuyard_protocol.bus.nats import connect
 from gpuyard_protocol.nodes import Inventory
@@ -64,6 +71,9 @@ async def _run(config: AgentConfig) -> int:
     except* (LedgerUnusable, LauncherGone, DeviceTrouble) as group:
         _log.error("cannot go on; jobs do", why="; ".join(map(str, group.exceptions)))
         code = EXIT_TEMPORARY
+    except* NameTaken as group:
+        _log.error("name taken; jobs go on", why="; ".join(map(str, group.exceptions)))
+        code = EXIT_BAD_CONFIG
     except* InvariantViolated as group:
         _log.error("invariant violated; jobs go on", exc_info=group)
         code = EXIT_INVARIANT
@@ -75,18 +85,24 @@ async def _run(config: AgentConfig) -> int:
 async def _run_as(config: AgentConfig, state: Path, who: identity.Identity) -> None:
     accounts = AccountPolicy(config.run_as, config.run_shares_as)
     backend, inventory = await _open_cards(config, who, accounts)
+    launcher = await _open_launcher(config, state, who)
     runtime = Runtime(
         identity=who,
         boot_id=host.boot_id(),
-        jobs=state / "jobs",
+        rules=NodeRules(
+            jobs=state / "jobs",
+            checkpoints=Path(config.checkpoints) if config.checkpoints else None,
+            idle=IdlePolicy(warn_ms=int(config.idle_gpu_warn), release_ms=int(config.idle_gpu_release)),
+            must_be_forwarded=bool(config.key),
+        ),
         inventory=inventory,
         ledger=Ledger(state / "ledger.sqlite", who.node),
         backend=backend,
-        partitions=CardPartitions(backend, state / "run"),
-        launcher=SupervisorLauncher(state / "supervisor.sock", state),
+        partitions=CardPartitions(backend, state / "run", time_slice=_time_slicing(config, launcher)),
+        launcher=launcher,
         accounts=accounts,
         connector=functools.partial(_connect, config, who),
-        must_be_forwarded=bool(config.key),
+        drill=FaultDrill(state / FAULTS_FILE, backend) if isinstance(backend, SimulatedBackend) else None,
     )
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -100,6 +116,25 @@ async def _run_as(config: AgentConfig, state: Path, who: identity.Identity) -> N
         companion.cancel()
         if door is not None:
             await door.close()
+
+
+async def _open_launcher(config: AgentConfig, state: Path, who: identity.Identity) -> TurnTakingLauncher:
+    chosen = await choose(config.launcher, who.node, state)
+    _log.info("launcher", kind=type(chosen).__name__)
+    quantum_ms = int(config.quantum)
+    return TurnTakingLauncher(
+        chosen,
+        TurnSettings(quantum_ms=quantum_ms, shortest_ms=quantum_ms // 5),
+        book=state / "turns.json",
+        clock_ms=host.node_clock_ms,
+        wall_ms=host.wall_clock_ms,
+    )
+
+
+def _time_slicing(config: AgentConfig, launcher: TurnTakingLauncher) -> TimeSliceMaker:
+    if config.time_slice == "turns":
+        return TimeSliceMaker(launcher)
+    return TimeSliceMaker(slices=None if config.simulate else DriverSlices(config.driver_slice))
 
 
 def _prepare_directory(state: Path) -> Path:
@@ -136,7 +171,7 @@ async def _open_cards(
         backend, driver = SimulatedBackend((), who.node), ""
     inventory = Inventory(
         hostname=host.hostname(),
-        address=config.address or host.address_towards(config.nats),
+        address=config.address or host.reachable_address(config.nats, one_host=bool(config.simulate)),
         cpu_milli=cpu_milli,
         memory_mib=memory_mib,
         labels=tuple(sorted(config.labels.items())),
@@ -144,6 +179,8 @@ async def _open_cards(
         simulated=bool(config.simulate),
         driver=driver,
         agent_version=agent_version(),
+        interfaces=network.interfaces(),
+        rdma=network.rdma_ports(),
     )
     return backend, inventory
 

@@ -12,18 +12,23 @@ import os
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 import msgspec
 
 from gpuyard_agent.devices.simulated import parse_cards
 from gpuyard_agent.launch.accounts import AccountPolicy
+from gpuyard_agent.launch.choose import LauncherChoice
+from gpuyard_agent.partitions.timeslice import Slice
 from gpuyard_protocol.codec import Malformed, from_plain
 from gpuyard_protocol.names import NAME_EXPECTED, is_name
+from gpuyard_protocol.units import Duration
 
 #: What `sysexits.h` calls a configuration error; systemd is told not to restart on it.
 EXIT_BAD_CONFIG = 78
+#: Shorter turns would be spent on taking them.
+QUANTUM_MIN_MS = 100
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -56,9 +61,23 @@ class AgentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     http: str = ""
     #: Where other nodes reach this one; "": the address of the route to the NATS server.
     address: str = ""
+    #: A directory that all nodes share under this path, for the checkpoints of jobs; "": each node keeps its own.
+    checkpoints: str = ""
     #: What jobs may ask nodes for.
     labels: dict[str, str] = {}
+    #: How long a job may hold cards that compute nothing before a warning, and before it is ended with `IdleGpu`; "0s":
+    #: never.
+    idle_gpu_warn: Duration = Duration(0)
+    idle_gpu_release: Duration = Duration(0)
     log_level: str = "info"
+    #: What starts jobs: `systemd`, `supervisor`, or `auto`: systemd where it is PID 1 and the agent is root.
+    launcher: LauncherChoice = "auto"
+    #: How cards are time-sliced: `turns` (by weight, all but one halted), or `driver`, whose slices are then as long as
+    #: `driver_slice` says.
+    time_slice: Literal["turns", "driver"] = "turns"
+    driver_slice: Slice = "default"
+    #: Mean length of a turn.
+    quantum: Duration = Duration(5_000)
 
     @property
     def state_directory(self) -> Path:
@@ -84,12 +103,18 @@ class AgentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
             raise _bad("tls_key", self.tls_key, "'tls_cert' and 'tls_key' together")
         if self.key and not Path(self.key).is_file():
             raise _bad("key", self.key, "a file that holds the seed of this node's key")
+        if self.quantum < QUANTUM_MIN_MS:
+            raise _bad("quantum", str(self.quantum), "100ms at least")
         if self.log_level not in LOG_LEVELS:
             raise _bad("log_level", self.log_level, f"one of {', '.join(LOG_LEVELS)}")
         try:
             AccountPolicy(self.run_as, self.run_shares_as)
         except ValueError as error:
             raise BadConfig(str(error)) from None
+        if 0 < self.idle_gpu_release < self.idle_gpu_warn:
+            raise _bad("idle_gpu_release", str(self.idle_gpu_release), f"'0s', or {self.idle_gpu_warn} at least")
+        if self.checkpoints and not (Path(self.checkpoints).is_absolute() and Path(self.checkpoints).is_dir()):
+            raise _bad("checkpoints", self.checkpoints, "the absolute path of a directory that is there")
         for name in self.labels:
             if not name or not name.isprintable() or "=" in name:
                 raise _bad("labels", name, "names without '='")
@@ -148,8 +173,9 @@ def parse_arguments(arguments: Sequence[str]) -> AgentConfig:
     parser.add_argument("--address", help="where other nodes reach this one")
     parser.add_argument("--label", metavar="NAME=VALUE", action="append", default=[], help="may be given repeatedly")
     parser.add_argument("--log-level", choices=LOG_LEVELS)
+    parser.add_argument("--launcher", choices=("auto", "systemd", "supervisor"), help="what starts jobs")
     given = parser.parse_args(arguments)
-    names = ("state", "nats", "node", "key", "simulate", "run_as", "http", "address", "log_level")
+    names = ("state", "nats", "node", "key", "simulate", "run_as", "http", "address", "log_level", "launcher")
     overrides: dict[str, Any] = {name: value for name in names if (value := getattr(given, name)) is not None}
     if given.label:
         overrides["labels"] = _parse_labels(given.label)

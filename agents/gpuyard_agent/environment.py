@@ -10,7 +10,7 @@ Pure: it reads no environment, clock or account database.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from gpuyard_agent.launch.base import Account
 from gpuyard_agent.partitions.base import PartitionGrant
@@ -47,8 +47,11 @@ def environment(
     job_dir: str,
     go: Go | None,
     port: int,
+    checkpoint_dir: str,
+    network: Mapping[str, str],
 ) -> dict[str, str]:
-    """Everything the process sees. `port`: held for it on this node, 0 for none."""
+    """Everything the process sees. `port`: held for it on this node, 0 for none. `network`: what the member of a gang
+    is told of the node's network, unless the job says otherwise."""
     env = {
         "PATH": PATH,
         "HOME": account.home,
@@ -57,12 +60,15 @@ def environment(
         "SHELL": _NO_LOGIN.get(account.shell, account.shell),
         "LANG": "C.UTF-8",
     }
+    if go is not None:
+        env.update(network)
     env.update(scrub(launch.env))
     env.update(grant.env)
     env.update(_assignment(key, launch, grant, node, job_dir))
+    env["GPUYARD_CHECKPOINT_DIR"] = checkpoint_dir
     env.update(_slurm_twins(key, launch, grant))
     if go is not None:
-        env.update(_gang(key, launch, go))
+        env.update(_gang(key, launch, grant, go))
     if launch.service:
         env["GPUYARD_SERVICE"] = launch.service
         env["PORT"] = str(port)
@@ -85,8 +91,9 @@ def _assignment(
     }
 
 
-def _gang(key: AssignmentKey, launch: Launch, go: Go) -> dict[str, str]:
-    """One process a replica: every rank is the only one of its launcher, so the local rank is always 0."""
+def _gang(key: AssignmentKey, launch: Launch, grant: PartitionGrant, go: Go) -> dict[str, str]:
+    """One process a replica: every rank is the only one of its launcher, so the local rank is always 0. A replica that
+    is itself a launcher (torchrun) finds its part in PET_*: one node of the gang, one process for each of its cards."""
     return {
         "RANK": str(key.replica),
         "WORLD_SIZE": str(launch.replicas),
@@ -95,6 +102,12 @@ def _gang(key: AssignmentKey, launch: Launch, go: Go) -> dict[str, str]:
         "NODE_RANK": str(key.replica),
         "MASTER_ADDR": go.master_address,
         "MASTER_PORT": str(go.master_port),
+        "PET_NNODES": str(launch.replicas),
+        "PET_NODE_RANK": str(key.replica),
+        "PET_NPROC_PER_NODE": str(max(1, grant.cards)),
+        "PET_MASTER_ADDR": go.master_address,
+        "PET_MASTER_PORT": str(go.master_port),
+        "GPUYARD_PEERS": ",".join(go.peers),
     }
 
 

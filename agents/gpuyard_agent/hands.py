@@ -8,12 +8,13 @@ a launcher out of reach is told by the list of what it knows once it is back. An
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import structlog
 
 from gpuyard_agent import host
+from gpuyard_agent.checkpoint_dirs import CheckpointDirectories
 from gpuyard_agent.commands import Spawn
 from gpuyard_agent.core.actions import (
     Action,
@@ -43,7 +44,16 @@ from gpuyard_agent.core.model import Assignment
 from gpuyard_agent.devices.base import DeviceTrouble
 from gpuyard_agent.environment import environment
 from gpuyard_agent.launch.accounts import AccountMissing, AccountPolicy
-from gpuyard_agent.launch.base import Account, Launcher, LauncherGone, ProcessExit, ProcessSpec, ProcessState, Started
+from gpuyard_agent.launch.base import (
+    Account,
+    Launcher,
+    LauncherGone,
+    ProcessExit,
+    ProcessSpec,
+    ProcessState,
+    Started,
+)
+from gpuyard_agent.launch.device_files import limits_of
 from gpuyard_agent.logs import LogStore
 from gpuyard_agent.metrics import Metrics
 from gpuyard_agent.partitions.base import PartitionGrant, PartitionMaker, PartitionRefused
@@ -54,6 +64,8 @@ from gpuyard_protocol.resources import MpsShare, Partition
 #: Between tries to reach the launcher again.
 REOPEN_PAUSE_S = 0.2
 OPEN_TRIES = 3
+#: What ending a job's work under MPS may take after its grace, before the launcher kills it all the same.
+CALM_MS_MAX = 10_000
 REOPEN_PAUSE_S_MAX = 5.0
 
 _log = structlog.get_logger("gpuyard_agent.hands")
@@ -67,7 +79,7 @@ class _Place(NamedTuple):
 
 
 class Hands:
-    """`emit` takes events, `answer` takes answers to orders."""
+    """`emit` takes events, `answer` takes answers to orders; `network`: what members of gangs are told of it."""
 
     def __init__(
         self,
@@ -76,8 +88,10 @@ class Hands:
         launcher: Launcher,
         accounts: AccountPolicy,
         store: LogStore,
+        checkpoints: CheckpointDirectories,
         metrics: Metrics,
         *,
+        network: Mapping[str, str],
         emit: Callable[[Event], None],
         answer: Callable[[int, OrderAnswer], None],
         spawn: Spawn,
@@ -87,6 +101,8 @@ class Hands:
         self._launcher = launcher
         self._accounts = accounts
         self._store = store
+        self._checkpoints = checkpoints
+        self._network = network
         self._metrics = metrics
         self._emit = emit
         self._answer = answer
@@ -104,8 +120,8 @@ class Hands:
                     self._spawn(self._prepare(key, partition, launch))
                 case HoldPort(key=key, port=port):
                     self._emit((PortFree if host.can_bind(port) else PortTaken)(key, port))
-                case StopProcess(key=key, grace_ms=grace_ms):
-                    self._spawn(self._stop(key, grace_ms))
+                case StopProcess(key=key, grace_ms=grace_ms, pid=pid):
+                    self._spawn(self._stop(key, grace_ms, pid))
                 case UndoPartition(key=key):
                     self._spawn(self._undo(key))
                 case ForgetProcess(key=key):
@@ -132,6 +148,8 @@ class Hands:
         try:
             shares_card = isinstance(partition, MpsShare)
             account = self._accounts.resolve(launch.tenant, launch.user, shares_card=shares_card)
+            if not adopting:
+                await self._checkpoints.make(launch.tenant, key.job, account)
             grant = await take(key, partition, account, launch.tenant)
         except AccountMissing as error:
             return PartitionFailed(key, error.code, str(error))
@@ -140,6 +158,8 @@ class Hands:
         except DeviceTrouble as error:
             # The node's fault and not the job's, as with cards that are taken: it may run elsewhere.
             return PartitionFailed(key, PartitionRefused.code, str(error))
+        except OSError as error:
+            return PartitionFailed(key, "OutputUnavailable", f"no directory for checkpoints: {error}")
         self._places[key] = _Place(grant, account)
         return PartitionReady(key)
 
@@ -152,6 +172,10 @@ class Hands:
             return
         self._places.pop(key, None)
         self._emit(PartitionUndone(key))
+
+    def on_mig(self, mig_uuid: str) -> frozenset[AssignmentKey]:
+        """Who holds this MIG instance."""
+        return frozenset(key for key, place in self._places.items() if place.grant.mig_uuid == mig_uuid)
 
     # --- processes ---
 
@@ -187,17 +211,32 @@ class Hands:
                 job_dir=job_dir,
                 go=start.go,
                 port=start.port,
+                checkpoint_dir=str(self._checkpoints.path(launch.tenant, key.job)),
+                network=self._network,
             ),
             cwd=launch.cwd,
             account=place.account,
             job_dir=job_dir,
             stdout=str(files.out),
             stderr=str(files.err),
+            limits=limits_of(launch, place.grant),
         )
 
-    async def _stop(self, key: AssignmentKey, grace_ms: int) -> None:
+    async def _stop(self, key: AssignmentKey, grace_ms: int, pid: int) -> None:
+        """Under MPS the work on the card is ended before the SIGKILL, so that it does not take the neighbours along;
+        the launcher's own SIGKILL is then the backstop, should the agent not be there at the end of the grace."""
+        place = self._places.get(key)
+        is_shared = place is not None and place.grant.mode == "mps" and pid != 0
         try:
-            await self._launcher.stop(key, grace_ms)
+            if not is_shared:
+                await self._launcher.stop(key, grace_ms)
+                return
+            if grace_ms:
+                await self._launcher.stop(key, grace_ms + CALM_MS_MAX)
+                await asyncio.sleep(grace_ms / 1000)
+            if key in self._places:  # else it has ended within its grace
+                await self._partitions.before_kill(key, (pid,))
+                await self._launcher.stop(key, 0)
         except LauncherGone as error:
             _log.warning("launcher lost during a stop", assignment=str(key), why=str(error))
 

@@ -12,6 +12,8 @@ import psutil
 
 from gpuyard_protocol.units import MILLI
 
+#: An address that is nowhere (TEST-NET-1, RFC 5737), to ask the kernel for the way out.
+_ELSEWHERE = "192.0.2.1"
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -66,6 +68,22 @@ def address_towards(nats_url: str) -> str:
             return str(probe.getsockname()[0])
     except OSError:
         return "127.0.0.1"
+
+
+def reachable_address(nats_url: str, *, one_host: bool) -> str:
+    """Where the other members of a gang reach this node.
+
+    Beside its NATS server a node would answer with the loopback address, which means something else on every host. It
+    then takes the address of the route to the world. `one_host`: all nodes are on this one, loopback is right.
+    """
+    address = address_towards(nats_url)
+    if one_host or not _is_loopback(address):
+        return address
+    return address_towards(f"nats://{_ELSEWHERE}:4222")
+
+
+def _is_loopback(address: str) -> bool:
+    return address == "::1" or address.startswith("127.")
 
 
 def can_bind(port: int) -> bool:

@@ -2,6 +2,7 @@
 
     <jobs>/<job>/<attempt>/<replica>.out, .err    output, appended to by the process itself
     <jobs>/<job>/<attempt>/<replica>/             the replica's own directory
+    <jobs>/<job>/checkpoint/                      the job's, for all its attempts (`checkpoint_dirs`)
 
 The launcher makes both; this module only reads, rotates and removes. A file above 100 MiB is copied to `<name>.1` (it
 replaces the one before) and emptied in place, since the process goes on appending to it: what it writes between the
@@ -24,6 +25,7 @@ from typing import BinaryIO, Literal, NamedTuple
 
 import structlog
 
+from gpuyard_agent.checkpoint_dirs import LOCAL_NAME
 from gpuyard_protocol import subjects
 from gpuyard_protocol.bus.base import Bus, BusError
 from gpuyard_protocol.codec import encode
@@ -142,6 +144,8 @@ class LogStore:
             _remove_if_empty(Path(job.path))
 
     def _tidy_attempt(self, job: os.DirEntry[str], attempt: os.DirEntry[str], now_s: float) -> None:
+        if job.name.isdigit() and attempt.name == LOCAL_NAME:
+            self._tidy_checkpoint(job, attempt, now_s)
         if not (job.name.isdigit() and attempt.name.isdigit()):
             return
         newest_s = attempt.stat(follow_symlinks=False).st_mtime
@@ -156,6 +160,14 @@ class LogStore:
                 _rotate(Path(entry.path))
         if not has_live and now_s - newest_s > KEPT_S:
             shutil.rmtree(attempt.path, ignore_errors=True)
+
+    def _tidy_checkpoint(self, job: os.DirEntry[str], checkpoint: os.DirEntry[str], now_s: float) -> None:
+        """It stays as long as any attempt's output, and longer where it was written to since."""
+        newest_s = checkpoint.stat(follow_symlinks=False).st_mtime
+        for entry in _entries(Path(checkpoint.path)):
+            newest_s = max(newest_s, entry.stat(follow_symlinks=False).st_mtime)
+        if now_s - newest_s > KEPT_S and len(_entries(Path(job.path))) == 1:
+            shutil.rmtree(checkpoint.path, ignore_errors=True)
 
 
 def _open_output(path: Path) -> BinaryIO:

@@ -60,6 +60,9 @@ class Metrics:
         depth_gauge = Gauge("gpuyard_agent_outbox_depth", "Reports not yet delivered", registry=registry)
         depth_gauge.set_function(depth)
         self.connected = Gauge("gpuyard_agent_bus_connected", "1 while connected to NATS", registry=registry)
+        self.idle_assignments = Gauge(
+            "gpuyard_agent_idle_assignments", "Assignments whose cards compute nothing", registry=registry
+        )
         self._utilization = Gauge(
             "gpuyard_agent_gpu_utilization_ratio", "Share of time the card computed", ["device"], registry=registry
         )

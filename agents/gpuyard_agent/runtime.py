@@ -12,8 +12,10 @@ and when the ledger cannot be written.
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections.abc import Coroutine
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,22 +23,30 @@ import msgspec
 import structlog
 
 from gpuyard_agent import host
+from gpuyard_agent.cards import CardWatch
+from gpuyard_agent.checkpoint_dirs import CheckpointDirectories
 from gpuyard_agent.commands import CommandDoor
 from gpuyard_agent.core import AgentCore
-from gpuyard_agent.core.events import InventoryRead, ProcessesListed, ReportsDelivered, TimePassed
+from gpuyard_agent.core.events import InventoryRead, ProcessesListed, ReportsDelivered, TimeHalted, TimePassed
 from gpuyard_agent.devices.base import DeviceBackend, DeviceTrouble
+from gpuyard_agent.drill import FaultDrill
 from gpuyard_agent.hands import Hands
 from gpuyard_agent.health import Health
 from gpuyard_agent.identity import Identity
+from gpuyard_agent.idle import IdlePolicy, IdleWatch
 from gpuyard_agent.inbox import Inbox
 from gpuyard_agent.launch.accounts import AccountPolicy
 from gpuyard_agent.launch.base import Launcher
+from gpuyard_agent.launch.turn_taking import TurnTakingLauncher
 from gpuyard_agent.ledger import Ledger
 from gpuyard_agent.logs import Followers, LogStore
 from gpuyard_agent.metrics import Metrics
+from gpuyard_agent.network import training_environment
 from gpuyard_agent.outbox import Outbox
 from gpuyard_agent.partitions.maker import CardPartitions
-from gpuyard_agent.telemetry import Pulse, watch_inventory
+from gpuyard_agent.telemetry import Pulse
+from gpuyard_agent.twin import Holder, claim
+from gpuyard_agent.watchdog import Watchdog
 from gpuyard_protocol import subjects
 from gpuyard_protocol.bus.base import Bus, BusError, Connector
 from gpuyard_protocol.codec import encode
@@ -55,6 +65,19 @@ class _StopAsked(Exception):
     """Ends the group of tasks; never leaves this module."""
 
 
+@dataclass(frozen=True, slots=True)
+class NodeRules:
+    """What the settings say of the work on this node."""
+
+    #: Output and own directories of jobs.
+    jobs: Path
+    #: For checkpoints, shared by all nodes; None: there is none, they stay on the node.
+    checkpoints: Path | None
+    idle: IdlePolicy
+    #: See `commands`.
+    must_be_forwarded: bool
+
+
 class Runtime:
     """One agent process. `run` returns when `stop` was called; whatever else it raises ends the process."""
 
@@ -63,7 +86,7 @@ class Runtime:
         *,
         identity: Identity,
         boot_id: str,
-        jobs: Path,
+        rules: NodeRules,
         inventory: Inventory,
         ledger: Ledger,
         backend: DeviceBackend,
@@ -71,9 +94,9 @@ class Runtime:
         launcher: Launcher,
         accounts: AccountPolicy,
         connector: Connector,
-        must_be_forwarded: bool,
+        drill: FaultDrill | None = None,
     ) -> None:
-        """`inventory`: what the node has besides its cards. `must_be_forwarded`: see `commands`."""
+        """`inventory`: what the node has besides its cards. `drill`: faults of modelled cards."""
         self._identity = identity
         self._boot_id = boot_id
         self._inventory = inventory
@@ -82,7 +105,7 @@ class Runtime:
         self._partitions = partitions
         self._launcher = launcher
         self._connector = connector
-        self._must_be_forwarded = must_be_forwarded
+        self._must_be_forwarded = rules.must_be_forwarded
         self._inbox = Inbox()
         self._stop_asked = asyncio.Event()
         self._group = asyncio.TaskGroup()
@@ -94,27 +117,36 @@ class Runtime:
         #: Set once everything that survived the last process is taken over.
         self.resumed = asyncio.Event()
         content = ledger.load(host.node_clock_ms())
-        self._core = AgentCore(
-            identity.node,
-            identity.instance,
-            boot_id,
-            counters=content.counters,
-            live=content.live,
-            closed=content.closed,
-        )
+        counters, live, closed = content.counters, content.live, content.closed
+        self._core = AgentCore(identity.node, identity.instance, boot_id, counters=counters, live=live, closed=closed)
         self._outbox = Outbox(identity.node, identity.instance, boot_id, content.outbox, self._on_delivered)
         self.metrics = Metrics(lambda: self._core.live, lambda: self._outbox.depth)
-        self._store = LogStore(jobs, lambda key: key in self._core.live)
+        self._store = LogStore(rules.jobs, lambda key: key in self._core.live)
         self._hands = Hands(
             identity.node,
             partitions,
             launcher,
             accounts,
             self._store,
+            CheckpointDirectories(rules.jobs, rules.checkpoints),
             self.metrics,
+            network=training_environment(inventory.address, inventory.interfaces, inventory.rdma),
             emit=self._inbox.put,
             answer=self._answer,
             spawn=self._spawn,
+        )
+        if isinstance(launcher, TurnTakingLauncher):
+            launcher.on_halted = lambda key, total_ms: self._inbox.put(TimeHalted(key, total_ms))
+        self._idle = IdleWatch(rules.idle)
+        self._watchdog = Watchdog(backend, self._store, emit=self._inbox.put, live=lambda: self._core.live)
+        self._cards = CardWatch(
+            inventory,
+            backend,
+            partitions,
+            drill,
+            emit=self._inbox.put,
+            live=lambda: self._core.live,
+            on_mig=self._hands.on_mig,
         )
 
     def stop(self) -> None:
@@ -128,7 +160,9 @@ class Runtime:
                 group.create_task(self._turns())
                 group.create_task(self._tick())
                 group.create_task(self._hands.watch())
-                group.create_task(watch_inventory(self._inventory, self._partitions.refresh, self._inbox))
+                group.create_task(self._cards.run())
+                group.create_task(self._partitions.watch())
+                group.create_task(self._watchdog.run())
                 group.create_task(self._tidy())
                 group.create_task(self._serve())
         except* _StopAsked:
@@ -157,7 +191,7 @@ class Runtime:
 
     async def _resume(self) -> None:
         """The ledger's word, the launcher's and the cards' into the core, as its first events."""
-        devices = await self._partitions.refresh()
+        devices = await self._cards.open()
         found = await self._hands.open_launcher()
         self._inbox.put(ProcessesListed(found, at_start=True))
         held = [assignment for assignment in self._core.live.values() if assignment.boot_id == self._boot_id]
@@ -265,6 +299,9 @@ class Runtime:
         """Connect, listen, and only then report: the daemon answers a `Joined` with a command."""
         await self.resumed.wait()
         bus = await self._connect()
+        identity = self._identity
+        holder = Holder(instance=identity.instance, hostname=self._inventory.hostname, pid=os.getpid())
+        await claim(bus, identity, holder, self._spawn)
         followers = Followers(bus, self._store)
         door = self._door = CommandDoor(
             bus,
@@ -277,13 +314,21 @@ class Runtime:
         )
         while True:
             try:
-                await bus.subscribe(subjects.commands(self._identity.node), door.on_message)
+                await bus.subscribe(subjects.commands(identity.node), door.on_message)
                 break
             except BusError as error:
                 _log.warning("not listening for orders", why=str(error))
                 await asyncio.sleep(CONNECT_PAUSE_S)
-        identity = self._identity
-        pulse = Pulse(identity.node, identity.instance, self._boot_id, self._core, self._backend, self.metrics)
+        pulse = Pulse(
+            identity.node,
+            identity.instance,
+            self._boot_id,
+            self._core,
+            self._backend,
+            self.metrics,
+            self._idle,
+            self._inbox.put,
+        )
         _log.info("connected", node=identity.node, instance=identity.instance)
         self._spawn(self._outbox.run(bus))
         self._spawn(followers.run())

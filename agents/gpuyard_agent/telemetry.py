@@ -1,34 +1,32 @@
-"""Signs of life and measurements: heartbeats each second, samples of the cards every other, and the inventory.
+"""Signs of life and measurements: heartbeats each second, samples of the cards every other.
 
 All of it is lossy and decides nothing here. A sample that takes longer than its interval delays the next one; samples
-are never queued. The inventory goes to the core, which tells the daemon when it has changed.
+are never queued.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Sequence
 from importlib import metadata
 
-import msgspec
 import structlog
 
 from gpuyard_agent import host
 from gpuyard_agent.core import AgentCore
-from gpuyard_agent.core.events import InventoryRead
+from gpuyard_agent.core.events import Event, MustEnd
 from gpuyard_agent.devices.base import DeviceBackend, DeviceTrouble
-from gpuyard_agent.inbox import Inbox
+from gpuyard_agent.idle import IdleWatch
 from gpuyard_agent.metrics import Metrics
 from gpuyard_protocol import subjects
 from gpuyard_protocol.bus.base import Bus, BusError
 from gpuyard_protocol.codec import encode
 from gpuyard_protocol.names import NodeId
-from gpuyard_protocol.nodes import Heartbeat, Inventory, Telemetry
-from gpuyard_protocol.resources import Device
+from gpuyard_protocol.nodes import DeviceSample, Heartbeat, Telemetry
+from gpuyard_protocol.units import format_ms
 
 HEARTBEAT_S = 1.0
 TELEMETRY_S = 2.0
-INVENTORY_S = 30.0
 
 _log = structlog.get_logger("gpuyard_agent.telemetry")
 
@@ -45,7 +43,15 @@ class Pulse:
     """Heartbeats and telemetry of one agent, once it is connected."""
 
     def __init__(
-        self, node: NodeId, instance: str, boot_id: str, core: AgentCore, backend: DeviceBackend, metrics: Metrics
+        self,
+        node: NodeId,
+        instance: str,
+        boot_id: str,
+        core: AgentCore,
+        backend: DeviceBackend,
+        metrics: Metrics,
+        idle: IdleWatch,
+        emit: Callable[[Event], None],
     ) -> None:
         self._node = node
         self._instance = instance
@@ -53,6 +59,8 @@ class Pulse:
         self._core = core
         self._backend = backend
         self._metrics = metrics
+        self._idle = idle
+        self._emit = emit
 
     async def beat(self, bus: Bus) -> None:
         subject = subjects.heartbeat(self._node)
@@ -80,6 +88,7 @@ class Pulse:
                 _log.warning("cards not measured", why=str(error))
                 samples = ()
             self._metrics.sampled(samples)
+            self._look_for_idle(samples)
             report = Telemetry(
                 node=self._node,
                 at_ms=host.wall_clock_ms(),
@@ -89,6 +98,17 @@ class Pulse:
             )
             await _send(bus, subject, encode(report))
             await asyncio.sleep(TELEMETRY_S)
+
+    def _look_for_idle(self, samples: Sequence[DeviceSample]) -> None:
+        if not samples:
+            return
+        live = self._core.live
+        warnings, verdicts = self._idle.look(samples, live, host.node_clock_ms())
+        self._metrics.idle_assignments.set(self._idle.idle)
+        for key, idle_ms in warnings:
+            _log.warning("holds cards and computes nothing", assignment=str(key), idle=format_ms(idle_ms))
+        for key, verdict in verdicts.items():
+            self._emit(MustEnd(key, verdict, live[key].start.launch.stop_grace_ms))
 
 
 async def _send(bus: Bus, subject: str, data: bytes) -> bool:
@@ -100,17 +120,3 @@ async def _send(bus: Bus, subject: str, data: bytes) -> bool:
     except BusError:
         return False
     return True
-
-
-async def watch_inventory(
-    inventory: Inventory, read_devices: Callable[[], Awaitable[tuple[Device, ...]]], inbox: Inbox
-) -> None:
-    """Read the cards anew every half minute; `inventory` is what else the node has, which does not change."""
-    while True:
-        await asyncio.sleep(INVENTORY_S)
-        try:
-            devices = await read_devices()
-        except DeviceTrouble as error:
-            _log.warning("cards not read", why=str(error))
-            continue
-        inbox.put(InventoryRead(msgspec.structs.replace(inventory, devices=devices)))

@@ -79,6 +79,7 @@ _QUERIES: tuple[tuple[str, type[Any], type[Any], str, str], ...] = (
     ("nodes", queries.NodesQuery, queries.NodesPage, "List nodes and their cards.", "q adm"),
     ("logs", queries.LogsQuery, nodes.LogChunk, "A range of output; with `follow`, live pieces on `log.…`.", "q adm"),
     ("stats", queries.StatsQuery, queries.Stats, "The yard in numbers.", "q adm"),
+    ("usage", queries.UsageQuery, queries.UsageReport, "What tenants hold, have used, and may have.", "q adm"),
     ("ping", queries.PingQuery, queries.Ok, "Whether somebody answers.", "q adm"),
     ("shutdown", queries.ShutdownRequest, queries.Ok, "End every replica with grace and requeue its job.", "adm"),
 )

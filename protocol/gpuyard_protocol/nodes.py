@@ -20,6 +20,28 @@ from gpuyard_protocol.resources import Device, Partition
 # --- what a node is --------------------------------------------------------------------------------------------------
 
 
+class NetworkInterface(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A network interface of a node that is up."""
+
+    name: str
+    addresses: tuple[str, ...] = ()
+    #: 0: it does not say.
+    speed_mbps: int = 0
+
+
+class RdmaPort(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A port of an RDMA device, such as `mlx5_0:1`."""
+
+    device: str
+    port: int
+    active: bool = False
+    rate_gbps: int = 0
+    #: `InfiniBand`, or `Ethernet` for RoCE.
+    link_layer: str = ""
+    #: The network interface of the same device, "" for none.
+    interface: str = ""
+
+
 class Inventory(msgspec.Struct, frozen=True, kw_only=True):
     """What a node has. Reported when the agent starts and whenever it changes."""
 
@@ -37,6 +59,8 @@ class Inventory(msgspec.Struct, frozen=True, kw_only=True):
     simulated: bool = False
     driver: str = ""
     agent_version: str = ""
+    interfaces: tuple[NetworkInterface, ...] = ()
+    rdma: tuple[RdmaPort, ...] = ()
 
 
 # --- orders: daemon → agent ------------------------------------------------------------------------------------------

@@ -93,6 +93,8 @@ class WhyAnswer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     #: 1 = next of those waiting.
     position: int = 0
     ahead: int = 0
+    #: For a waiting job: what its tenant's limit has to do with it, whatever room the nodes have.
+    limit: Why | None = None
 
 
 class ServicesQuery(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -194,6 +196,45 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     wait_sum_ms: int = 0
     started: int = 0
     turns: int = 0
+
+
+class UsageQuery(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """`q.….usage` → `UsageReport`: one's own tenant; operators get every tenant."""
+
+    tenant: str = ""
+    v: RequestVersion = 1
+
+
+class UserUsage(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What one user of a tenant holds and has used. Compute counts by fraction, in thousandths of a card."""
+
+    user: str
+    held_milli: int = 0
+    #: Held compute summed over time, GPU-milli × ms: divided by 1,000,000 it is GPU-seconds.
+    used_milli_ms: int = 0
+    #: Since when, Unix milliseconds: the first start.
+    since_ms: int = 0
+
+
+class TenantUsage(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What a tenant holds and has used, and what it may have."""
+
+    tenant: str
+    held_milli: int = 0
+    #: 0: no limit.
+    gpus_max_milli: int = 0
+    #: Jobs that have not ended.
+    jobs: int = 0
+    #: 0: no limit.
+    jobs_max: int = 0
+    used_milli_ms: int = 0
+    since_ms: int = 0
+    users: tuple[UserUsage, ...] = ()
+
+
+class UsageReport(msgspec.Struct, frozen=True, kw_only=True):
+    tenants: tuple[TenantUsage, ...]
+    now_ms: int
 
 
 class PingQuery(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):

@@ -7,12 +7,12 @@ import os
 
 import pytest
 
-from gpuyard_agent.devices.base import DeviceTrouble, PartitionRefused
+from gpuyard_agent.devices.base import DeviceFault, DeviceRecovered, DeviceTrouble, PartitionRefused
 from gpuyard_agent.devices.simulated import SimulatedBackend, parse_cards, simulated_host
 from gpuyard_agent.devices.simulated_models import CARD_MODELS
 from gpuyard_protocol.names import AssignmentKey
 from gpuyard_protocol.resources import Device, MigInstance, MpsShare, TimeSliceShare, WholeCards
-from support.devices import CHECKS
+from support.devices import News
 
 
 def cards(text: str = "2xH100-80GB", node: str = "node-1") -> SimulatedBackend:
@@ -25,13 +25,6 @@ def key(job: int) -> AssignmentKey:
 
 async def first_card(backend: SimulatedBackend) -> Device:
     return (await backend.inventory())[0]
-
-
-@pytest.mark.parametrize("name", CHECKS)
-async def test_contract(name: str) -> None:
-    backend = cards("4xA100-40GB,2xA30")
-    await backend.open()
-    await CHECKS[name](backend)
 
 
 # --- what people write ---
@@ -230,12 +223,31 @@ async def test_use_follows_live_processes_alone() -> None:
 
 async def test_a_broken_card_says_so_and_can_be_mended() -> None:
     backend = cards()
+    news = News(backend)
     device = await first_card(backend)
-    backend.set_fault(device.uuid, "fell off the bus")
+    backend.set_fault(device.uuid, "fell off the bus", "lost")
     broken = await first_card(backend)
     assert (broken.healthy, broken.fault) == (False, "fell off the bus")
     assert (await backend.samples())[0].utilization_pct is None
     with pytest.raises(DeviceTrouble, match="fell off the bus"):
         await backend.processes(device.uuid)
+    backend.set_fault(device.uuid, "fell off the bus")
+    backend.set_fault(device.uuid, "")
     backend.set_fault(device.uuid, "")
     assert await first_card(backend) == device
+    assert news.heard == [
+        DeviceFault(device=device.uuid, kind="lost", detail="fell off the bus"),
+        DeviceRecovered(device=device.uuid),
+    ]
+
+
+async def test_mig_mode_is_left_only_without_instances() -> None:
+    backend = cards()
+    device = await first_card(backend)
+    made = await backend.create_mig(device.uuid, "1g.10gb", 3)
+    with pytest.raises(PartitionRefused, match=r"it has 1g\.10gb at 3"):
+        await backend.leave_mig(device.uuid)
+    await backend.destroy_mig(device.uuid, made.mig_uuid)
+    await backend.leave_mig(device.uuid)
+    answers = [await backend.set_exclusive(device.uuid, on) for on in (True, True, False)]
+    assert answers == ["done", "already", "done"]

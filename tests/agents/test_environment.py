@@ -19,7 +19,16 @@ GRANT = PartitionGrant(
 
 def env_of(launch: Launch, *, grant: PartitionGrant = GRANT, go: Go | None = None, port: int = 0) -> dict[str, str]:
     return environment(
-        key=KEY, launch=launch, grant=grant, account=ACCOUNT, node="node-1", job_dir="/jobs/17", go=go, port=port
+        key=KEY,
+        launch=launch,
+        grant=grant,
+        account=ACCOUNT,
+        node="node-1",
+        job_dir="/jobs/17",
+        go=go,
+        port=port,
+        checkpoint_dir="/jobs/17/checkpoint",
+        network={"NCCL_SOCKET_IFNAME": "=eth0", "NCCL_IB_DISABLE": "1"},
     )
 
 
@@ -42,6 +51,7 @@ def test_a_plain_replica_sees_its_account_its_cards_and_its_assignment() -> None
         "GPUYARD_NODE": "node-1",
         "GPUYARD_PARTITION": "whole",
         "GPUYARD_JOB_DIR": "/jobs/17",
+        "GPUYARD_CHECKPOINT_DIR": "/jobs/17/checkpoint",
         "SLURM_JOB_ID": "17",
         "SLURM_PROCID": "1",
         "SLURM_NTASKS": "1",
@@ -63,6 +73,26 @@ def test_a_member_of_a_gang_knows_its_rank_and_its_rendezvous() -> None:
         "NODE_RANK": "1",
     }
     assert (env["MASTER_ADDR"], env["MASTER_PORT"], env["SLURM_NTASKS"]) == ("10.0.0.7", "29512", "4")
+
+
+def test_a_member_that_is_a_launcher_finds_its_part_of_the_gang() -> None:
+    launch = Launch(tenant="acme", user="alice", replicas=2)
+    env = env_of(launch, go=Go(key=KEY, master_address="10.0.0.7", master_port=29_512, peers=("10.0.0.7", "10.0.0.8")))
+    assert {name: value for name, value in env.items() if name.startswith("PET_")} == {
+        "PET_NNODES": "2",
+        "PET_NODE_RANK": "1",
+        "PET_NPROC_PER_NODE": "2",
+        "PET_MASTER_ADDR": "10.0.0.7",
+        "PET_MASTER_PORT": "29512",
+    }
+    assert env["GPUYARD_PEERS"] == "10.0.0.7,10.0.0.8"
+
+
+def test_a_gang_is_told_of_the_network_and_the_job_may_know_better() -> None:
+    launch = Launch(tenant="acme", user="alice", replicas=2, env=(("NCCL_IB_DISABLE", "0"),))
+    env = env_of(launch, go=Go(key=KEY, master_address="10.0.0.7", master_port=29_512))
+    assert (env["NCCL_SOCKET_IFNAME"], env["NCCL_IB_DISABLE"]) == ("=eth0", "0")
+    assert "NCCL_SOCKET_IFNAME" not in env_of(Launch(tenant="acme", user="alice"))
 
 
 def test_a_single_replica_gets_no_rank() -> None:
@@ -124,5 +154,7 @@ def test_an_account_that_may_not_log_in_still_gets_a_shell() -> None:
         job_dir="/j",
         go=None,
         port=0,
+        checkpoint_dir="/j/checkpoint",
+        network={},
     )
     assert env["SHELL"] == "/bin/sh"

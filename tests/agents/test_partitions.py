@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from gpuyard_agent.devices.base import DeviceBackend, DeviceTrouble, MigInstanceFound, PartitionRefused
 from gpuyard_agent.devices.simulated import SimulatedBackend, parse_cards
 from gpuyard_agent.launch.base import Account
+from gpuyard_agent.partitions.base import NeighbourFault
 from gpuyard_agent.partitions.maker import CardPartitions
 from gpuyard_agent.partitions.room import CardLedger, mode_of
 from gpuyard_protocol.names import AssignmentKey
@@ -302,6 +303,12 @@ class _RealCards:
     async def inventory(self) -> tuple[Device, ...]:
         return self._devices
 
+    async def set_exclusive(self, device: str, on: bool) -> str:
+        return "denied"
+
+    async def device_files(self, device: str, mig_uuid: str = "") -> tuple[str, ...]:
+        return ()
+
     def hold(self, key: AssignmentKey, partition: Partition) -> None: ...
 
     def running(self, key: AssignmentKey, pid: int) -> None: ...
@@ -375,16 +382,21 @@ async def test_a_daemon_outlives_the_agent_and_is_adopted_or_swept(mps: MpsYard)
     assert mps.pids() == []
 
 
-async def test_a_daemon_that_died_is_started_again(mps: MpsYard) -> None:
+async def test_a_daemon_that_died_is_started_again_when_all_that_it_served_are_gone(mps: MpsYard) -> None:
     partitions = await mps.partitions()
+    hit: list[NeighbourFault] = []
+    partitions.listen(hit.append)
     await partitions.prepare(key(1), MpsShare("GPU-real", 300, 1000), mps.account, "acme")
     (pid,) = mps.pids()
     os.kill(pid, signal.SIGKILL)
+    with pytest.raises(DeviceTrouble, match="about to be restarted: its control daemon has died"):
+        await partitions.prepare(key(2), MpsShare("GPU-real", 300, 1000), mps.account, "acme")
+    assert [news.key for news in hit] == [key(1)]
+    await partitions.undo(key(1))
     await partitions.prepare(key(2), MpsShare("GPU-real", 300, 1000), mps.account, "acme")
     assert len(mps.pids()) == 1
     assert mps.pids() != [pid]
-    for job in (1, 2):
-        await partitions.undo(key(job))
+    await partitions.undo(key(2))
 
 
 async def test_a_daemon_that_does_not_come_up_is_told_with_its_last_words(mps: MpsYard) -> None:
@@ -488,7 +500,7 @@ def test_the_books_and_the_modelled_cards_agree_on_everything(
 
     async def run() -> None:
         backend = SimulatedBackend(parse_cards(CARDS), "node-1")
-        partitions = CardPartitions(backend, Path("/run"))
+        partitions = CardPartitions(backend, Path(directory))
         await partitions.refresh()
         ledger = CardLedger(DEVICES)
         for job, partition, account in steps:
@@ -505,4 +517,5 @@ def test_the_books_and_the_modelled_cards_agree_on_everything(
                 await partitions.prepare(key(job), partition, account, "acme")
         assert partitions.held() == ledger.keys()
 
-    asyncio.run(run())
+    with tempfile.TemporaryDirectory() as directory:
+        asyncio.run(run())

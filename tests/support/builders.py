@@ -12,8 +12,9 @@ from typing import Any, TypeVar
 import msgspec
 
 from gpuyard_daemon.core.facts import Fact
-from gpuyard_daemon.core.inputs import CancelRequested, Cursors, Input, JobSubmitted, NodeReported
+from gpuyard_daemon.core.inputs import CancelRequested, Cursors, Input, JobSubmitted, NodeReported, PolicyChanged
 from gpuyard_daemon.core.invariants import check
+from gpuyard_daemon.core.policy import Policy, TenantLimits
 from gpuyard_daemon.core.scheduler import Scheduler
 from gpuyard_daemon.core.settings import CoreSettings
 from gpuyard_daemon.core.turn import AnswerNotice, JobNotice, Record, Turn
@@ -214,6 +215,11 @@ class CoreHarness:
             spec=spec,
             chosen_id=bool(submission_id),
         )
+
+    def limit(self, tenant: str = "acme", *, gpus_milli: int = 0, jobs: int = 0) -> None:
+        """Set one tenant's limits; every other has none."""
+        policy = Policy(tenants=((tenant, TenantLimits(gpus_milli, jobs)),))
+        self.turn(PolicyChanged(policy=policy))
 
     def cancel(self, number: JobId, *, tenant: str = "acme", user: str = "alice") -> SubmissionAnswer:
         self._submissions += 1

@@ -49,6 +49,8 @@ class StopProcess:
 
     key: AssignmentKey
     grace_ms: int
+    #: Of its first process; 0: it is none of ours.
+    pid: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,12 +13,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import assert_never
 
-from gpuyard_agent.core import life, orders
+from gpuyard_agent.core import cards, life, orders
 from gpuyard_agent.core.actions import ForgetProcess, Turn
 from gpuyard_agent.core.book import Book, Counters
 from gpuyard_agent.core.events import (
+    CardBroke,
+    CardReturned,
     Event,
     InventoryRead,
+    MustEnd,
     OrdersReceived,
     PartitionFailed,
     PartitionReady,
@@ -31,6 +34,7 @@ from gpuyard_agent.core.events import (
     ProcessStarted,
     ReportsDelivered,
     SyncReceived,
+    TimeHalted,
     TimePassed,
     UndoFailed,
 )
@@ -101,8 +105,11 @@ class AgentCore:
             case ProcessesListed():
                 life.compare(book, event)
             case InventoryRead(inventory=inventory):
-                book.inventory_read = inventory
-                book.tell_inventory()
+                cards.read(book, inventory)
+            case CardBroke():
+                cards.broke(book, event)
+            case CardReturned(device=device):
+                cards.returned(book, device)
             case ReportsDelivered(up_to=up_to):
                 book.delivered(up_to)
             case TimePassed():
@@ -126,6 +133,8 @@ class AgentCore:
             | ProcessStarted
             | ProcessRefused
             | ProcessExited
+            | MustEnd
+            | TimeHalted
         ),
     ) -> None:
         book = self._book
@@ -148,6 +157,10 @@ class AgentCore:
                 life.process_refused(book, assignment, event)
             case ProcessExited():
                 life.process_exited(book, assignment, event)
+            case TimeHalted(total_ms=total_ms):
+                life.time_halted(book, assignment, total_ms)
+            case MustEnd(verdict=verdict, grace_ms=grace_ms):
+                life.stop(book, assignment, verdict, grace_ms)
             case _:
                 assert_never(event)
 

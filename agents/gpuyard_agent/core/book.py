@@ -18,7 +18,7 @@ import msgspec
 
 from gpuyard_agent.core.actions import Action, Turn
 from gpuyard_agent.core.model import TRANSITIONS, Assignment, Closed, InvariantViolated, State
-from gpuyard_protocol.names import AssignmentKey, NodeId
+from gpuyard_protocol.names import AssignmentKey, DeviceUuid, NodeId
 from gpuyard_protocol.nodes import Ended, Inventory, Joined, Report
 
 #: Rendezvous and listening ports given to gangs and services: below the kernel's ephemeral range.
@@ -67,6 +67,8 @@ class Book:
         #: What the daemon was last told, and what was read since; equal while nothing has changed.
         self.inventory_told: Inventory | None = None
         self.inventory_read: Inventory | None = None
+        #: Cards that broke and have not returned, with what is wrong. Not in the ledger: a new process asks the cards.
+        self.broken: dict[DeviceUuid, str] = {}
         #: Number of the newest `Joined`: no second one is queued behind one that is not delivered.
         self.joined_report = 0
         #: (node clock, key) of what time will do, a heap; entries that no longer hold are dropped when they come up.
@@ -163,11 +165,12 @@ class Book:
         del self._undelivered[:done]
         self.tell_inventory()
 
-    def tell_inventory(self) -> None:
-        """A `Joined` for what the node has now, unless the daemon knows it or one is still on its way."""
+    def tell_inventory(self, *, at_once: bool = False) -> None:
+        """A `Joined` for what the node has now, unless the daemon knows it or one is still on its way. `at_once`: also
+        then, since what is reported next is only understood after it."""
         if self.inventory_read is None or self.inventory_read == self.inventory_told:
             return
-        if self.joined_report > self.counters.delivered:
+        if self.joined_report > self.counters.delivered and not at_once:
             return
         self.inventory_told = self.inventory_read
         self.joined_report = self.report(Joined(inventory=self.inventory_read, held=tuple(sorted(self.live))))

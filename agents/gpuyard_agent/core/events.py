@@ -8,7 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from gpuyard_protocol.names import AssignmentKey
+from gpuyard_agent.core.model import Verdict
+from gpuyard_protocol.names import AssignmentKey, DeviceUuid
 from gpuyard_protocol.nodes import Inventory, OrderBatch, Sync
 
 
@@ -124,6 +125,41 @@ class InventoryRead:
 
 
 @dataclass(frozen=True, slots=True)
+class CardBroke:
+    """The card takes nothing new, and what runs there is lost, until `CardReturned`."""
+
+    device: DeviceUuid
+    #: For people: what the driver said.
+    detail: str
+    #: The only assignments that it concerns (one MIG instance broke); None: all that lie on the card.
+    only: frozenset[AssignmentKey] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class CardReturned:
+    """It was probed and nothing is wrong with it. An `InventoryRead` follows."""
+
+    device: DeviceUuid
+
+
+@dataclass(frozen=True, slots=True)
+class MustEnd:
+    """The shell found a reason why this assignment may not go on, such as memory beyond its partition's."""
+
+    key: AssignmentKey
+    verdict: Verdict
+    grace_ms: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class TimeHalted:
+    """The replica has been halted for the sake of others on its card: in all for so long, which is not its own time."""
+
+    key: AssignmentKey
+    total_ms: int
+
+
+@dataclass(frozen=True, slots=True)
 class ReportsDelivered:
     """Every report up to this number is stored in the reports' stream."""
 
@@ -149,6 +185,10 @@ Event: TypeAlias = (
     | ProcessExited
     | ProcessesListed
     | InventoryRead
+    | CardBroke
+    | CardReturned
+    | MustEnd
+    | TimeHalted
     | ReportsDelivered
     | TimePassed
 )

@@ -30,6 +30,7 @@ from gpuyard_agent.core.events import (
 )
 from gpuyard_agent.core.model import Assignment, InvariantViolated, Verdict
 from gpuyard_protocol.nodes import Ended, Go, Prepared, Start, Started, Stop
+from gpuyard_protocol.resources import devices_of
 from gpuyard_protocol.units import format_ms
 
 #: A member of a gang gives its partition back after this long without `Go`. The daemon gives up after 30 s; this is for
@@ -38,6 +39,8 @@ HOLD_MS_MAX = 600_000
 #: First pause before a partition that would not go is undone again; it doubles up to the second.
 UNDO_PAUSE_MS = 2_000
 UNDO_PAUSE_MS_MAX = 60_000
+#: The card under it broke: the job is not to blame and runs again elsewhere.
+DEVICE_FAULT = "DeviceFault"
 
 
 # --- what orders do ---
@@ -47,7 +50,10 @@ def begin(book: Book, start: Start, go: Go | None = None) -> Assignment:
     """A key never seen before: recorded, and its partition asked for."""
     assignment = Assignment(key=start.key, start=start, boot_id=book.boot_id, go=go)
     book.add(assignment)
-    _ask_for_place(book, assignment)
+    if faults := _faults_under(book, assignment):
+        _end(book, assignment, Verdict(outcome="lost", code=DEVICE_FAULT, detail=faults))
+    else:
+        _ask_for_place(book, assignment)
     return assignment
 
 
@@ -84,6 +90,19 @@ def stop(book: Book, assignment: Assignment, verdict: Verdict, grace_ms: int) ->
 def tombstone(book: Book, order: Stop) -> None:
     """A stop for a key never seen: it will never start here."""
     book.close(order.key, Ended(key=order.key, outcome="stopped", at_ms=book.wall_ms, detail=order.reason))
+
+
+def lose_card(book: Book, assignment: Assignment, detail: str) -> None:
+    """The card under it broke: nothing there can end in an orderly way."""
+    stop(book, assignment, Verdict(outcome="lost", code=DEVICE_FAULT, detail=detail), 0)
+    if assignment.state == "ending" and assignment.undo_at_ms:
+        # It had ended, and its partition would not go: it need not, any more.
+        partition_undone(book, assignment)
+
+
+def _faults_under(book: Book, assignment: Assignment) -> str:
+    """What is wrong with the cards it lies on; "" while nothing is."""
+    return "; ".join(book.broken[uuid] for uuid in devices_of(assignment.start.partition) if uuid in book.broken)
 
 
 # --- partition and port ---
@@ -160,7 +179,7 @@ def _stop_process(book: Book, assignment: Assignment) -> None:
     """Only of a process known to run: a launcher that is asked to start it does not yet know whom to stop."""
     if assignment.pid:
         assignment.kill_at_ms = book.now_ms + assignment.grace_ms
-        book.act(StopProcess(assignment.key, assignment.grace_ms))
+        book.act(StopProcess(assignment.key, assignment.grace_ms, assignment.pid))
 
 
 def process_started(book: Book, assignment: Assignment, pid: int, at_ms: int) -> None:
@@ -177,6 +196,15 @@ def process_started(book: Book, assignment: Assignment, pid: int, at_ms: int) ->
     if assignment.start.launch.time_limit_ms:
         ran_ms = max(0, book.wall_ms - at_ms)
         assignment.limit_at_ms = book.now_ms + max(0, assignment.start.launch.time_limit_ms - ran_ms)
+        book.expect(assignment, assignment.limit_at_ms)
+
+
+def time_halted(book: Book, assignment: Assignment, total_ms: int) -> None:
+    """Its time limit is about the time that it could use."""
+    more_ms = total_ms - assignment.halted_ms
+    if assignment.limit_at_ms and more_ms > 0:
+        assignment.limit_at_ms += more_ms
+        assignment.halted_ms = total_ms
         book.expect(assignment, assignment.limit_at_ms)
 
 
@@ -245,8 +273,10 @@ def partition_undone(book: Book, assignment: Assignment) -> None:
 
 
 def undo_failed(book: Book, assignment: Assignment, event: UndoFailed) -> None:
-    """Held until it goes: `Ended` would tell the daemon that the card is free."""
-    if assignment.state == "ending":
+    """Held until it goes: `Ended` would tell the daemon that the card is free. A fenced card is given to nobody."""
+    if _faults_under(book, assignment):
+        partition_undone(book, assignment)
+    elif assignment.state == "ending":
         pause_ms = min(UNDO_PAUSE_MS << min(assignment.undo_tries, 10), UNDO_PAUSE_MS_MAX)
         assignment.undo_tries += 1
         assignment.undo_at_ms = book.now_ms + pause_ms
@@ -311,7 +341,7 @@ def _compare_one(book: Book, assignment: Assignment, found: ProcessFound | None,
             process_started(book, assignment, found.pid, found.at_ms)
         elif assignment.state == "stopping" and not found.has_ended:
             grace_ms = max(0, assignment.kill_at_ms - book.now_ms)
-            book.act(StopProcess(assignment.key, grace_ms))
+            book.act(StopProcess(assignment.key, grace_ms, assignment.pid))
         return
     match assignment.state:
         case "running" | "stopping" if assignment.pid:

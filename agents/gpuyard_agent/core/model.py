@@ -79,6 +79,8 @@ class Assignment(msgspec.Struct, kw_only=True, omit_defaults=True):
     hold_until_ms: int = 0
     #: Node clock at which the time limit strikes; 0: no limit, or not running.
     limit_at_ms: int = 0
+    #: How long it was halted in turns with others, as far as `limit_at_ms` has been moved for it.
+    halted_ms: int = 0
     #: Set by the first cause of the end, such as a `Stop`; None while it should run.
     verdict: Verdict | None = None
     #: Between SIGTERM and SIGKILL, of the stop that is under way.

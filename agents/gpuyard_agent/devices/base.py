@@ -1,7 +1,7 @@
 """What the agent asks of a node's cards.
 
-A `DeviceBackend` reads the cards and carries out the one change of their shape that the driver itself performs: MIG
-instances. It knows nothing of jobs, accounts or environments; which partitions may exist side by side is decided by
+A `DeviceBackend` reads the cards and carries out the changes that the driver itself performs: MIG mode, MIG instances,
+compute mode. It knows nothing of jobs, accounts or environments; which partitions may exist side by side is decided by
 `gpuyard_agent.partitions`. All methods are coroutines with a deadline of their own, so that a driver that hangs delays
 one answer and not the agent.
 
@@ -12,7 +12,8 @@ on its own books, and refuses what a real card could not do.
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable
+from typing import Literal, Protocol, TypeAlias
 
 import msgspec
 
@@ -27,6 +28,10 @@ class NoDriver(Exception):
 
 class DeviceTrouble(Exception):
     """The driver refused, failed or did not answer in time. The node goes on; this one request did not succeed."""
+
+
+class NoAnswer(DeviceTrouble):
+    """The driver did not answer in time. What was asked may still happen."""
 
 
 class PartitionRefused(Exception):
@@ -55,12 +60,54 @@ class MigInstanceFound(msgspec.Struct, frozen=True, kw_only=True):
 
     device: DeviceUuid
     #: What CUDA_VISIBLE_DEVICES takes: `MIG-…`. Neither stable nor fresh over re-creation: read it, never derive it.
+    #: "": half an instance, which holds its slices and cannot be used (its making or destroying was cut short).
     mig_uuid: str
     profile: str
     #: First memory slice, and how many.
     start: int
     size: int
     memory_mib: int
+    #: Ids of its two halves, for counters and device files; -1: not known. The driver uses them again: no identity.
+    gpu_instance: int = -1
+    compute_instance: int = -1
+
+
+class DeviceFault(msgspec.Struct, frozen=True, kw_only=True):
+    """A card (or one MIG instance of it) broke under whatever runs there. It takes nothing new until `DeviceRecovered`.
+
+    `lost`: the driver cannot reach it. `xid`: the driver reported an error that no program causes. `ecc`: its memory
+    gave an uncorrectable error. `hang`: it does not answer.
+    """
+
+    device: DeviceUuid
+    kind: Literal["lost", "xid", "ecc", "hang"]
+    #: For people.
+    detail: str
+    #: The one instance that it is about, "" for the whole card.
+    mig_uuid: str = ""
+
+
+class DeviceRecovered(msgspec.Struct, frozen=True, kw_only=True):
+    """The card answers again, needs no reset and was quiet for a while: it may be used."""
+
+    device: DeviceUuid
+
+
+class ApplicationFault(msgspec.Struct, frozen=True, kw_only=True):
+    """A program broke its own context on the card. The card is well; under MPS its neighbours have died with it."""
+
+    device: DeviceUuid
+    xid: int
+    mig_uuid: str = ""
+
+
+class DevicesChanged(msgspec.Struct, frozen=True, kw_only=True):
+    """The inventory is worth reading again: somebody changed a card's MIG instances."""
+
+    device: DeviceUuid
+
+
+DeviceNews: TypeAlias = DeviceFault | DeviceRecovered | ApplicationFault | DevicesChanged
 
 
 class DeviceBackend(Protocol):
@@ -78,8 +125,17 @@ class DeviceBackend(Protocol):
         """Let go of the driver. Partitions and processes stay as they are."""
         ...
 
+    def listen(self, tell: Callable[[DeviceNews], None]) -> None:
+        """From now on `tell` is called, in the loop of `open`, with whatever happens to a card. One listener."""
+        ...
+
     async def driver(self) -> str:
         """The driver's version for people, such as `580.95.05`; `simulated` for modelled cards."""
+        ...
+
+    async def limits(self) -> dict[DeviceUuid, tuple[str, ...]]:
+        """What is not possible on a card here though it is on others of its kind, each with the reason; for people.
+        After `inventory`. Cards without any are left out."""
         ...
 
     async def inventory(self) -> tuple[Device, ...]:
@@ -99,11 +155,30 @@ class DeviceBackend(Protocol):
         ...
 
     async def create_mig(self, device: DeviceUuid, profile: str, start: int) -> MigInstanceFound:
-        """Make one instance at an explicit place. Raises `PartitionRefused` if it cannot be there, `DeviceTrouble`."""
+        """Make one instance at an explicit place, switching the card's MIG mode on if it is off and the card empty.
+        Raises `PartitionRefused` if it cannot be there, `DeviceTrouble`; then nothing is left of it."""
         ...
 
     async def destroy_mig(self, device: DeviceUuid, mig_uuid: str) -> None:
         """Undo it; one that is not there is no error. Raises `DeviceTrouble` while a process holds it."""
+        ...
+
+    async def destroy_mig_remains(self, device: DeviceUuid, start: int) -> None:
+        """Undo half an instance (one without `mig_uuid`) that starts there; nothing there is no error."""
+        ...
+
+    async def leave_mig(self, device: DeviceUuid) -> None:
+        """MIG mode off, for any other use. No error where it is off. Raises `PartitionRefused` if it must stay on."""
+        ...
+
+    async def set_exclusive(self, device: DeviceUuid, on: bool) -> Literal["done", "already", "denied"]:
+        """Admit one process alone (under MPS: its server), or anybody again. `already`: it was so before; `denied`:
+        this agent may not say so. Raises `DeviceTrouble`."""
+        ...
+
+    async def device_files(self, device: DeviceUuid, mig_uuid: str = "") -> tuple[str, ...] | None:
+        """What a process must be able to open to use the card, or one MIG instance of it; None: nothing, it is
+        modelled. Raises `DeviceTrouble`."""
         ...
 
     def hold(self, key: AssignmentKey, partition: Partition) -> None:

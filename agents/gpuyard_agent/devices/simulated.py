@@ -15,10 +15,20 @@ from __future__ import annotations
 import os
 import re
 import uuid
+from collections.abc import Callable
+from typing import Literal
 
 import msgspec
 
-from gpuyard_agent.devices.base import DeviceProcess, DeviceTrouble, MigInstanceFound, PartitionRefused
+from gpuyard_agent.devices.base import (
+    DeviceFault,
+    DeviceNews,
+    DeviceProcess,
+    DeviceRecovered,
+    DeviceTrouble,
+    MigInstanceFound,
+    PartitionRefused,
+)
 from gpuyard_agent.devices.simulated_models import CardModel, find_model
 from gpuyard_protocol.names import AssignmentKey, DeviceUuid
 from gpuyard_protocol.nodes import DeviceSample
@@ -88,6 +98,8 @@ class _Card:
         self.holds: dict[AssignmentKey, Partition] = {}
         #: Why the card is not usable, "" while it is.
         self.fault = ""
+        #: Admits one process alone.
+        self.is_exclusive = False
 
     @property
     def mode(self) -> Mode:
@@ -111,6 +123,7 @@ class SimulatedBackend:
         }
         #: The process of each assignment that runs.
         self._pids: dict[AssignmentKey, int] = {}
+        self._tell: Callable[[DeviceNews], None] = lambda news: None
 
     @property
     def simulated(self) -> bool:
@@ -122,8 +135,14 @@ class SimulatedBackend:
     async def close(self) -> None:
         return None
 
+    def listen(self, tell: Callable[[DeviceNews], None]) -> None:
+        self._tell = tell
+
     async def driver(self) -> str:
         return "simulated"
+
+    async def limits(self) -> dict[DeviceUuid, tuple[str, ...]]:
+        return {}
 
     async def inventory(self) -> tuple[Device, ...]:
         return tuple(
@@ -203,6 +222,23 @@ class SimulatedBackend:
                     raise DeviceTrouble(f"card {card.index} ({device}): {mig_uuid} is in use by assignment {key}")
             del card.instances[start]
 
+    async def destroy_mig_remains(self, device: DeviceUuid, start: int) -> None:
+        self._card(device)  # a modelled instance has no halves
+
+    async def leave_mig(self, device: DeviceUuid) -> None:
+        card = self._card(device)
+        if card.instances:
+            first = next(iter(card.instances.values()))
+            raise card.refuse(f"its MIG mode is on and stays so: it has {first.profile} at {first.start}")
+
+    async def set_exclusive(self, device: DeviceUuid, on: bool) -> Literal["done", "already", "denied"]:
+        card = self._card(device)
+        was, card.is_exclusive = card.is_exclusive, on
+        return "already" if was == on else "done"
+
+    async def device_files(self, device: DeviceUuid, mig_uuid: str = "") -> tuple[str, ...] | None:
+        return None
+
     # --- what exists ---
 
     def hold(self, key: AssignmentKey, partition: Partition) -> None:
@@ -247,9 +283,14 @@ class SimulatedBackend:
         for card in self._cards.values():
             card.holds.pop(key, None)
 
-    def set_fault(self, device: DeviceUuid, fault: str) -> None:
+    def set_fault(self, device: DeviceUuid, fault: str, kind: Literal["lost", "xid", "ecc", "hang"] = "xid") -> None:
         """Break a card, or with "" mend it: a lost card keeps what it held, as a real one does until its jobs end."""
-        self._card(device).fault = fault
+        card = self._card(device)
+        was, card.fault = card.fault, fault
+        if fault and not was:
+            self._tell(DeviceFault(device=device, kind=kind, detail=fault))
+        elif was and not fault:
+            self._tell(DeviceRecovered(device=device))
 
     # --- reading ---
 

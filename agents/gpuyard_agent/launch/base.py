@@ -39,6 +39,23 @@ class Account(msgspec.Struct, frozen=True, kw_only=True):
     shell: str = "/bin/sh"
 
 
+class Limits(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What one replica may use. A launcher keeps those that its host can keep (`limits.py` says which); none of them is
+    the reason for a refusal. 0: none."""
+
+    #: More than this and the kernel kills it.
+    memory_mib: int = 0
+    #: CPU time for each second, 1000 for one whole CPU.
+    cpu_milli: int = 0
+    #: Processes and threads at once.
+    tasks: int = 0
+    #: A backstop for the case that the agent is not there to keep the job's time limit: well above it.
+    run_max_ms: int = 0
+    #: Device files that it may open besides null, zero, full, random, urandom, tty and ptys; None: all that the
+    #: account may.
+    devices: tuple[str, ...] | None = None
+
+
 class ProcessSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """One replica's process, complete: nothing is inherited from the launcher or the agent."""
 
@@ -47,7 +64,7 @@ class ProcessSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     argv: tuple[str, ...] = ()
     #: Text of a script, written to `<job_dir>/script` and started by its `#!` line, or by /bin/sh without one.
     script: str = ""
-    #: The whole environment. The launcher adds GPUYARD_LAUNCH, by which it finds strays.
+    #: The whole environment. The supervisor adds GPUYARD_LAUNCH, by which it finds strays.
     env: dict[str, str]
     #: "" means `job_dir`. Must exist and be open to the account.
     cwd: str = ""
@@ -58,6 +75,7 @@ class ProcessSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     stdout: str
     stderr: str
     umask: int = 0o027
+    limits: Limits = Limits()
 
 
 class Started(msgspec.Struct, frozen=True, tag="started", kw_only=True, omit_defaults=True):
@@ -130,6 +148,12 @@ class Launcher(Protocol):
     async def stop(self, key: AssignmentKey, grace_ms: int) -> None:
         """SIGTERM to the group; after the grace SIGKILL to the whole tree. Returns once the request is taken; the end
         is told as an exit. A later stop with a shorter grace shortens it; unknown and ended keys are no error."""
+        ...
+
+    async def freeze(self, keys: Sequence[AssignmentKey], *, frozen: bool) -> None:
+        """Halt the whole trees of these, or let them go on. Unknown and ended keys are no error; asked again, it
+        changes nothing. A frozen replica is still killed by a stop, and thawed for its grace. When nobody is there to
+        thaw it (the agent is gone), the supervisor does, and under systemd the next `open`."""
         ...
 
     async def list(self) -> tuple[ProcessState, ...]:

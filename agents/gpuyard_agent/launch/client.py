@@ -25,6 +25,7 @@ from gpuyard_agent.launch.messages import (
     Exits,
     Forget,
     FrameBuffer,
+    FreezeMany,
     Leave,
     ListAll,
     Listing,
@@ -101,6 +102,10 @@ class SupervisorLauncher:
 
     async def stop(self, key: AssignmentKey, grace_ms: int) -> None:
         await self._send(StopOne(key, grace_ms))
+
+    async def freeze(self, keys: Sequence[AssignmentKey], *, frozen: bool) -> None:
+        if keys:
+            await self._send(FreezeMany(tuple(keys), frozen))
 
     async def list(self) -> tuple[ProcessState, ...]:
         async with self._list_lock:

@@ -36,6 +36,8 @@ class ProcessFacts(msgspec.Struct, frozen=True):
     start_time: int
     #: As waitpid gives it; the kernel tells it only of zombies, and only to root and its own user.
     wait_status: int
+    #: CPU time of its own, in clock ticks.
+    cpu_ticks: int = 0
 
 
 def become_subreaper() -> None:
@@ -58,9 +60,9 @@ def facts_of(pid: int) -> ProcessFacts | None:
         return None
     # The name, second of the fields, is in parentheses and may hold anything, also parentheses and blanks.
     fields = text[text.rindex(b")") + 2 :].split()
-    return ProcessFacts(
-        pid, fields[0].decode(), int(fields[1]), int(fields[2]), int(fields[3]), int(fields[19]), int(fields[49])
-    )
+    parent, group, session, start_time, wait_status = (int(fields[at]) for at in (1, 2, 3, 19, 49))
+    cpu_ticks = int(fields[11]) + int(fields[12])
+    return ProcessFacts(pid, fields[0].decode(), parent, group, session, start_time, wait_status, cpu_ticks)
 
 
 def all_pids() -> Iterator[int]:

@@ -35,6 +35,13 @@ class StopOne(msgspec.Struct, frozen=True, tag="stop"):
     grace_ms: int
 
 
+class FreezeMany(msgspec.Struct, frozen=True, tag="freeze"):
+    """Halt the trees of these, or let them go on. No answer; taken in order with stops and other freezes."""
+
+    keys: tuple[AssignmentKey, ...]
+    frozen: bool
+
+
 class ListAll(msgspec.Struct, frozen=True, tag="list"):
     """Answered by `Listing`."""
 
@@ -49,7 +56,7 @@ class Leave(msgspec.Struct, frozen=True, tag="leave"):
     """This agent ends on purpose: without anything running, the supervisor ends too."""
 
 
-Request: TypeAlias = StartMany | StopOne | ListAll | Forget | Leave
+Request: TypeAlias = StartMany | StopOne | FreezeMany | ListAll | Forget | Leave
 
 
 class Results(msgspec.Struct, frozen=True, tag="results"):

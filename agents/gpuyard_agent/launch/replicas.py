@@ -10,6 +10,9 @@ Processes that an earlier supervisor started and that still run are adopted. The
 that they have ended, on Linux 6.15 and later also how; on older kernels the end is told as `lost`. Their strays go to
 init and are found by searching /proc for the mark.
 
+Where control groups can be made (`cgroups`), each replica has one, and whatever is in it belongs to the tree, marked or
+not: it is killed at once and as a whole, and frozen the same way. Without them a frozen replica is a halted group.
+
 No sockets here, and no loop: `reap` is called on SIGCHLD, `tick` when `next_deadline` has come.
 """
 
@@ -25,8 +28,10 @@ import msgspec
 
 from gpuyard_agent.launch import kernel
 from gpuyard_agent.launch.base import ProcessExit, ProcessSpec, ProcessState, Refused, Started, StartResult
+from gpuyard_agent.launch.cgroups import Cgroups
+from gpuyard_agent.launch.job_files import StartRefused
 from gpuyard_agent.launch.records import Ending, Forgotten, Intent, Records, Refusal, Remembered, Running
-from gpuyard_agent.launch.spawn import MARK, StartRefused, spawn
+from gpuyard_agent.launch.spawn import MARK, spawn
 from gpuyard_protocol.names import AssignmentKey
 
 #: A tree that has not died this long after SIGKILL sits in the kernel (a hung driver or file server): its end is told
@@ -71,8 +76,11 @@ class Replica(msgspec.Struct, kw_only=True):
 class Replicas:
     """All starts that are not forgotten."""
 
-    def __init__(self, records: Records, log: Log) -> None:
+    def __init__(self, records: Records, log: Log, cgroups: Cgroups) -> None:
         self._records = records
+        self._cgroups = cgroups
+        #: Replicas that are halted by `freeze`.
+        self._frozen: set[AssignmentKey] = set()
         self._log = log
         self._replicas: dict[AssignmentKey, Replica] = {}
         #: Main processes that are our children and not reaped, by pid.
@@ -157,6 +165,7 @@ class Replicas:
         replica = Replica(
             key=spec.key, pid=pid, start_time=start_time, at_ms=time.time_ns() // 1_000_000, uid=spec.account.uid
         )
+        self._cgroups.admit(spec.key, pid, spec.limits)
         self._replicas[spec.key] = self._mains[pid] = replica
         self._record(Running(spec.key, pid, start_time, replica.at_ms, replica.uid))
         _be_ordinary_to_oom_killer(pid)
@@ -167,6 +176,7 @@ class Replicas:
         if replica is None or replica.ending is not None:
             return
         if grace_ms > 0 and not replica.stopping:
+            self.freeze(key, False)
             self._signal(replica, signal.SIGTERM)
             self._signal(replica, signal.SIGCONT)  # a stopped process would not see it
         kill_at = time.monotonic() + max(grace_ms, 0) / 1000
@@ -175,6 +185,22 @@ class Replicas:
         self._stopping[key] = replica
         if grace_ms <= 0:
             self.tick()
+
+    def freeze(self, key: AssignmentKey, frozen: bool) -> None:
+        """Halt the whole tree, or let it go on. What is being stopped is not frozen any more."""
+        replica = self._replicas.get(key)
+        if replica is None or replica.ending is not None or (frozen and replica.stopping):
+            return
+        if frozen == (key in self._frozen):
+            return
+        (self._frozen.add if frozen else self._frozen.discard)(key)
+        if not self._cgroups.freeze(key, frozen):
+            self._signal(replica, signal.SIGSTOP if frozen else signal.SIGCONT)
+
+    def thaw_all(self) -> None:
+        """Nobody is there who would do it later."""
+        for key in list(self._frozen):
+            self.freeze(key, False)
 
     def forget(self, key: AssignmentKey) -> None:
         replica = self._replicas.get(key)
@@ -199,6 +225,7 @@ class Replicas:
             replica = self._mains.pop(pid, None)
             if replica is not None:
                 _kill_group(pid, signal.SIGKILL)
+                self._cgroups.kill(replica.key)
             _, status = os.waitpid(pid, 0)
             self._strays.pop(pid, None)
             self._doubts.pop(pid, None)
@@ -223,6 +250,7 @@ class Replicas:
                 del self._stopping[key]
                 replica.kill_at = None
                 self._signal(replica, signal.SIGKILL)
+                self._cgroups.kill(key)
         self._clear()
 
     def _signal(self, replica: Replica, number: signal.Signals) -> None:
@@ -237,6 +265,8 @@ class Replicas:
 
     def _begin_clearing(self, replica: Replica, status: int | None) -> None:
         self._stopping.pop(replica.key, None)
+        self._frozen.discard(replica.key)
+        self._cgroups.kill(replica.key)
         now_ms = time.time_ns() // 1_000_000
         code = os.waitstatus_to_exitcode(status) if status is not None else 0
         replica.ending = ProcessExit(
@@ -268,6 +298,9 @@ class Replicas:
             owner = self._owner_of(pid)
             if owner is not None and (owner in self._clearing or owner not in self._replicas):
                 left.setdefault(owner, []).append(pid)
+        for key in self._clearing:
+            if pids := [pid for pid in self._cgroups.pids(key) if pid not in self._mains]:
+                left.setdefault(key, []).extend(pids)
         if any(replica.adopted for replica in self._clearing.values()):
             for key, pids in self._search().items():
                 if key in self._clearing:
@@ -353,6 +386,7 @@ class Replicas:
             ending = msgspec.structs.replace(ending, detail=f"processes that do not die were left behind: {pids}")
             self._log("strays-left", f"{replica.key}: {pids}")
         replica.exit = ending
+        self._cgroups.remove(replica.key)
         del self._clearing[replica.key]
         self._record(Ending(ending))
         self._exits.append(ending)
@@ -393,7 +427,9 @@ class Replicas:
             key=line.key, pid=line.pid, start_time=line.start_time, at_ms=line.at_ms, uid=line.uid, adopted=True
         )
         self._replicas[line.key] = replica
-        if not self._records.same_boot:
+        if self._records.same_boot:
+            self._cgroups.adopt(line.key, line.pid)
+        else:
             replica.adopted = False  # nothing of it can be left to search for
             self._lose(replica, "the node was restarted while it ran")
             return
@@ -421,6 +457,7 @@ class Replicas:
             self._record(line)
             self._recover_running(line)
             return
+        self._cgroups.adopt(intent.key, 0)
         replica = Replica(key=intent.key, pid=0, start_time=0, at_ms=now_ms, uid=intent.uid, adopted=True)
         self._replicas[intent.key] = replica
         self._lose(replica, "the supervisor was killed while it was being started")

@@ -33,12 +33,14 @@ from pathlib import Path
 
 from gpuyard_agent.launch import kernel
 from gpuyard_agent.launch.base import ProcessSpec, StartResult
+from gpuyard_agent.launch.cgroups import Cgroups
 from gpuyard_agent.launch.messages import (
     Answer,
     BadFrame,
     Exits,
     Forget,
     FrameBuffer,
+    FreezeMany,
     Leave,
     ListAll,
     Listing,
@@ -118,6 +120,8 @@ class Supervisor:
         self._idle_since: float | None = None
         #: Since when something has waited to be forced to disk without an agent there; None while nothing does.
         self._unsynced_since: float | None = None
+        #: Who asked for freezes last: when it goes, nobody would thaw them.
+        self._halting: _Agent | None = None
         self._ends = False
 
     def run(self) -> None:
@@ -240,6 +244,10 @@ class Supervisor:
             case StopOne(key=key, grace_ms=grace_ms):
                 self._withdraw_start_of(key)
                 self._replicas.stop(key, grace_ms)
+            case FreezeMany(keys=keys, frozen=frozen):
+                self._halting = agent
+                for key in keys:
+                    self._replicas.freeze(key, frozen)
             case ListAll():
                 self._send(agent, Listing(os.getpid(), self._replicas.states()))
             case Forget(keys=keys):
@@ -283,6 +291,9 @@ class Supervisor:
             self._selector.unregister(agent.connection)
             del self._agents[agent.connection.fileno()]
             agent.connection.close()
+            if agent is self._halting:
+                self._halting = None
+                self._replicas.thaw_all()
 
 
 # --- the process -----------------------------------------------------------------------------------------------------
@@ -341,9 +352,11 @@ def main(arguments: list[str] | None = None) -> int:
     kernel.become_subreaper()
     if os.geteuid() == 0:
         _protect_from_oom()
-    replicas = Replicas(records, log)
+    cgroups = Cgroups(f"gpuyard-{records.state_id}")
+    replicas = Replicas(records, log, cgroups)
     replicas.recover()
-    log("ready", f"pid {os.getpid()}, {len(replicas)} known, {replicas.running} running")
+    means = f"control groups: {cgroups.kind}, limits: {' '.join(sorted(cgroups.limits)) or 'none'}"
+    log("ready", f"pid {os.getpid()}, {len(replicas)} known, {replicas.running} running, {means}")
     gc.freeze()  # forks copy what a collection touches
     gc.set_threshold(_GC_THRESHOLD)
     try:
@@ -352,6 +365,7 @@ def main(arguments: list[str] | None = None) -> int:
         with contextlib.suppress(FileNotFoundError):
             options.socket.unlink()
         records.close()
+        cgroups.close()
     return 0
 
 

@@ -11,16 +11,17 @@ then `sweep` once: what exists on the cards and belongs to no assignment is remo
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection
 from typing import Protocol
 
 import msgspec
 
 from gpuyard_agent.devices.base import PartitionRefused
 from gpuyard_agent.launch.base import Account
-from gpuyard_protocol.names import AssignmentKey
+from gpuyard_protocol.names import AssignmentKey, DeviceUuid
 from gpuyard_protocol.resources import Device, Mode, Partition
 
-__all__ = ["PartitionGrant", "PartitionMaker", "PartitionRefused"]
+__all__ = ["NeighbourFault", "PartitionGrant", "PartitionMaker", "PartitionRefused"]
 
 
 class PartitionGrant(msgspec.Struct, frozen=True, kw_only=True):
@@ -34,6 +35,17 @@ class PartitionGrant(msgspec.Struct, frozen=True, kw_only=True):
     cards: int = 0
     #: The MIG instance, "" for none.
     mig_uuid: str = ""
+    #: Device files that its processes must be able to open, and no others of the driver's; None: modelled cards.
+    devices: tuple[str, ...] | None = None
+
+
+class NeighbourFault(msgspec.Struct, frozen=True, kw_only=True):
+    """What an assignment shares with others has failed under it, by a fault of one of them or of nobody: it cannot go
+    on, and it is not to blame. Its processes are to be ended at once, as those of all its neighbours are."""
+
+    key: AssignmentKey
+    #: For people.
+    detail: str
 
 
 class PartitionMaker(Protocol):
@@ -64,6 +76,24 @@ class PartitionMaker(Protocol):
         """The replica's process runs (pid 0: has ended)."""
         ...
 
+    async def before_kill(self, key: AssignmentKey, pids: Collection[int]) -> None:
+        """To be called before a SIGKILL of these processes (the replica's first, or all of them; what they started
+        counts too). Under MPS their work on the card is ended in an orderly way: killed amid it, they can take the
+        server with them. Takes a few seconds at most and never raises: the SIGKILL comes in any case."""
+        ...
+
+    def look_now(self) -> None:
+        """Something may have failed under several: `watch` looks at once, not when it is next due."""
+        ...
+
+    def listen(self, tell: Callable[[NeighbourFault], None]) -> None:
+        """From now on `tell` is called, in the loop, when what assignments share has failed. One listener."""
+        ...
+
+    async def watch(self) -> None:
+        """Look after what assignments share, for ever; a task for the agent's life."""
+        ...
+
     async def undo(self, key: AssignmentKey) -> None:
         """Free it; to be called when nothing of the process is left. Unknown keys are no error. Raises `DeviceTrouble`
         when the card would not let go: the partition then stays held, and `undo` may be called again."""
@@ -75,6 +105,10 @@ class PartitionMaker(Protocol):
 
     def held(self) -> tuple[AssignmentKey, ...]:
         """Assignments that hold a partition, sorted."""
+        ...
+
+    def note(self, device: DeviceUuid) -> str:
+        """What is special about a card and no fault, in words: what others have on it; "" for nothing."""
         ...
 
     def modes(self) -> dict[str, Mode]:

@@ -16,9 +16,9 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from gpuyard_agent.devices.base import DeviceTrouble
 from gpuyard_agent.launch.base import Account
@@ -36,6 +36,7 @@ _POLL_S = 0.05
 #: Unix socket addresses end at 108 bytes, and the longest name in the pipe directory is `control_privileged`.
 PIPE_DIRECTORY_MAX = 85
 _QUESTION = "get_default_active_thread_percentage"
+_SERVER_PROGRAM = b"nvidia-cuda-mps-server"
 _PID_FILE = "nvidia-cuda-mps-control.pid"
 
 
@@ -43,7 +44,9 @@ class MpsDaemon:
     """The daemon of one (card, uid), running or not."""
 
     def __init__(self, control: str, directory: Path, device: DeviceUuid, account: Account) -> None:
-        """`control`: path of nvidia-cuda-mps-control. `directory`: of this daemon alone."""
+        """`control`: path of nvidia-cuda-mps-control. `directory`: of this daemon alone. `device`: a card or a MIG
+        instance, by UUID."""
+        self.directory = directory
         self.pipe_dir = directory / "pipe"
         self.log_dir = directory / "log"
         self._control = control
@@ -51,6 +54,8 @@ class MpsDaemon:
         self._account = account
         #: The process if this agent started it; None if it was found.
         self._process: subprocess.Popen[bytes] | None = None
+        #: Its servers when it last told of them: they must not outlive it.
+        self._servers: tuple[int, ...] = ()
         if len(str(self.pipe_dir)) > PIPE_DIRECTORY_MAX:
             raise DeviceTrouble(
                 f"the MPS pipe directory {self.pipe_dir} is longer than {PIPE_DIRECTORY_MAX} characters, "
@@ -76,6 +81,38 @@ class MpsDaemon:
         """Whether a daemon is there and serves."""
         return self.pid() is not None and await asyncio.to_thread(self._ask, _QUESTION) is not None
 
+    async def state(self) -> Literal["serving", "fault", "silent", "gone"]:
+        """`fault`: a client of a server had a fatal fault, and the server takes nobody until all its clients are gone.
+        `silent`: it does not answer in time, `gone`: there is no daemon."""
+        if self.pid() is None:
+            return "gone"
+        servers = await self._list("get_server_list")
+        if servers is None:
+            return "silent"
+        self._servers = servers
+        if not servers:
+            return "serving"
+        status = await asyncio.to_thread(self._ask, "\n".join(f"get_server_status {server}" for server in servers))
+        if status is None:
+            return "silent"
+        return "fault" if "FAULT" in status else "serving"
+
+    async def terminate(self, pids: Collection[int]) -> int:
+        """Ends the work of those that are clients, and how many were; the processes themselves stay. Takes as long as
+        their work on the card does: to be called with a deadline."""
+        ended = 0
+        for server in await self._list("get_server_list") or ():
+            for client in await self._list(f"get_client_list {server}") or ():
+                if client in pids:
+                    await asyncio.to_thread(self._ask, f"terminate_client {server} {client}")
+                    ended += 1
+        return ended
+
+    async def _list(self, question: str) -> tuple[int, ...] | None:
+        """Process ids, one a line; None: no answer."""
+        answer = await asyncio.to_thread(self._ask, question)
+        return tuple(int(line) for line in answer.split() if line.isdigit()) if answer is not None else None
+
     def pid(self) -> int | None:
         """The daemon's process, None if there is none."""
         if self._process is not None:
@@ -94,6 +131,7 @@ class MpsDaemon:
         """Ends it; one that is not there is no error. Raises `DeviceTrouble` if it cannot be ended."""
         pid = self.pid()
         if pid is None:
+            self._end_servers()
             return
         await asyncio.to_thread(self._ask, "quit")
         if not await _until(lambda: self.pid() != pid, QUIT_S):
@@ -101,7 +139,16 @@ class MpsDaemon:
                 os.killpg(pid, signal.SIGKILL)
             if not await _until(lambda: self.pid() != pid, QUIT_S):
                 raise DeviceTrouble(f"the MPS control daemon {pid} of card {self._device} cannot be ended")
+        self._end_servers()
         self._process = None
+
+    def _end_servers(self) -> None:
+        """A server whose daemon is gone serves nobody and may hold the card."""
+        for server in self._servers:
+            with contextlib.suppress(OSError):
+                if _SERVER_PROGRAM in Path(f"/proc/{server}/cmdline").read_bytes():
+                    os.kill(server, signal.SIGKILL)
+        self._servers = ()
 
     def abandon(self) -> None:
         """Let go of it without ending it: the agent ends and its jobs go on."""
@@ -119,6 +166,11 @@ class MpsDaemon:
             await asyncio.sleep(_POLL_S)
 
     def _start(self) -> None:
+        self.directory.parent.mkdir(parents=True, exist_ok=True)
+        for way in (self.directory.parent, self.directory.parent.parent):
+            # Whatever the agent's umask: the account must come through to its sockets.
+            with contextlib.suppress(PermissionError):
+                way.chmod(way.stat().st_mode | 0o011)
         for directory in (self.pipe_dir.parent, self.pipe_dir, self.log_dir):
             directory.mkdir(parents=True, exist_ok=True)
             directory.chmod(0o755)

@@ -124,6 +124,10 @@ class CardLedger:
     def on_card(self, uuid: DeviceUuid) -> tuple[Holding, ...]:
         return tuple(self._holdings[key] for key in sorted(self._by_card.get(uuid, ())))
 
+    def holders(self, uuid: DeviceUuid) -> int:
+        """How many assignments lie on the card."""
+        return len(self._by_card.get(uuid, ()))
+
     def mode(self, uuid: DeviceUuid) -> Mode:
         return next((mode_of(self._holdings[key].partition) for key in self._by_card.get(uuid, ())), "idle")
 

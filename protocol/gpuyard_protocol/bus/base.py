@@ -123,6 +123,8 @@ class StreamSpec:
     #: Written to disk some moments after it is acknowledged: ten times the rate, and what a crash of the server takes
     #: is gone. For streams that are derived from another one alone. Ignored with more than one replica.
     is_lazy: bool = False
+    #: Nobody may delete or purge a message, whatever his key allows; only age and size take the oldest.
+    is_append_only: bool = False
 
 
 MessageHandler = Callable[[Message], None]

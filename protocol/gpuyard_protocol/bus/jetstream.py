@@ -114,6 +114,8 @@ def stream_config(spec: StreamSpec) -> dict[str, Any]:
         # Tenants' headers must not be able to wipe, expire, schedule or count anything.
         "allow_rollup_hdrs": False,
         "allow_msg_ttl": False,
+        "deny_delete": spec.is_append_only,
+        "deny_purge": spec.is_append_only,
         "num_replicas": spec.replicas,
         "persist_mode": "async" if spec.is_lazy and spec.replicas == 1 else "default",
     }
