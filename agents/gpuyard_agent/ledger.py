@@ -14,9 +14,11 @@ in between the launcher still says that the process runs. What was delivered is 
 second later: forgetting that costs one repeated report, which the daemon skips.
 
 What the outbox may hold on disk is bounded by the node itself: reports come from orders, and orders need the same
-connection; at most three for each assignment held, and one `Joined`.
+connection; at most three for each assignment held, one `Joined`, and one more for each card that broke under a job.
 
-A ledger that cannot be written (a full disk) ends the agent: its state in memory is then ahead of what is durable.
+A ledger that cannot be written (a full disk) ends the agent: its state in memory is then ahead of what is durable. The
+order or report it was writing is then as if it had never been: no order was answered, nothing was started for it, and
+nothing was reported. Jobs go on; the next agent that can write takes them over and hears of their ends.
 """
 
 from __future__ import annotations

@@ -44,6 +44,9 @@ from gpuyard_protocol.queries import (
     StatsQuery,
     SubmissionQuery,
     SubmissionStatus,
+    TenantUsage,
+    UsageQuery,
+    UsageReport,
     WhyAnswer,
 )
 from gpuyard_protocol.services import DeleteRequest, LoadReport, ServiceView
@@ -259,6 +262,11 @@ class Client:
 
     async def stats(self) -> Stats:
         return await self.link.ask("stats", StatsQuery(), Stats)
+
+    async def usage(self) -> TenantUsage:
+        """What the tenant holds, has used, and may have."""
+        [usage] = (await self.link.ask("usage", UsageQuery(), UsageReport)).tenants
+        return usage
 
     async def submission(self, submission_id: str) -> SubmissionAnswer | None:
         """What became of a request; None while it is undecided, or if nobody ever heard of it."""

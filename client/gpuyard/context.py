@@ -36,6 +36,8 @@ class Context(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     #: Name and seed of an operator, for those who run the yard; "": none.
     operator: str = ""
     operator_key: str = ""
+    #: Path of the authority that signed the server's certificate, in PEM form; "": those that the system trusts.
+    tls_ca: str = ""
     #: The daemon's HTTP address, for the dashboard and its health; "": none.
     http: str = ""
 
@@ -107,7 +109,10 @@ def load_context(path: str | Path | None = None) -> Context:
         raise NoYard(f"{found}: {error}") from None
     base = found.resolve().parent
     return msgspec.structs.replace(
-        context, key=_absolute(base, context.key), operator_key=_absolute(base, context.operator_key)
+        context,
+        key=_absolute(base, context.key),
+        operator_key=_absolute(base, context.operator_key),
+        tls_ca=_absolute(base, context.tls_ca),
     )
 
 

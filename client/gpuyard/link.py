@@ -57,7 +57,9 @@ async def open_bus(context: Context, key: str, inbox_prefix: str, name: str) -> 
     from gpuyard_protocol.bus import nats
 
     try:
-        return await nats.connect(context.url, name=name, inbox_prefix=inbox_prefix, seed=key or None)
+        return await nats.connect(
+            context.url, name=name, inbox_prefix=inbox_prefix, seed=key or None, tls_ca=context.tls_ca or None
+        )
     except PermissionDenied as error:
         raise Forbidden(str(error)) from None
     except Disconnected:

@@ -13,8 +13,19 @@ from gpuyard.context import Context
 from gpuyard.errors import GpuyardError
 from gpuyard.link import ATTEMPT_TIMEOUT_S, Connector, ask, connect_as_operator
 from gpuyard_protocol import subjects
+from gpuyard_protocol.audit import AuditPage, AuditQuery
 from gpuyard_protocol.bus.base import Bus
-from gpuyard_protocol.queries import NodesPage, NodesQuery, NodeView, Ok, Stats, StatsQuery
+from gpuyard_protocol.queries import (
+    NodesPage,
+    NodesQuery,
+    NodeView,
+    Ok,
+    Stats,
+    StatsQuery,
+    TenantUsage,
+    UsageQuery,
+    UsageReport,
+)
 
 T = TypeVar("T")
 
@@ -45,6 +56,14 @@ class Operator:
 
     async def stats(self, *, timeout_s: float = 5.0) -> Stats:
         return await self._ask("stats", StatsQuery(), Stats, timeout_s)
+
+    async def usage(self, tenant: str = "", *, timeout_s: float = 5.0) -> tuple[TenantUsage, ...]:
+        """What each tenant holds, has used, and may have."""
+        return (await self._ask("usage", UsageQuery(tenant=tenant), UsageReport, timeout_s)).tenants
+
+    async def audit(self, *, limit: int = 100, cursor: int = 0, timeout_s: float = 15.0) -> AuditPage:
+        """Who did what, newest first; `cursor` is the `next` of the page before."""
+        return await self._ask("audit", AuditQuery(limit=limit, cursor=cursor), AuditPage, timeout_s)
 
     async def shutdown(self, *, deadline_s: float) -> Ok:
         """End every replica with grace and put its job back in the queue, uncharged; nothing is started any more.

@@ -21,7 +21,7 @@ from gpuyard.link import Connector, connect_as_tenant
 from gpuyard.requests import JobLike, ServiceLike
 from gpuyard_protocol.jobs import JobView, SubmissionAnswer
 from gpuyard_protocol.nodes import LogChunk
-from gpuyard_protocol.queries import NodeView, Stats, WhyAnswer
+from gpuyard_protocol.queries import NodeView, Stats, TenantUsage, WhyAnswer
 from gpuyard_protocol.services import ServiceView
 
 T = TypeVar("T")
@@ -220,6 +220,9 @@ class SyncClient:
 
     def stats(self) -> Stats:
         return self.run(self._client.stats())
+
+    def usage(self) -> TenantUsage:
+        return self.run(self._client.usage())
 
 
 async def _end_tasks() -> None:

@@ -132,6 +132,22 @@ class Cpus(Quantity):
         return format_milli(int(self))
 
 
+class GpuAmount(Quantity):
+    """GPU compute in thousandths of a card: `8`, `2.5`, `"0.5"`; 0 where that means no limit."""
+
+    EXPECTED = "a number of GPUs, such as 8 or 2.5, or 0 for no limit"
+
+    @classmethod
+    def parse(cls, text: str | int | float) -> Self:
+        milli = _thousandths(text)
+        if milli is None:
+            raise cls._refuse(text)
+        return cls(milli)
+
+    def __str__(self) -> str:
+        return format_milli(int(self))
+
+
 _MS_PER = {"ms": 1, "s": 1000, "m": 60_000, "min": 60_000, "h": 3_600_000, "d": 86_400_000, "w": 604_800_000}
 _DURATION_PART = re.compile(r"([0-9]{1,12})(ms|min|[smhdw])")
 _CLOCK = re.compile(r"(?:([0-9]{1,5})-)?([0-9]{1,9})(?::([0-9]{1,2}))?(?::([0-9]{1,2}))?")

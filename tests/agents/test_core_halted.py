@@ -5,7 +5,8 @@ from __future__ import annotations
 from gpuyard_agent.core.actions import StopProcess
 from gpuyard_agent.core.events import PartitionReady, ProcessFound, ProcessStarted, TimeHalted, TimePassed
 from gpuyard_protocol.names import AssignmentKey
-from support.agent_core import CoreHarness, start_order
+from support.agent_core import CoreHarness
+from support.agents import start_order
 
 KEY = AssignmentKey(1, 1, 0)
 

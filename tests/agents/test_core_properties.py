@@ -26,7 +26,10 @@ from gpuyard_agent.core.actions import (
     UndoPartition,
 )
 from gpuyard_agent.core.events import (
+    CardBroke,
+    CardReturned,
     Event,
+    InventoryRead,
     OrdersReceived,
     PartitionFailed,
     PartitionReady,
@@ -44,10 +47,19 @@ from gpuyard_agent.core.events import (
     UndoFailed,
 )
 from gpuyard_protocol.names import AssignmentKey
-from gpuyard_protocol.nodes import Desired, Ended, Go, Order, OrderBatch, Start, Stop, Sync
+from gpuyard_protocol.nodes import Desired, Ended, Go, Inventory, Joined, Order, OrderBatch, Start, Stop, Sync
+from gpuyard_protocol.resources import Device, NoGpu, WholeCards
 from support.agent_core import INSTANCE, NODE, CoreHarness
 from support.agents import start_order
 
+CARD = "GPU-1"
+CARDS = Inventory(
+    hostname="a",
+    address="b",
+    cpu_milli=1000,
+    memory_mib=1,
+    devices=(Device(uuid=CARD, index=0, model="H100", memory_mib=80_000, modes=("whole",)),),
+)
 JOBS = st.integers(min_value=1, max_value=4)
 
 
@@ -94,7 +106,16 @@ class HostileWorld(RuleBasedStateMachine):
     def order_a_start(self, is_gang: bool, has_limit: bool, is_lost: bool) -> None:
         self.attempts += 1
         launch = {"time_limit_ms": 5_000} if has_limit else {}
-        start = start_order(self.attempts % 5, "x", attempt=self.attempts, hold=is_gang, replicas=1 + is_gang, **launch)
+        place = WholeCards((CARD,)) if self.attempts % 2 else NoGpu()
+        start = start_order(
+            self.attempts % 5,
+            "x",
+            attempt=self.attempts,
+            hold=is_gang,
+            replicas=1 + is_gang,
+            partition=place,
+            **launch,
+        )
         self.issued[start.key] = start
         if is_lost:  # the number is given, the message never arrives
             self.core.ordered += 1
@@ -214,6 +235,18 @@ class HostileWorld(RuleBasedStateMachine):
     @rule(data=st.data())
     def reports_are_delivered(self, data: st.DataObject) -> None:
         self.tell(ReportsDelivered(data.draw(st.integers(0, len(self.core.reports)))))
+
+    @rule()
+    def a_card_breaks(self) -> None:
+        """From then on the daemon knows before it hears of any end on that card."""
+        self.tell(InventoryRead(CARDS), CardBroke(CARD, "Xid 79"))
+        joined = [report for report in self.core.reports if isinstance(report, Joined)][-1:]
+        on_card = [found for found in self.core.core.live.values() if found.start.partition != NoGpu()]
+        assert not on_card or not joined[0].inventory.devices[0].healthy
+
+    @rule()
+    def a_card_returns(self) -> None:
+        self.tell(CardReturned(CARD), InventoryRead(CARDS))
 
     @rule()
     def the_agent_is_killed(self) -> None:

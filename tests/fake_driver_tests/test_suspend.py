@@ -160,7 +160,7 @@ def test_the_ledger_of_memory_counts_each_job_once() -> None:
     assert ram.free_mib == 100
 
 
-# --- NVIDIA's bindings -------------------------------------------------------------------------------------------------
+# --- NVIDIA's bindings ---
 
 
 class Code(int):

@@ -37,6 +37,11 @@ class Yard:
     up: subprocess.Popen[bytes]
 
     @property
+    def daemon_settings(self) -> Path:
+        """The daemon's configuration file: `up` writes it once, and whoever runs the yard may change it."""
+        return self.state / "daemon" / "daemon.toml"
+
+    @property
     def context(self) -> Path:
         return self.state / "context.toml"
 
@@ -80,8 +85,10 @@ class Yard:
 
 
 @contextlib.contextmanager
-def running_yard(*, nodes: int = 2, simulate: str = "4xH100-80GB") -> Iterator[Yard]:
+def running_yard(*, nodes: int = 2, simulate: str = "4xH100-80GB", settings: str = "") -> Iterator[Yard]:
     """`gpuyard up` until every node has joined; SIGTERM at the end, and nothing of it may be left.
+
+    `settings`: of the daemon, TOML beside its `[journal]`.
 
     Not below pytest's own temporary directory: every new session of pytest closes that to other accounts, and jobs run
     as one.
@@ -89,6 +96,10 @@ def running_yard(*, nodes: int = 2, simulate: str = "4xH100-80GB") -> Iterator[Y
     with tempfile.TemporaryDirectory(prefix="gpuyard-test-") as name:
         directory = Path(name)
         directory.chmod(0o755)
+        if settings:
+            file = directory / "state" / "daemon" / "daemon.toml"
+            file.parent.mkdir(parents=True)
+            file.write_text('[journal]\nbudget = "256Mi"\n' + settings)
         with _up(directory, nodes, simulate) as yard:
             yield yard
 

@@ -73,9 +73,12 @@ def test_a_second_call_keeps_every_key_and_the_address(tmp_path: Path) -> None:
     after = {path: path.read_bytes() for path in (tmp_path / "keys").rglob("*.seed")}
     assert before.items() <= after.items()
     assert {path.name for path in after.keys() - before.keys()} == {"node-gpu-2.seed"}
-    assert 'listen: "0.0.0.0:4333"' in (tmp_path / "nats" / "nats.conf").read_text()
     context = tomllib.loads((tmp_path / "clients" / "acme.alice" / "context.toml").read_text())
-    assert (context["url"], context["key"]) == ("nats://head:4333", "user.seed")
+    assert (context["url"], context["key"]) == ("tls://head:4333", "user.seed")
+    assert (context["tls_ca"], 'listen: "0.0.0.0:4333"' in (tmp_path / "nats" / "nats.conf").read_text()) == (
+        "ca.pem",
+        True,
+    )
 
 
 def test_secrets_are_readable_by_their_owner_alone(tmp_path: Path) -> None:

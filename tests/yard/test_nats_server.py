@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from gpuyard_daemon.yard import nats_server
+from gpuyard_daemon.yard import nats_server, server_files
 from gpuyard_daemon.yard.accounts import DAEMON_INBOX, node_inbox, user_inbox
 from gpuyard_daemon.yard.keys import YardKeys
-from gpuyard_daemon.yard.nats_server import ConfigurationError, NatsServer, find_server
+from gpuyard_daemon.yard.nats_server import NatsServer
 from gpuyard_daemon.yard.server_check import check_server
+from gpuyard_daemon.yard.server_files import ConfigurationError, find_server
 from gpuyard_protocol.bus import nats
 from gpuyard_protocol.bus.base import BusError, NoResponders, PermissionDenied
 from gpuyard_protocol.bus.nats import NatsBus
@@ -189,7 +190,7 @@ async def test_a_removed_user_is_out_at_once(server: NatsServer, keys: YardKeys)
 async def test_a_configuration_the_server_would_refuse_never_replaces_a_good_one(
     server: NatsServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(nats_server, "server_config", lambda *_: "listen: { nonsense")
+    monkeypatch.setattr(server_files, "server_config", lambda *_: "listen: { nonsense")
     with pytest.raises(ConfigurationError, match="refuses"):
         await server.reload()
     assert "nonsense" not in (server.log_file.parent / "nats.conf").read_text()

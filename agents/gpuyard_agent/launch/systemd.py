@@ -107,8 +107,8 @@ class SystemdLauncher:
         #: Whether control groups can be frozen; otherwise trees are halted by signals.
         self._freezes = True
         self._frozen: set[AssignmentKey] = set()
-        #: Units that changed while they were being read for the first time.
-        self._changed_early: set[str] = set()
+        #: Units that are being read for the first time, and whether they changed meanwhile.
+        self._first_reads: dict[str, bool] = {}
         self._exits: deque[ProcessExit] = deque()
         self._told: set[AssignmentKey] = set()
         self._news = asyncio.Event()
@@ -147,7 +147,7 @@ class SystemdLauncher:
         if manager is not None:
             await manager.close()
         self._replicas.clear()
-        self._changed_early.clear()
+        self._first_reads.clear()
         self._starting.clear()
 
     def _on_lost(self) -> None:
@@ -198,19 +198,19 @@ class SystemdLauncher:
 
     async def _take_up(self, key: AssignmentKey, unit: str) -> _Replica | None:
         """A unit that we did not start: an earlier agent did. None if it has gone meanwhile."""
-        self._changed_early.discard(unit)
+        self._first_reads[unit] = False
         facts, stopping = await asyncio.gather(self._read(unit), self._is_stopping(unit))
+        has_changed = self._first_reads.pop(unit, False)
         if facts is None or facts.pid == 0:
             return None
         replica = self._replicas.get(key)
         if replica is None:
             replica = self._add(key, unit, facts)
             replica.stopping = stopping
-            if facts.main_has_ended or unit in self._changed_early:
+            if facts.main_has_ended or has_changed:
                 await self._look(replica)
             if replica.exit is None:
                 await self._thaw(replica)
-        self._changed_early.discard(unit)
         return replica
 
     def _add(self, key: AssignmentKey, unit: str, facts: UnitFacts) -> _Replica:
@@ -313,8 +313,9 @@ class SystemdLauncher:
             if replica is None:
                 raise LauncherGone(f"{unit} is just going away") from None
             return _started(replica)
-        self._changed_early.discard(unit)
+        self._first_reads[unit] = False
         facts = await self._read(unit)
+        has_changed = self._first_reads.pop(unit, False)
         if facts is None:
             raise StartRefused("StartFailed", f"systemd forgot {unit} at once")
         # A process that ends at once is a failed start to systemd as well; its status tells the two apart.
@@ -323,9 +324,8 @@ class SystemdLauncher:
                 await manager.call("ResetFailedUnit", "s", [unit])
             raise explain(spec, prepared.program, facts.status)
         replica = self._add(spec.key, unit, facts)
-        if facts.main_has_ended or unit in self._changed_early:
+        if facts.main_has_ended or has_changed:
             self._on_changed(unit)
-        self._changed_early.discard(unit)
         return _started(replica)
 
     # --- ends ---
@@ -333,8 +333,8 @@ class SystemdLauncher:
     def _on_changed(self, unit: str) -> None:
         key = key_of(self._node, unit)
         replica = self._replicas.get(key) if key is not None else None
-        if replica is None and key is not None:
-            self._changed_early.add(unit)
+        if unit in self._first_reads:
+            self._first_reads[unit] = True
         if replica is None or replica.exit is not None:
             return
         replica.is_dirty = True

@@ -132,6 +132,7 @@ class TurnTakingLauncher:
                 self._stopping.add(state.key)
             self._enter(state.key)
         self._task = asyncio.create_task(self._take_turns(), name="turns")
+        self._task.add_done_callback(_say_if_broken)
         return states
 
     async def close(self) -> None:
@@ -287,3 +288,9 @@ class TurnTakingLauncher:
             return {AssignmentKey.parse(text): _Frozen(total) for text, total in totals.items()}
         except (OSError, msgspec.DecodeError, ValueError):
             return {}  # none yet, or cut off: then limits are as strict as by the wall clock
+
+
+def _say_if_broken(task: asyncio.Task[None]) -> None:
+    """A mistake in here must not stay unseen: replicas would stay as they are, some of them halted."""
+    if not task.cancelled() and (error := task.exception()) is not None:
+        _log.error("turns are not taken any more", exc_info=error)

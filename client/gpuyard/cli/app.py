@@ -12,19 +12,25 @@ from typing import Annotated
 
 import typer
 
-from gpuyard.cli import cancelling, jobs, logs, nodes, running, services, submitting
+from gpuyard.cli import cancelling, jobs, logs, nodes, running, services, submitting, usage
 from gpuyard.cli.session import Session
 from gpuyard.errors import GpuyardError
 
 GROUP = "gpuyard.commands"
 #: A checkout on the module path has no installed metadata to read entry points from; these are the project's own.
-_OWN = (EntryPoint("yard", "gpuyard_daemon.yard.commands:register", GROUP),)
+_OWN = (
+    EntryPoint("yard", "gpuyard_daemon.yard.commands:register", GROUP),
+    EntryPoint("agent", "gpuyard_agent.doctor.commands:register", GROUP),
+)
 #: What components bring, for whoever has not installed them.
 _COMPONENT_COMMANDS = {
     "up": ("Run a whole yard on this machine.", "daemon,agent"),
     "down": ("Stop the yard that `gpuyard up --detach` left running.", "daemon,agent"),
     "demo": ("Watch a mixed workload run on a simulated yard.", "daemon,agent"),
+    "doctor": ("Say what this host can enforce as a node.", "agent"),
     "init": ("Make keys and configuration of a yard on several machines.", "daemon"),
+    "tenants": ("Tenants and their users.", "daemon"),
+    "node": ("Let a GPU host join the yard.", "daemon,agent"),
 }
 
 
@@ -38,7 +44,7 @@ def build_app() -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
     )
     app.callback()(_root)
-    for module in (submitting, running, jobs, logs, cancelling, nodes, services):
+    for module in (submitting, running, jobs, logs, cancelling, nodes, services, usage):
         module.register(app)
     _load_components(app)
     return app
@@ -82,7 +88,7 @@ def _load_components(app: typer.Typer) -> None:
             entry.load()(app)
         except ModuleNotFoundError:
             continue
-    known = {command.name for command in app.registered_commands}
+    known = {command.name for command in app.registered_commands} | {group.name for group in app.registered_groups}
     for name, (summary, extra) in _COMPONENT_COMMANDS.items():
         if name not in known:
             _add_missing(app, name, summary, extra)

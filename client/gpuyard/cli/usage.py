@@ -1,0 +1,72 @@
+"""`gpuyard usage`: what a tenant holds, has used and may have."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from gpuyard.cli.output import AsJson, clock, print_json, print_table
+from gpuyard.cli.session import session_of
+from gpuyard_protocol.queries import TenantUsage, UserUsage
+from gpuyard_protocol.units import format_milli
+
+if TYPE_CHECKING:
+    from gpuyard.client import Client
+
+COLUMNS = ("TENANT", "USER", "#GPUS NOW", "#LIMIT", "#JOBS", "#JOBS LIMIT", "#GPU HOURS", "SINCE")
+#: GPU-milli × ms in a GPU-hour.
+_PER_GPU_HOUR = 1000 * 3_600_000
+_All = typer.Option("--all", "-a", help="Every tenant; for operators.")
+
+
+def register(app: typer.Typer) -> None:
+    app.command("usage")(usage)
+
+
+def usage(ctx: typer.Context, all_tenants: Annotated[bool, _All] = False, as_json: AsJson = False) -> None:
+    """Show GPU usage and limits, per user."""
+
+    async def work(yard: Client) -> tuple[TenantUsage, ...]:
+        return (await yard.usage(),)
+
+    session = session_of(ctx)
+    found = asyncio.run(_of_all(session.context)) if all_tenants else session.run(work)
+    if as_json:
+        print_json(found if all_tenants else found[0])
+    else:
+        print_table(COLUMNS, [row for tenant in found for row in _rows(tenant)])
+
+
+async def _of_all(context: str | None) -> tuple[TenantUsage, ...]:
+    from gpuyard.context import load_context
+    from gpuyard.operator import Operator
+
+    async with Operator(load_context(context)) as operator:
+        return await operator.usage()
+
+
+def _rows(tenant: TenantUsage) -> list[tuple[str, ...]]:
+    """The tenant as a whole, then its users."""
+    whole = (
+        tenant.tenant,
+        "all",
+        format_milli(tenant.held_milli),
+        format_milli(tenant.gpus_max_milli) if tenant.gpus_max_milli else "none",
+        str(tenant.jobs),
+        str(tenant.jobs_max) if tenant.jobs_max else "none",
+        gpu_hours(tenant.used_milli_ms),
+        clock(tenant.since_ms),
+    )
+    return [whole, *(_user_row(tenant, user) for user in tenant.users)]
+
+
+def _user_row(tenant: TenantUsage, user: UserUsage) -> tuple[str, ...]:
+    held, used = format_milli(user.held_milli), gpu_hours(user.used_milli_ms)
+    return (tenant.tenant, user.user, held, "", "", "", used, clock(user.since_ms))
+
+
+def gpu_hours(used_milli_ms: int) -> str:
+    """To a thousandth."""
+    return f"{used_milli_ms / _PER_GPU_HOUR:.3f}"
