@@ -12,12 +12,13 @@ SOURCES := $(PACKAGES) tests bench
 BENCHES := latency drain submit scale
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test check format docs bench soak clean
+.PHONY: help venv demo test machine check format docs bench soak clean
 
 help:
 	@echo "make demo    a whole yard with simulated GPUs and a mixed workload, live, about a minute"
-	@echo "make test    every test that needs no GPU"
-	@echo "make check   format, lint, types, import contracts, freshness of docs/, tests: what CI runs"
+	@echo "make test    every test that needs neither a GPU nor root"
+	@echo "make machine the tests on a booted machine with a real systemd; needs root and systemd-container"
+	@echo "make check   format, lint, types, import contracts, freshness of docs/, all tests: what CI runs"
 	@echo "make bench   the figures of README.md"
 	@echo "make soak    the whole suite again and again, SOAK_RUNS=5 times"
 	@echo "make docs    write docs/asyncapi.yaml from the message types"
@@ -53,8 +54,14 @@ check: $(READY)
 	@report=$$($(BIN)/lint-imports --no-logo) || { echo "$$report" >&2; exit 1; }
 	@echo "== docs"
 	@$(BIN)/python -m gpuyard_protocol.asyncapi --check docs/asyncapi.yaml
+	@echo "== tests on a machine with systemd"
+	@if [ "$$(id -u)" = 0 ]; then $(BIN)/python -m pytest -q -m machine tests/systemd; \
+	  else echo "NOT RUN: booting a machine needs root (make machine)"; fi
 	@echo "== tests"
 	@$(BIN)/python -m pytest -q $(ARGS)
+
+machine: $(READY)
+	@$(BIN)/python -m pytest -q -m machine tests/systemd $(ARGS)
 
 format: $(READY)
 	@$(BIN)/ruff check --quiet --fix-only $(SOURCES)

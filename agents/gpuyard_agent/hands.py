@@ -44,6 +44,7 @@ from gpuyard_agent.core.model import Assignment
 from gpuyard_agent.devices.base import DeviceTrouble
 from gpuyard_agent.environment import environment
 from gpuyard_agent.launch.accounts import AccountMissing, AccountPolicy
+from gpuyard_agent.launch.allowance import limits_of
 from gpuyard_agent.launch.base import (
     Account,
     Launcher,
@@ -53,7 +54,6 @@ from gpuyard_agent.launch.base import (
     ProcessState,
     Started,
 )
-from gpuyard_agent.launch.device_files import limits_of
 from gpuyard_agent.logs import LogStore
 from gpuyard_agent.metrics import Metrics
 from gpuyard_agent.partitions.base import PartitionGrant, PartitionMaker, PartitionRefused

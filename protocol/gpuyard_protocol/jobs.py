@@ -23,7 +23,7 @@ from gpuyard_protocol.names import (
     is_submission_id,
 )
 from gpuyard_protocol.resources import Isolation, ResourceNeed
-from gpuyard_protocol.units import Count, Cpus, Duration, GpuWish, Memory, MigProfile, Share
+from gpuyard_protocol.units import Count, Cpus, Duration, GpuWish, Memory, MigProfile, Moment, Share
 
 Preemption: TypeAlias = Literal["never", "requeue", "checkpoint", "suspend"]
 OnNodeLost: TypeAlias = Literal["wait", "restart"]
@@ -31,6 +31,15 @@ OnNodeLost: TypeAlias = Literal["wait", "restart"]
 #: pending → starting → running → (stopping →) succeeded | failed | cancelled; a requeue leads back to pending.
 JobState: TypeAlias = Literal["pending", "starting", "running", "stopping", "succeeded", "failed", "cancelled"]
 FINAL_STATES: frozenset[str] = frozenset({"succeeded", "failed", "cancelled"})
+
+#: `afterok`: it succeeded. `afternotok`: it failed or was cancelled. `afterany`: it ended.
+DependencyKind: TypeAlias = Literal["afterok", "afternotok", "afterany"]
+_DEPENDENCY_KINDS: dict[str, DependencyKind] = {
+    "afterok": "afterok", "afternotok": "afternotok", "afterany": "afterany",
+}  # fmt: skip
+_DEPENDENCY = re.compile(r"singleton|(?:afterok|afternotok|afterany):[1-9][0-9]{0,15}")
+DEPENDENCY_EXPECTED = "'afterok:JOB', 'afternotok:JOB', 'afterany:JOB' with a job's number, or 'singleton'"
+DEPENDENCIES_MAX = 256
 
 PRIORITY_MIN, PRIORITY_MAX = -2, 2
 REPLICAS_MAX = 1024
@@ -89,6 +98,12 @@ class JobRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_
     on_node_lost: OnNodeLost = "wait"
     #: Wait even if no node of today could ever run it.
     allow_pending: bool = False
+    #: Wait until released.
+    hold: bool = False
+    #: Not before this time (`2030-01-01T08:00:00Z`), or so long after acceptance (`+2h`).
+    begin: Moment | None = None
+    #: Start after other jobs: `afterok:17` (succeeded), `afternotok:17`, `afterany:17`; `singleton`: alone of its name.
+    depends_on: list[str] = []
     # Known and not honoured yet: refused by name.
     min_replicas: int | None = None
     total_gpus: int | None = None
@@ -96,9 +111,6 @@ class JobRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_
     share_domain: str | None = None
     estimate: Duration | None = None
     deadline: str | None = None
-    begin: str | None = None
-    hold: bool | None = None
-    depends_on: list[str] | None = None
     array: str | None = None
     image: str | None = None
     launcher: str | None = None
@@ -125,7 +137,29 @@ class JobRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_
             cwd=self.cwd or "",
             allow_pending=self.allow_pending,
             preemption=self.preemption,
+            hold=self.hold,
+            begin_ms=self.begin.at_ms if self.begin else 0,
+            begin_after_ms=self.begin.after_ms if self.begin else 0,
+            depends_on=self._dependencies(),
+            singleton="singleton" in self.depends_on,
         )
+
+    def _dependencies(self) -> tuple[tuple[DependencyKind, JobId], ...]:
+        found: dict[tuple[DependencyKind, JobId], None] = {}
+        if len(self.depends_on) > DEPENDENCIES_MAX:
+            raise _malformed("depends_on", f"{len(self.depends_on)} entries", f"at most {DEPENDENCIES_MAX}")
+        for place, text in enumerate(self.depends_on):
+            match = _DEPENDENCY.fullmatch(text)
+            if match is None:
+                raise Malformed(f"$.depends_on[{place}]", repr(text)[:120], DEPENDENCY_EXPECTED)
+            if text != "singleton":
+                kind, number = text.split(":")
+                found[_DEPENDENCY_KINDS[kind], int(number)] = None
+            elif not self.name:
+                raise Malformed(
+                    f"$.depends_on[{place}]", "'singleton'", "a 'name' beside it: jobs of one name go in turn"
+                )
+        return tuple(found)
 
     def _refuse_unhonoured(self) -> None:
         for field in _NOT_HONOURED:
@@ -165,7 +199,7 @@ class JobRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_
 
 
 _NOT_HONOURED = (
-    "min_replicas", "total_gpus", "queue", "share_domain", "estimate", "deadline", "begin", "hold", "depends_on",
+    "min_replicas", "total_gpus", "queue", "share_domain", "estimate", "deadline",
     "array", "image", "launcher", "topology", "upload", "secrets", "lease",
 )  # fmt: skip
 
@@ -235,6 +269,8 @@ def resource_need(request: JobRequest | ResourceRequest, *, default_isolation: I
         card_memory_mib=wish.memory_mib if wish else 0,
         cpu_milli=1000 if request.cpus is None else int(request.cpus),
         memory_mib=1024 if request.memory is None else int(request.memory),
+        cpu_asked=request.cpus is not None,
+        memory_asked=request.memory is not None,
         node_labels=tuple(sorted(request.node_labels.items())),
         nodes=tuple(sorted(request.nodes)),
     )
@@ -268,6 +304,24 @@ class CancelRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, om
     submission_id: str | None = None
 
 
+class HoldRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """The payload of `sub.<tenant>.<user>.hold` and `….release`."""
+
+    job: Count
+    v: RequestVersion = 1
+    submission_id: str | None = None
+
+
+class RequeueRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """The payload of `sub.<tenant>.<user>.requeue`: end the attempt with grace, and wait again, uncharged."""
+
+    job: Count
+    #: And hold it then.
+    hold: bool = False
+    v: RequestVersion = 1
+    submission_id: str | None = None
+
+
 class JobSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """A job in integers, complete: what the core schedules and the journal keeps."""
 
@@ -285,6 +339,13 @@ class JobSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     cwd: str = ""
     allow_pending: bool = False
     preemption: Preemption = "requeue"
+    hold: bool = False
+    #: Not before then, Unix milliseconds, or so long after acceptance; 0: at once.
+    begin_ms: int = 0
+    begin_after_ms: int = 0
+    depends_on: tuple[tuple[DependencyKind, JobId], ...] = ()
+    #: No earlier job of the same name and owner may be unfinished.
+    singleton: bool = False
 
 
 class Why(msgspec.Struct, frozen=True, omit_defaults=True):

@@ -80,6 +80,9 @@ class Launch(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     replicas: int = 1
     cpu_milli: int = 1000
     memory_mib: int = 1024
+    #: What the node is to enforce; 0: nothing was asked for.
+    cpu_limit_milli: int = 0
+    memory_limit_mib: int = 0
     time_limit_ms: int = 0
     stop_grace_ms: int = 30_000
     service: ServiceName = ""

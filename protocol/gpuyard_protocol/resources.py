@@ -38,8 +38,11 @@ class ResourceNeed(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     models: tuple[str, ...] = ()
     #: Least memory of each card used.
     card_memory_mib: int = 0
+    #: Counted on the node; a limit that the node enforces only where it was asked for.
     cpu_milli: int = 1000
     memory_mib: int = 1024
+    cpu_asked: bool = False
+    memory_asked: bool = False
     #: Labels the node must carry, sorted by name.
     node_labels: tuple[tuple[str, str], ...] = ()
     #: Node names or ids allowed; empty: any.

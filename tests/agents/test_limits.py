@@ -5,13 +5,11 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import pytest
-
+from gpuyard_agent.launch.allowance import limits_of
 from gpuyard_agent.launch.base import Limits
 from gpuyard_agent.launch.cgroups import CgroupPlace, Cgroups, find_place
 from gpuyard_agent.launch.choose import choose, systemd_is_there
 from gpuyard_agent.launch.client import SupervisorLauncher
-from gpuyard_agent.launch.device_files import card_files, limits_of
 from gpuyard_agent.launch.limits import probe_supervisor
 from gpuyard_agent.launch.systemd import SystemdLauncher
 from gpuyard_agent.launch.systemd_bus import unit_of, unit_path
@@ -20,40 +18,34 @@ from gpuyard_agent.partitions.base import PartitionGrant
 from gpuyard_protocol.nodes import Launch
 from support.launch import key, launch_yard, start
 
-LAUNCH = Launch(tenant="acme", user="alice", cpu_milli=500, memory_mib=64, time_limit_ms=60_000, stop_grace_ms=1_000)
+LAUNCH = Launch(tenant="acme", user="alice", time_limit_ms=60_000, stop_grace_ms=1_000)
 
 
-@pytest.fixture
-def driver(tmp_path: Path) -> Path:
-    """The driver's directory in /proc for two cards, whose numbers are not in the order of their addresses."""
-    for address, uuid, minor in (("0000:01:00.0", "GPU-a", 1), ("0000:02:00.0", "GPU-b", 0)):
-        folder = tmp_path / address
-        folder.mkdir()
-        text = f"Model: \t\t NVIDIA A100\nIRQ:   \t\t 40\nGPU UUID: \t {uuid}\nBus Location: \t {address}\n"
-        (folder / "information").write_text(text + f"Device Minor: \t {minor}\nGPU Excluded:\t No\n")
-    return tmp_path
+def grant(mode: str, *, devices: tuple[str, ...] | None = None) -> PartitionGrant:
+    return PartitionGrant(env={}, mode=mode, devices=devices)
 
 
-def grant(mode: str, *cards: str) -> PartitionGrant:
-    return PartitionGrant(env={"CUDA_VISIBLE_DEVICES": ",".join(cards)}, mode=mode, cards=len(cards))
+def test_a_replica_may_open_its_own_card_and_no_other() -> None:
+    devices = limits_of(LAUNCH, grant("whole", devices=("/dev/nvidia1", "/dev/nvidiactl"))).devices
+    assert devices is not None
+    assert devices[:2] == ("/dev/nvidia1", "/dev/nvidiactl")
+    assert "/dev/nvidia0" not in devices
 
 
-def test_a_replica_may_open_its_own_card_and_no_other(driver: Path) -> None:
-    assert card_files(driver) == {"GPU-a": "/dev/nvidia1", "GPU-b": "/dev/nvidia0"}
-    for mode in ("whole", "mps", "timeslice"):
-        devices = limits_of(LAUNCH, grant(mode, "GPU-a"), driver).devices
-        assert devices is not None
-        assert "/dev/nvidia1" in devices
-        assert "/dev/nvidia0" not in devices
-    without = limits_of(LAUNCH, grant("none"), driver).devices
-    assert without is not None
-    assert not any("/dev/nvidia" in path and path[-1].isdigit() for path in without)
+def test_a_replica_without_cards_may_open_none_of_them() -> None:
+    devices = limits_of(LAUNCH, grant("none", devices=())).devices
+    assert devices is not None
+    assert not any("/dev/nvidia" in path and path[-1].isdigit() for path in devices)
 
 
-@pytest.mark.parametrize("one", [grant("mig", "MIG-x"), grant("whole", "GPU-modelled")])
-def test_where_the_files_are_not_known_nothing_is_closed(one: PartitionGrant, driver: Path) -> None:
-    assert limits_of(LAUNCH, one, driver).devices is None
-    assert limits_of(LAUNCH, grant("none"), driver / "gone").devices is None
+def test_modelled_cards_close_nothing() -> None:
+    assert limits_of(LAUNCH, grant("whole")).devices is None
+
+
+def test_only_what_was_asked_for_is_enforced() -> None:
+    assert (limits_of(LAUNCH, grant("none")).memory_mib, limits_of(LAUNCH, grant("none")).cpu_milli) == (0, 0)
+    asked = Launch(tenant="acme", user="alice", cpu_limit_milli=500, memory_limit_mib=64)
+    assert (limits_of(asked, grant("none")).memory_mib, limits_of(asked, grant("none")).cpu_milli) == (64, 500)
 
 
 def test_the_backstop_lies_well_behind_the_time_limit_and_counts_no_turns() -> None:

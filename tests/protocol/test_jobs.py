@@ -40,7 +40,8 @@ def test_every_honoured_field_reaches_the_specification() -> None:
         name="train", command="echo hi", replicas=3, gpu=0.3, gpu_memory="5Gi", isolation="none", gpu_processes=2,
         gpu_model="A100:40GB", cpus="500m", memory="2Gi", node_labels={"zone": "b", "arch": "x"}, nodes=["n2", "n1"],
         priority=-2, time_limit="1h", stop_grace="5s", retries=3, env={"B": "2", "A": "1"}, cwd="/srv",
-        preemption="never", allow_pending=True,
+        preemption="never", allow_pending=True, hold=True, begin="2030-01-01T01:00:00+01:00",
+        depends_on=["afterok:17", "afternotok:18", "afterany:19", "afterok:17", "singleton"],
     )  # fmt: skip
     assert spec == JobSpec(
         argv=("/bin/sh", "-c", "echo hi"),
@@ -54,6 +55,8 @@ def test_every_honoured_field_reaches_the_specification() -> None:
             models=("A100",),
             card_memory_mib=38_147,
             cpu_milli=500,
+            cpu_asked=True,
+            memory_asked=True,
             memory_mib=2048,
             node_labels=(("arch", "x"), ("zone", "b")),
             nodes=("n1", "n2"),
@@ -66,7 +69,12 @@ def test_every_honoured_field_reaches_the_specification() -> None:
         cwd="/srv",
         allow_pending=True,
         preemption="never",
+        hold=True,
+        begin_ms=1_893_456_000_000,
+        depends_on=(("afterok", 17), ("afternotok", 18), ("afterany", 19)),
+        singleton=True,
     )
+    assert specify(begin="+2h").begin_after_ms == 7_200_000
 
 
 @pytest.mark.parametrize(
@@ -82,7 +90,7 @@ def test_every_honoured_field_reaches_the_specification() -> None:
         ({"gpus": 4, "gpu_model": "H100:4"}, ResourceNeed(gpus=4, models=("H100",))),
         ({"gpus": 1, "gpu_model": "H100|A100"}, ResourceNeed(gpus=1, models=("A100", "H100"))),
         ({"gpus": 1, "gpu_model": "A100:40GB"}, ResourceNeed(gpus=1, models=("A100",), card_memory_mib=38_147)),
-        ({"cpus": 0, "memory": "0Mi"}, ResourceNeed(cpu_milli=0, memory_mib=0)),
+        ({"cpus": 0, "memory": "0Mi"}, ResourceNeed(cpu_milli=0, memory_mib=0, cpu_asked=True, memory_asked=True)),
     ],
 )  # fmt: skip
 def test_resources_become_one_kind_of_need(fields: dict[str, Any], need: ResourceNeed) -> None:
@@ -134,6 +142,15 @@ def test_resources_become_one_kind_of_need(fields: dict[str, Any], need: Resourc
         ({"env": {"CUDA_MPS_PIPE_DIRECTORY": "/tmp"}}, "$.env.CUDA_MPS_PIPE_DIRECTORY"),
         ({"env": {"GPUYARD_JOB": "1"}}, "$.env.GPUYARD_JOB"),
         ({"env": {"LD_PRELOAD": "x.so"}}, "$.env.LD_PRELOAD"),
+        ({"begin": "2030-01-01T00:00:00"}, "$.begin"),
+        ({"begin": "tomorrow"}, "$.begin"),
+        ({"begin": "+tomorrow"}, "$.begin"),
+        ({"begin": 5}, "$.begin"),
+        ({"depends_on": ["17"]}, "$.depends_on[0]"),
+        ({"depends_on": ["afterok:1", "after:17"]}, "$.depends_on[1]"),
+        ({"depends_on": ["afterok:0"]}, "$.depends_on[0]"),
+        ({"depends_on": ["singleton"]}, "$.depends_on[0]"),
+        ({"depends_on": ["afterok:1"] * 257}, "$.depends_on"),
         ({"cwd": "srv"}, "$.cwd"),
         ({"cwd": "/srv\0"}, "$.cwd"),
     ],
@@ -154,10 +171,6 @@ def test_what_makes_no_sense_is_refused_by_its_path(fields: dict[str, Any], path
         ("share_domain", "team"),
         ("estimate", "1h"),
         ("deadline", "2030-01-01T00:00:00Z"),
-        ("begin", "2030-01-01T00:00:00Z"),
-        ("hold", True),
-        ("hold", False),
-        ("depends_on", ["1"]),
         ("array", "0-9"),
         ("image", "busybox"),
         ("launcher", "torchrun"),
@@ -183,6 +196,7 @@ def test_no_field_is_accepted_and_then_ignored() -> None:
         "gpu_memory": "5Gi", "mig": "1g.10gb", "isolation": "hard", "gpu_model": "H100:1", "gpu_processes": 2,
         "cpus": 2, "memory": "2Gi", "node_labels": {"a": "b"}, "nodes": ["n"], "priority": 1, "time_limit": "1h",
         "stop_grace": "1s", "retries": 1, "env": {"A": "1"}, "cwd": "/", "preemption": "never", "allow_pending": True,
+        "hold": True, "begin": "+2h", "depends_on": ["afterok:1"],
     }  # fmt: skip
     only_names = {"v", "submission_id", "on_node_lost"}  # one value each, or read before the core
     for field in JobRequest.__struct_fields__:
@@ -195,7 +209,7 @@ def test_no_field_is_accepted_and_then_ignored() -> None:
 
 
 def _any_value(field: str) -> Any:
-    values = {"min_replicas": 1, "total_gpus": 1, "hold": True, "depends_on": ["1"], "secrets": ["A"]}
+    values = {"min_replicas": 1, "total_gpus": 1, "secrets": ["A"]}
     return values.get(field, "1h")
 
 

@@ -110,7 +110,8 @@ def test_nothing_that_restricts_the_supervisor_restricts_jobs() -> None:
 def test_the_agent_and_what_it_starts_end_apart() -> None:
     unit = settings(FOLDER / "gpuyard-agent.service")
     assert unit["KillMode"] == ["process"]
-    assert "gpuyard-supervisor.service" in unit["Wants"][0]
+    assert "gpuyard-supervisor.service" not in unit["Wants"][0], "systemd starts jobs unless told otherwise"
+    assert "gpuyard-supervisor.service" in unit["After"][0]
 
 
 def test_units_and_configuration_mean_the_same_places() -> None:

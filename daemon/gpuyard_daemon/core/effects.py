@@ -89,6 +89,8 @@ def start_order(job: Job, assignment: Assignment) -> Start:
             replicas=spec.replicas,
             cpu_milli=spec.need.cpu_milli,
             memory_mib=spec.need.memory_mib,
+            cpu_limit_milli=spec.need.cpu_milli if spec.need.cpu_asked else 0,
+            memory_limit_mib=spec.need.memory_mib if spec.need.memory_asked else 0,
             time_limit_ms=spec.time_limit_ms,
             stop_grace_ms=spec.stop_grace_ms,
             service=job.service,

@@ -1,0 +1,293 @@
+"""A yard as docs/install.md puts it up, on a machine with a real systemd: our units, and jobs as transient services.
+
+One machine, booted once; every test finds it with the yard running. These tests do not skip where a machine cannot be
+booted: they fail and say what is missing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from support.nspawn import PREFIX, PYTHON, SOURCE_INSIDE, Machine, machine
+
+pytestmark = pytest.mark.machine
+
+DEADLINE_S = 30.0
+NODE = "gpu-1"
+UNITS = ("gpuyard-nats", "gpuyard-daemon", "gpuyard-agent")
+CONTEXT = {"GPUYARD_CONTEXT": "/var/lib/gpuyard/clients/acme.alice/context.toml"}
+AGENT_CONFIG = f"""
+state = "/var/lib/gpuyard/agent"
+node = "{NODE}"
+key = "/etc/gpuyard/node.seed"
+simulate = "2xA100-80GB"
+http = ""
+quantum = "200ms"
+"""
+#: A watchdog that a test can wait for.
+IMPATIENT = "[Service]\nWatchdogSec=1s\n"
+
+
+def until(condition: Callable[[], bool], what: str) -> None:
+    """Waits for something inside the machine that tells nobody outside when it happens."""
+    end = time.monotonic() + DEADLINE_S
+    while not condition():
+        assert time.monotonic() < end, f"not within {DEADLINE_S:.0f} s: {what}"
+        time.sleep(0.05)
+
+
+@pytest.fixture(scope="module")
+def yard() -> Iterator[Machine]:
+    with machine() as made:
+        made.install_units()
+        (made.etc / "gpuyard" / "agent.toml").write_text(AGENT_CONFIG)
+        dropin = made.etc / "systemd" / "system" / "gpuyard-agent.service.d"
+        dropin.mkdir()
+        (dropin / "impatient.conf").write_text(IMPATIENT)
+        made.start()
+        made.run(
+            *("systemd-run", "--quiet", "--wait", "--pipe", "--collect", "-p", "User=gpuyard"),
+            *(f"{PREFIX}/bin/gpuyard", "init", "--state", "/var/lib/gpuyard", "--node", NODE, "--user", "acme/alice"),
+        )
+        shutil.copy(made.state / "keys" / f"node-{NODE}.seed", made.etc / "gpuyard" / "node.seed")
+        made.systemctl("enable", "--quiet", *UNITS)
+        made.systemctl("start", *UNITS)
+        yield made
+
+
+def submit(yard: Machine, script: str, *options: str) -> int:
+    command = (f"{PREFIX}/bin/gpuyard", "submit", "--parsable", "--cwd", "", *options, "--", "sh", "-c", script)
+    return int(yard.run(*command, env=CONTEXT).stdout)
+
+
+def state_of(yard: Machine, job: int) -> str:
+    return yard.run(f"{PREFIX}/bin/gpuyard", "job", "show", str(job), env=CONTEXT).stdout
+
+
+def output(yard: Machine, job: int, attempt: int = 1) -> str:
+    path = yard.state / "agent" / "jobs" / str(job) / str(attempt) / "0.out"
+    return path.read_text() if path.exists() else ""
+
+
+def unit(job: int, attempt: int = 1) -> str:
+    return f"gpuyard-{NODE}-{job}.{attempt}.0.service"
+
+
+def running(yard: Machine, script: str, *options: str) -> tuple[int, int]:
+    """A job that has said `ready`, and its main process."""
+    job = submit(yard, f"echo ready; {script}", *options)
+    until(lambda: "ready" in output(yard, job), f"job {job} runs")
+    return job, int(yard.show(unit(job), "MainPID"))
+
+
+def is_forgotten(yard: Machine, job: int) -> bool:
+    """Its unit is gone: the agent has its end in the ledger."""
+    return yard.show(unit(job), "LoadState") == "not-found"
+
+
+def cancel(yard: Machine, *jobs: int) -> None:
+    yard.run(f"{PREFIX}/bin/gpuyard", "cancel", *map(str, jobs), env=CONTEXT)
+    until(lambda: all(is_forgotten(yard, job) for job in jobs), f"{jobs} have gone")
+
+
+def agent_pid(yard: Machine) -> int:
+    return int(yard.show("gpuyard-agent", "MainPID"))
+
+
+@pytest.mark.parametrize(
+    ("launcher", "account"),
+    [("systemd", ()), ("supervisor", ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"))],
+    ids=["systemd", "supervisor without control groups"],
+)
+def test_the_contract_of_launchers_holds(yard: Machine, launcher: str, account: tuple[str, ...]) -> None:
+    """By transient services; and by a supervisor that is nobody, may make no control group, and has signals alone."""
+    tests = f"{SOURCE_INSIDE}/tests/agents/test_launcher_contract.py"
+    done = yard.run(
+        *(*account, PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", SOURCE_INSIDE),
+        *("-c", f"{SOURCE_INSIDE}/pyproject.toml", tests),
+        env={"GPUYARD_TEST_LAUNCHER": launcher},
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]
+    passed = re.search(r"(\d+) passed in", done.stdout)
+    assert passed is not None
+    assert int(passed[1]) >= 25
+
+
+def test_nothing_on_the_machine_has_failed(yard: Machine) -> None:
+    assert yard.systemctl("--failed", "--plain", "--no-legend").strip() == ""
+    assert "SystemdLauncher" in yard.journal("gpuyard-agent")
+
+
+def test_a_job_is_a_transient_service_of_its_account(yard: Machine) -> None:
+    job, pid = running(yard, "id -u; exec sleep 1000", "--gpus", "1")
+    assert output(yard, job).split() == ["ready", "65534"]
+    assert yard.show(unit(job), "Slice") == "gpuyard-jobs.slice"
+    assert yard.show(unit(job), "KillMode") == "control-group"
+    assert f"gpuyard-jobs.slice/{unit(job)}" in yard.run("cat", f"/proc/{pid}/cgroup").stdout
+    cancel(yard, job)
+
+
+@pytest.mark.parametrize("way", ["restart", "kill"])
+def test_jobs_outlive_their_agent_and_are_adopted_once(yard: Machine, way: str) -> None:
+    jobs = dict(running(yard, "exec sleep 1000", "--cpus", "0.1") for _ in range(2))
+    before = agent_pid(yard)
+    if way == "restart":
+        yard.systemctl("restart", "gpuyard-agent")
+    else:
+        yard.run("kill", "-KILL", str(before))
+    until(lambda: agent_pid(yard) not in (0, before), "the agent is back")
+    until(lambda: yard.show("gpuyard-agent", "ActiveState") == "active", "it is ready")
+    assert {job: int(yard.show(unit(job), "MainPID")) for job in jobs} == jobs
+    for job in jobs:
+        assert output(yard, job) == "ready\n", "started once"
+    shown = yard.run(f"{PREFIX}/bin/gpuyard", "jobs", env=CONTEXT).stdout
+    assert shown.count("running") == len(jobs), shown
+    cancel(yard, *jobs)
+
+
+def test_an_end_while_the_agent_is_away_is_known_afterwards(yard: Machine) -> None:
+    go = yard.state / "go"
+    wait = f"while [ ! -e /var/lib/gpuyard/{go.name} ]; do sleep 0.05; done"
+    job, _ = running(yard, f"{wait}; exit 7")
+    killed, _ = running(yard, f"{wait}; kill -SEGV $$")
+    stays, _ = running(yard, "exec sleep 1000")
+    yard.systemctl("stop", "gpuyard-agent")
+    assert yard.show(unit(stays), "ActiveState") == "active", "stopping the agent stops no job"
+    go.touch()
+    for one in (job, killed):
+        until(lambda one=one: yard.show(unit(one), "ActiveState") == "failed", f"job {one} has ended")  # type: ignore[misc]
+    yard.systemctl("start", "gpuyard-agent")
+    for one in (job, killed):
+        until(lambda one=one: is_forgotten(yard, one), f"the end of job {one} is durable")  # type: ignore[misc]
+    until(lambda: "failed" in state_of(yard, killed), "the daemon knows both")
+    assert re.search(r"\b7\b", state_of(yard, job))
+    cancel(yard, stays)
+
+
+def test_an_agent_that_hangs_is_replaced_and_its_jobs_do_not_notice(yard: Machine) -> None:
+    job, pid = running(yard, "exec sleep 1000")
+    before = agent_pid(yard)
+    restarts = int(yard.show("gpuyard-agent", "NRestarts"))
+    yard.run("kill", "-STOP", str(before))
+    until(lambda: int(yard.show("gpuyard-agent", "NRestarts")) > restarts, "systemd restarts it")
+    until(lambda: yard.show("gpuyard-agent", "ActiveState") == "active", "it is ready")
+    assert int(yard.show(unit(job), "MainPID")) == pid
+    cancel(yard, job)
+
+
+def test_jobs_outlive_daemon_and_server(yard: Machine) -> None:
+    job, pid = running(yard, "exec sleep 1000")
+    yard.systemctl("kill", "--signal=KILL", "gpuyard-daemon", "gpuyard-nats")
+    until(
+        lambda: all(yard.show(name, "ActiveState") == "active" for name in UNITS) and "running" in state_of(yard, job),
+        "both are back",
+    )
+    assert int(yard.show(unit(job), "MainPID")) == pid
+    cancel(yard, job)
+
+
+def test_shares_of_a_card_take_turns_by_freezing_units(yard: Machine) -> None:
+    options = ("--gpu", "0.4", "--isolation", "none", "--gpu-memory", "1Gi", "--cpus", "0.1")
+    jobs = dict(running(yard, "while :; do :; done", *options) for _ in range(2))
+    cards = {
+        yard.run("sh", "-c", f"tr '\\0' '\\n' < /proc/{pid}/environ | grep CUDA_VIS").stdout for pid in jobs.values()
+    }
+    frozen = dict.fromkeys(jobs, 0)
+
+    def both_were() -> bool:
+        for job in jobs:
+            frozen[job] += yard.show(unit(job), "FreezerState") == "frozen"
+        return len(cards) > 1 or all(frozen.values())
+
+    until(both_were, "each of them has been halted")
+    assert len(cards) == 1, f"they share no card: {cards}"
+    cancel(yard, *jobs)
+
+
+def test_what_systemd_can_enforce_is_found_and_not_assumed(yard: Machine) -> None:
+    """It takes a memory limit without the controller for it, and keeps none: whether there is one is the host's."""
+    program = (
+        "import msgspec; from gpuyard_agent.launch.limits import probe_systemd;"
+        "print(msgspec.json.encode(probe_systemd()).decode())"
+    )
+    found = json.loads(yard.run(PYTHON, "-c", program).stdout)
+    controllers = yard.run("cat", "/sys/fs/cgroup/cgroup.controllers").stdout.split()
+    assert found["freeze"] == "cgroup-v2"
+    names = {"cpu": "cpu", "memory": "memory", "tasks": "pids"}
+    assert {name: found[name] for name in names} == {name: part in controllers for name, part in names.items()}
+
+
+#: Opens two device files under a policy that names the first, and under none.
+OPEN_DEVICES = """
+import asyncio
+from gpuyard_agent.launch.base import Account, Limits, ProcessSpec
+from gpuyard_agent.launch.systemd import SystemdLauncher
+from gpuyard_protocol.names import AssignmentKey
+
+async def main():
+    launcher = SystemdLauncher("devices")
+    await launcher.open()
+    nobody = Account(name="nobody", uid=65534, gid=65534)
+    read = "for n in 0 1; do ( : < /dev/nvidia$n ) && echo $n; done; : < /dev/null && echo null"
+    for job, devices in ((1, ("/dev/nvidia0",)), (2, None)):
+        key, folder = AssignmentKey(job, 1, 0), f"/tmp/devices/{job}"
+        spec = ProcessSpec(
+            key=key, argv=("sh", "-c", read), env={"PATH": "/usr/bin"}, job_dir=folder, account=nobody,
+            stdout=f"{folder}/out", stderr=f"{folder}/err", limits=Limits(devices=devices),
+        )
+        await launcher.start([spec])
+        await anext(launcher.exits())
+        await launcher.forget([key])
+    await launcher.close()
+
+asyncio.run(main())
+"""
+
+
+def test_cards_of_others_cannot_be_opened(yard: Machine) -> None:
+    """The card is another device that anybody may open; what systemd and the kernel do with it is real."""
+    for number, (major, minor) in enumerate(((10, 229), (10, 200))):
+        yard.run("mknod", "-m", "666", f"/dev/nvidia{number}", "c", str(major), str(minor))
+    yard.run(PYTHON, "-c", OPEN_DEVICES)
+    assert yard.run("cat", "/tmp/devices/1/out").stdout.split() == ["0", "null"]
+    assert yard.run("cat", "/tmp/devices/2/out").stdout.split() == ["0", "1", "null"]
+
+
+def test_a_reboot_loses_the_processes_and_nothing_else(yard: Machine) -> None:
+    """Last: the machine is another afterwards."""
+    job, _ = running(yard, "exec sleep 1000")
+    done = submit(yard, "echo done")
+    until(lambda: output(yard, done) == "done\n" and is_forgotten(yard, done), "another has ended")
+    yard.crash()
+    yard.start()
+    until(lambda: "ready" in output(yard, job, attempt=2), "it has a second attempt after the reboot")
+    assert "succeeded" in state_of(yard, done)
+    cancel(yard, job)
+    yard.off()
+
+
+def test_no_trace_of_a_machine_is_left() -> None:
+    with machine() as made:
+        made.start()
+        name, stage = made.name, made.stage
+        made.off()
+    assert not stage.exists()
+    left = list(Path("/sys/fs/cgroup").glob(f"*/{name}*"))
+    assert left == []
+    assert not [entry for entry in os.listdir("/proc") if entry.isdigit() and name.encode() in _command_of(entry)]
+
+
+def _command_of(pid: str) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
