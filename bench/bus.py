@@ -22,7 +22,7 @@ from pathlib import Path
 
 import uvloop
 
-from gpuyard_daemon.yard.nats_server import find_server
+from gpuyard_daemon.yard.server_files import find_server
 from gpuyard_protocol.bus import nats
 from gpuyard_protocol.bus.base import BusError, Message, StoredMessage, StreamSpec
 from gpuyard_protocol.bus.nats import NatsBus

@@ -1,0 +1,115 @@
+"""`gpuyard simulate`: a trace through the simulated world under one or more policies, as it joins the CLI.
+
+Loaded with every `gpuyard` command, so it imports nothing that takes time; the command loads what it needs.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from gpuyard_daemon.sim.jobs_run import JobsRun
+
+_FORMATS = ("muri", "philly", "chronus", "gpuyard")
+_DURATIONS = ("known", "estimated", "unknown")
+
+_Trace = Annotated[
+    str, typer.Argument(metavar="TRACE", help="File of jobs (CSV, also .gz), or its path below --traces.")
+]
+_Format = Annotated[str, typer.Option("--format", metavar="NAME", help=f"One of {', '.join(_FORMATS)}.")]
+_Policies = Annotated[
+    list[str] | None,
+    typer.Option("--policy", metavar="NAME", help="Again for more than one (default: gpuyard, fifo-skip, srsf)."),
+]
+_Nodes = Annotated[int, typer.Option("--nodes", min=1, help="Nodes of the simulated cluster.")]
+_PerNode = Annotated[int, typer.Option("--gpus-per-node", min=1, max=64)]
+_Durations = Annotated[str, typer.Option("--durations", help=f"What the policy is told: {', '.join(_DURATIONS)}.")]
+_Restart = Annotated[
+    str, typer.Option("--restart-s", metavar="SECONDS|model", help="Without progress at each start, or by model.")
+]
+_Json = Annotated[bool, typer.Option("--json", help="One JSON object a line for each policy.")]
+_Plot = Annotated[Path | None, typer.Option("--plot", metavar="DIR", help="Write charts (SVG) there.")]
+_Folder = Annotated[
+    str | None, typer.Option("--traces", metavar="DIR", help="Folder of traces (default: $GPUYARD_TRACES).")
+]
+
+
+def register(root: typer.Typer) -> None:
+    root.command("simulate", rich_help_panel="Yard")(simulate)
+
+
+def simulate(
+    trace: _Trace,
+    file_format: _Format = "gpuyard",
+    policy: _Policies = None,
+    nodes: _Nodes = 8,
+    gpus_per_node: _PerNode = 8,
+    durations: _Durations = "unknown",
+    restart_s: _Restart = "30",
+    as_json: _Json = False,
+    plot: _Plot = None,
+    traces: _Folder = None,
+) -> None:
+    """Run a trace of jobs through a simulated cluster, and compare policies by completion time, waits and fairness."""
+    from gpuyard_daemon.sim.charts import draw_job_runs
+    from gpuyard_daemon.sim.experiments import JOB_POLICIES, jobs_result, run_jobs
+    from gpuyard_daemon.sim.trace_files import TraceError, locate
+
+    _one_of("--format", file_format, _FORMATS)
+    _one_of("--durations", durations, _DURATIONS)
+    names = policy or ["gpuyard", "fifo-skip", "srsf"]
+    for name in names:
+        _one_of("--policy", name, JOB_POLICIES)
+    runs: list[JobsRun] = []
+    try:
+        path = locate(trace, file_format, traces)
+        for name in names:
+            restart = _restart(restart_s)
+            runs.append(run_jobs(path, file_format, name, nodes, gpus_per_node, durations, restart))
+    except TraceError as problem:
+        typer.echo(f"gpuyard simulate: {problem}", err=True)
+        raise typer.Exit(2) from None
+    results = [jobs_result(run) for run in runs]
+    if as_json:
+        for result in results:
+            typer.echo(json.dumps(result))
+    else:
+        _print_table(results)
+    if plot is not None:
+        for written in draw_job_runs(runs, plot):
+            typer.echo(f"wrote {written}", file=sys.stderr)
+
+
+def _restart(text: str) -> float | None:
+    if text == "model":
+        return None
+    try:
+        seconds = float(text)
+    except ValueError:
+        raise typer.BadParameter(f"found {text!r}; expected seconds or 'model'", param_hint="--restart-s") from None
+    if not 0 <= seconds < float("inf"):
+        raise typer.BadParameter(f"found {text!r}; expected at least 0", param_hint="--restart-s")
+    return seconds
+
+
+def _one_of(option: str, found: str, allowed: tuple[str, ...]) -> None:
+    if found not in allowed:
+        raise typer.BadParameter(f"found {found!r}; expected one of {', '.join(allowed)}", param_hint=option)
+
+
+def _print_table(results: list[dict[str, object]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table()
+    columns = list(results[0])
+    for column in columns:
+        table.add_column(column.replace("_", " "), justify="left" if column == "policy" else "right")
+    for result in results:
+        table.add_row(*[f"{result[column]:,}" if column != "policy" else str(result[column]) for column in columns])
+    Console().print(table)
