@@ -140,7 +140,7 @@ def load(file: Path | None, overrides: Mapping[str, Any]) -> AgentConfig:
             plain = tomllib.loads(file.read_text())
         except OSError as error:
             raise BadConfig(f"{file}: {error.strerror or error}") from None
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        except (ValueError, RecursionError) as error:
             raise BadConfig(f"{file}: not TOML: {error}") from None
     where = str(file) if file is not None else "flags"
     try:

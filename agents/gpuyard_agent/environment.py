@@ -67,6 +67,7 @@ def environment(
     env.update(_assignment(key, launch, grant, node, job_dir))
     env["GPUYARD_CHECKPOINT_DIR"] = checkpoint_dir
     env.update(_slurm_twins(key, launch, grant))
+    env.update(_array(launch))
     if go is not None:
         env.update(_gang(key, launch, grant, go))
     if launch.service:
@@ -108,6 +109,21 @@ def _gang(key: AssignmentKey, launch: Launch, grant: PartitionGrant, go: Go) -> 
         "PET_MASTER_ADDR": go.master_address,
         "PET_MASTER_PORT": str(go.master_port),
         "GPUYARD_PEERS": ",".join(go.peers),
+    }
+
+
+def _array(launch: Launch) -> dict[str, str]:
+    """Which element of which array it is, under our names and Slurm's."""
+    if not launch.array_job:
+        return {}
+    job, index, count = str(launch.array_job), str(launch.array_index), str(launch.array_count)
+    return {
+        "GPUYARD_ARRAY_JOB": job,
+        "GPUYARD_ARRAY_INDEX": index,
+        "GPUYARD_ARRAY_COUNT": count,
+        "SLURM_ARRAY_JOB_ID": job,
+        "SLURM_ARRAY_TASK_ID": index,
+        "SLURM_ARRAY_TASK_COUNT": count,
     }
 
 

@@ -137,16 +137,18 @@ class Ledger:
             ended = self._db.execute("SELECT key, report FROM ended ORDER BY report").fetchall()
             outbox = self._db.execute("SELECT n, body FROM outbox ORDER BY n").fetchall()
             live = sorted((_ASSIGNMENT.decode(body) for (body,) in rows), key=lambda assignment: assignment.key)
-        except (sqlite3.Error, msgspec.MsgspecError) as error:
+            counters = Counters(
+                epoch=int(meta.get("epoch", 0)),
+                applied=int(meta.get("applied", 0)),
+                reported=int(meta.get("reported", 0)),
+            )
+            counters.delivered = outbox[0][0] - 1 if outbox else counters.reported
+            closed = {
+                AssignmentKey.parse(key): Closed(report=n, delivered_ms=now_ms if n <= counters.delivered else None)
+                for key, n in ended
+            }
+        except (sqlite3.Error, msgspec.MsgspecError, ValueError, TypeError, RecursionError) as error:
             raise LedgerUnusable(f"{self._path}: {error}") from error
-        counters = Counters(
-            epoch=meta.get("epoch", 0), applied=meta.get("applied", 0), reported=meta.get("reported", 0)
-        )
-        counters.delivered = outbox[0][0] - 1 if outbox else counters.reported
-        closed = {
-            AssignmentKey.parse(key): Closed(report=n, delivered_ms=now_ms if n <= counters.delivered else None)
-            for key, n in ended
-        }
         self._counters = msgspec.structs.replace(counters)
         self._written = msgspec.structs.replace(counters)
         return LedgerContent(counters, live, closed, outbox)

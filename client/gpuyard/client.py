@@ -26,7 +26,15 @@ from gpuyard.requests import JobLike, ServiceLike, batches, job_request, service
 from gpuyard_protocol import subjects
 from gpuyard_protocol.bus.base import BusError
 from gpuyard_protocol.codec import encode
-from gpuyard_protocol.jobs import BatchRequest, CancelRequest, JobRequest, JobView, SubmissionAnswer
+from gpuyard_protocol.jobs import (
+    BatchRequest,
+    CancelRequest,
+    HoldRequest,
+    JobRequest,
+    JobView,
+    RequeueRequest,
+    SubmissionAnswer,
+)
 from gpuyard_protocol.names import given_submission_id
 from gpuyard_protocol.nodes import LogChunk
 from gpuyard_protocol.queries import (
@@ -118,7 +126,7 @@ class Client:
         """Hand in one job, as a `JobRequest`, a dict or its fields: the `Job` once accepted, `Rejected` if not."""
         job = job_request(request, fields)
         answer = await self._request("submit", encode(job), job.submission_id)
-        return Job(self, answer.job, answer.submission_id)
+        return Job(self, answer.job, answer.submission_id, answer.elements)
 
     async def submit_many(
         self, requests: Iterable[JobLike], *, batched: bool = True, window: int = WINDOW
@@ -162,10 +170,28 @@ class Client:
                 raise outcome
         return await self._decisions([outcome for outcome in sent if isinstance(outcome, str)])
 
-    async def cancel(self, job: int, *, submission_id: str | None = None) -> None:
-        """End a job, or take it out of the queue. Returns when that is decided; the job may take its grace to end."""
-        request = CancelRequest(job=job, submission_id=submission_id)
+    async def cancel(self, job: int, *, array: bool = False, submission_id: str | None = None) -> None:
+        """End a job, or take it out of the queue. Returns when that is decided; the job may take its grace to end.
+
+        `array`: every element of the array that the job belongs to; the same for `hold` and `release`.
+        """
+        request = CancelRequest(job=job, array=array, submission_id=submission_id)
         await self._request("cancel", encode(request), submission_id)
+
+    async def hold(self, job: int, *, array: bool = False, submission_id: str | None = None) -> None:
+        """Keep a job that waits from starting, until it is released."""
+        request = HoldRequest(job=job, array=array, submission_id=submission_id)
+        await self._request("hold", encode(request), submission_id)
+
+    async def release(self, job: int, *, array: bool = False, submission_id: str | None = None) -> None:
+        """Let a held job start again."""
+        request = HoldRequest(job=job, array=array, submission_id=submission_id)
+        await self._request("release", encode(request), submission_id)
+
+    async def requeue(self, job: int, *, hold: bool = False, submission_id: str | None = None) -> None:
+        """End a job's attempt with grace; it waits again, uncharged, and held if `hold` says so."""
+        request = RequeueRequest(job=job, hold=hold, submission_id=submission_id)
+        await self._request("requeue", encode(request), submission_id)
 
     # -- jobs: questions ----------------------------------------------------------------------------------------------
 
@@ -190,13 +216,19 @@ class Client:
         all: bool = False,  # noqa: A002  the word of the protocol and of the CLI
         user: str = "",
         service: str = "",
+        fold: bool = False,
         limit: int = 0,
     ) -> AsyncIterator[JobView]:
-        """The tenant's jobs, newest first, page by page; `limit` 0: all of them."""
+        """The tenant's jobs, newest first, page by page; `limit` 0: all of them.
+
+        `fold`: one row for all waiting elements of an array, with their number in `elements`.
+        """
         cursor, left = 0, limit or None
         while True:
             rows = PAGE_ROWS_MAX if left is None else min(left, PAGE_ROWS_MAX)
-            query = JobsQuery(states=list(states), all=all, user=user, service=service, limit=rows, cursor=cursor)
+            query = JobsQuery(
+                states=list(states), all=all, user=user, service=service, fold=fold, limit=rows, cursor=cursor
+            )
             page = await self.jobs_page(query)
             for view in page.jobs:
                 yield view

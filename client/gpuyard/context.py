@@ -103,7 +103,7 @@ def load_context(path: str | Path | None = None) -> Context:
         context = from_plain(Context, plain)
     except OSError as error:
         raise NoYard(f"cannot read {found}: {error.strerror or error}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise NoYard(f"{found} is no TOML file: {error}") from None
     except Malformed as error:
         raise NoYard(f"{found}: {error}") from None

@@ -26,6 +26,8 @@ R = TypeVar("R", JobRequest, ServiceRequest)
 #: Requests of `submit-many` go in messages of at most so many jobs and bytes.
 BATCH_JOBS_MAX = 1000
 BATCH_BYTES_MAX = 900 * 1024
+#: Of a job file, about, with every alias replaced by what it stands for.
+FILE_BYTES_MAX = 64 * 1024 * 1024
 
 
 def job_request(request: JobLike | None, fields: Mapping[str, Any]) -> JobRequest:
@@ -111,14 +113,31 @@ def _parse(name: str, text: str) -> list[Any]:
     if name.endswith(".toml"):
         try:
             return [tomllib.loads(text)]
-        except tomllib.TOMLDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise GpuyardError(f"{name} is no TOML: {error}") from None
     from gpuyard.yaml12 import YamlError, load_documents
 
     try:
-        return [document for document in load_documents(text) if document is not None]
-    except YamlError as error:
+        documents = [document for document in load_documents(text) if document is not None]
+    except (YamlError, ValueError, RecursionError) as error:
         raise GpuyardError(f"{name} is no YAML: {error}") from None
+    _check_size(name, documents)
+    return documents
+
+
+def _check_size(name: str, documents: list[Any]) -> None:
+    """A few lines of YAML aliases can stand for more than there is memory, or for something without end."""
+    left, waiting = FILE_BYTES_MAX, list(documents)
+    while waiting:
+        value = waiting.pop()
+        left -= 16 + (len(value) if isinstance(value, str) else 0)
+        if left < 0:
+            raise GpuyardError(f"{name}: more than {FILE_BYTES_MAX} bytes, once its aliases are unfolded")
+        if isinstance(value, dict):
+            waiting.extend(value)
+            waiting.extend(value.values())
+        elif isinstance(value, list):
+            waiting.extend(value)
 
 
 def _with_text_env(item: dict[str, Any]) -> dict[str, Any]:

@@ -167,8 +167,17 @@ class SyncClient:
         outcomes = self.run(self._client.submit_many(requests, batched=batched, window=window))
         return [SyncJob(self, outcome) if isinstance(outcome, Job) else outcome for outcome in outcomes]
 
-    def cancel(self, job: int, *, submission_id: str | None = None) -> None:
-        self.run(self._client.cancel(job, submission_id=submission_id))
+    def cancel(self, job: int, *, array: bool = False, submission_id: str | None = None) -> None:
+        self.run(self._client.cancel(job, array=array, submission_id=submission_id))
+
+    def hold(self, job: int, *, array: bool = False, submission_id: str | None = None) -> None:
+        self.run(self._client.hold(job, array=array, submission_id=submission_id))
+
+    def release(self, job: int, *, array: bool = False, submission_id: str | None = None) -> None:
+        self.run(self._client.release(job, array=array, submission_id=submission_id))
+
+    def requeue(self, job: int, *, hold: bool = False, submission_id: str | None = None) -> None:
+        self.run(self._client.requeue(job, hold=hold, submission_id=submission_id))
 
     def handle(self, job: int) -> SyncJob:
         return SyncJob(self, self._client.handle(job))

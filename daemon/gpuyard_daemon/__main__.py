@@ -24,6 +24,7 @@ from gpuyard_daemon.health import Health
 from gpuyard_daemon.journal import JournalRefused, LeadershipLost
 from gpuyard_daemon.notify import Notifier
 from gpuyard_daemon.recovery import StartLater, StartRefused
+from gpuyard_daemon.reload import Reloader
 from gpuyard_protocol.bus.base import BusError, PermissionDenied
 
 log = structlog.get_logger("daemon")
@@ -35,13 +36,14 @@ GC_THRESHOLDS = (50_000, 20, 100)
 EXIT_GRACE_S = 5.0
 
 
-async def serve(config: DaemonConfig) -> int:
+async def serve(config: DaemonConfig, reloader: Reloader) -> int:
     fate, health = Fate(), Health()
     loop = asyncio.get_running_loop()
     loop.set_exception_handler(assembly.handle_loop_exception(fate))
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, fate.seal, EXIT_OK, f"told to stop ({signal.Signals(number).name})")
-    running = loop.create_task(assembly.run(config, fate, health, Notifier()))
+    loop.add_signal_handler(signal.SIGHUP, reloader.ask)
+    running = loop.create_task(assembly.run(config, fate, health, Notifier(), reloader))
     # Told to stop before it serves: there is nothing to bring to an end. Later, `run` itself waits for the fate.
     fate.on_sealed = lambda: None if health.is_serving else _cancel(running)
     try:
@@ -62,17 +64,18 @@ def _cancel(task: asyncio.Task[int]) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     try:
-        config = parse_arguments(sys.argv[1:] if arguments is None else arguments)
+        given = sys.argv[1:] if arguments is None else arguments
+        config = parse_arguments(given)
     except BadConfig as error:
         print(f"gpuyard-daemon: {error}", file=sys.stderr)  # noqa: T201  before there is a logger
         sys.exit(EXIT_BAD_CONFIG)
     logging_setup.set_up(config.log_level)
     gc.set_threshold(*GC_THRESHOLDS)
-    sys.exit(uvloop.run(_serve_guarded(config)))
+    sys.exit(uvloop.run(_serve_guarded(config, Reloader(config, lambda: parse_arguments(given)))))
 
 
-async def _serve_guarded(config: DaemonConfig) -> int:
-    code = await serve(config)
+async def _serve_guarded(config: DaemonConfig, reloader: Reloader) -> int:
+    code = await serve(config, reloader)
     guard = threading.Timer(EXIT_GRACE_S, os._exit, (code,))
     guard.daemon = True
     guard.start()

@@ -8,14 +8,16 @@ carries the journal's sequence and its place as its message id, so that sending 
 from __future__ import annotations
 
 import asyncio
+import heapq
+import re
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import structlog
 
 from gpuyard_daemon.core.turn import JobNotice, Notice
-from gpuyard_protocol.bus.base import Bus, BusError, PubAck, PublishRefused
+from gpuyard_protocol.bus.base import Bus, BusError, PubAck, PublishRefused, StoredMessage
 from gpuyard_protocol.codec import encode
 from gpuyard_protocol.subjects import job_events, submission_events
 
@@ -25,19 +27,32 @@ log = structlog.get_logger("announce")
 WAITING_MAX = 50_000
 WINDOW = 128
 ATTEMPTS_MAX = 3
+MESSAGE_ID = "Nats-Msg-Id"
+_MESSAGE_ID = re.compile(r"([0-9]{1,18})\.([0-9]{1,18})")
 
 
 class _Event(NamedTuple):
+    #: Of the record that decided it, and the place among its notices: the order of telling.
+    sequence: int
+    place: int
     notice: Notice
-    message_id: str
-    attempts: int
+    attempts: int = 0
+
+    @property
+    def message_id(self) -> str:
+        return f"{self.sequence}.{self.place}"
 
 
 class Announcer:
     def __init__(self, bus: Bus) -> None:
         self._bus = bus
         self._waiting: deque[_Event] = deque()
+        #: Those to be sent once more, before any that waits: sequence and place tell them apart.
+        self._again: list[_Event] = []
         self._in_flight = 0
+        #: Events of each record that are neither told nor lost; records in order.
+        self._untold: dict[int, int] = {}
+        self._listeners: list[tuple[int, asyncio.Future[None]]] = []
         self._idle = asyncio.Event()
         self._idle.set()
         self.published = 0
@@ -47,15 +62,27 @@ class Announcer:
 
     @property
     def waiting(self) -> int:
-        return len(self._waiting) + self._in_flight
+        return len(self._again) + len(self._waiting) + self._in_flight
 
-    def announce(self, notices: Sequence[Notice], sequence: int) -> None:
-        """Tell what the record at `sequence` decided."""
+    async def retell(self, stream: str, recent: Iterable[tuple[int, Sequence[Notice]]]) -> None:
+        """After a start: tell what the daemon before decided and did not come to tell.
+
+        Events are sent in order, so the newest one in the stream says how far it came.
+        """
+        told = _message_place(await _newest(self._bus, stream))
+        for sequence, notices in recent:
+            self.announce(notices, sequence, after=told)
+
+    def announce(self, notices: Sequence[Notice], sequence: int, *, after: tuple[int, int] = (0, 0)) -> None:
+        """Tell what the record at `sequence` decided (beyond the record and place `after`)."""
         for place, notice in enumerate(notices):
+            if (sequence, place) <= after:
+                continue
             if len(self._waiting) >= WAITING_MAX:
-                self._waiting.popleft()
                 self.lost += 1
-            self._waiting.append(_Event(notice, f"{sequence}.{place}", 0))
+                self._done(self._waiting.popleft())
+            self._waiting.append(_Event(sequence, place, notice))
+            self._untold[sequence] = self._untold.get(sequence, 0) + 1
         self._pump()
 
     async def drain(self, timeout: float) -> None:
@@ -66,12 +93,33 @@ class Announcer:
         except TimeoutError:
             log.warning("events.undelivered", waiting=self.waiting)
 
+    async def until_told(self, sequence: int, timeout: float) -> None:
+        """Wait until nothing is left to tell of the records up to `sequence`, at most `timeout` seconds."""
+        if next(iter(self._untold), sequence + 1) > sequence:
+            return
+        told: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._listeners.append((sequence, told))
+        await asyncio.wait([told], timeout=timeout)
+        self._listeners.remove((sequence, told))
+
+    def _done(self, event: _Event) -> None:
+        """Told or lost: nothing more will be done about it."""
+        left = self._untold[event.sequence] - 1
+        if left:
+            self._untold[event.sequence] = left
+            return
+        del self._untold[event.sequence]
+        first = next(iter(self._untold), None)
+        for sequence, told in self._listeners:
+            if not told.done() and (first is None or first > sequence):
+                told.set_result(None)
+
     def _pump(self) -> None:
-        while self._waiting and self._in_flight < WINDOW and self._bus.is_connected:
-            event = self._waiting.popleft()
+        while (self._again or self._waiting) and self._in_flight < WINDOW and self._bus.is_connected:
+            event = heapq.heappop(self._again) if self._again else self._waiting.popleft()
             self._in_flight += 1
             self._send(event)
-        if self._in_flight or self._waiting:
+        if self.waiting:
             self._idle.clear()
         else:
             self._idle.set()
@@ -83,7 +131,7 @@ class Announcer:
         else:
             answer = notice.answer
             subject, data = submission_events(notice.tenant, answer.submission_id), encode(answer)
-        future = self._bus.begin_stream_publish(subject, data, headers={"Nats-Msg-Id": event.message_id})
+        future = self._bus.begin_stream_publish(subject, data, headers={MESSAGE_ID: event.message_id})
 
         def done(outcome: asyncio.Future[PubAck]) -> None:
             self._in_flight -= 1
@@ -93,11 +141,25 @@ class Announcer:
 
     def _settle(self, event: _Event, outcome: asyncio.Future[PubAck]) -> None:
         error = None if outcome.cancelled() else outcome.exception()
-        if error is None:
-            self.published += 1
-        elif isinstance(error, BusError) and not isinstance(error, PublishRefused) and event.attempts < ATTEMPTS_MAX:
-            self._waiting.appendleft(event._replace(attempts=event.attempts + 1))
+        is_passing = isinstance(error, BusError) and not isinstance(error, PublishRefused)
+        if is_passing and event.attempts < ATTEMPTS_MAX:
+            heapq.heappush(self._again, event._replace(attempts=event.attempts + 1))
         else:
-            self.lost += 1
-            log.warning("event.lost", message_id=event.message_id, error=str(error))
+            if error is None:
+                self.published += 1
+            else:
+                self.lost += 1
+                log.warning("event.lost", message_id=event.message_id, error=str(error))
+            self._done(event)
         self._pump()
+
+
+async def _newest(bus: Bus, stream: str) -> StoredMessage | None:
+    last = (await bus.stream_state(stream)).last_sequence
+    return await bus.get_message(stream, last) if last else None
+
+
+def _message_place(message: StoredMessage | None) -> tuple[int, int]:
+    """Journal sequence and place of an event, read from its id; (0, 0) if there is none."""
+    match = _MESSAGE_ID.fullmatch(message.headers.get(MESSAGE_ID, "")) if message is not None else None
+    return (int(match[1]), int(match[2])) if match else (0, 0)

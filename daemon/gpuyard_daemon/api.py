@@ -23,10 +23,12 @@ from typing import NamedTuple, Protocol
 import msgspec
 import structlog
 
+from gpuyard_daemon.audit import AuditLog, read_audit
 from gpuyard_daemon.core.inputs import Input, RequeueAll
 from gpuyard_daemon.history import History, HistoryFilter
 from gpuyard_daemon.logs import LogForwarder
 from gpuyard_daemon.node_monitor import NodeMonitor
+from gpuyard_protocol.audit import ENTRIES_PAGE_MAX, READING_VERBS, AuditQuery
 from gpuyard_protocol.bus.base import Bus, BusError, Message
 from gpuyard_protocol.codec import Malformed, decode, encode
 from gpuyard_protocol.jobs import FINAL_STATES, JobView, SubmissionAnswer
@@ -52,6 +54,8 @@ from gpuyard_protocol.queries import (
     StatsQuery,
     SubmissionQuery,
     SubmissionStatus,
+    UsageQuery,
+    UsageReport,
     WhyAnswer,
 )
 from gpuyard_protocol.subjects import ALL_OPERATIONS, ALL_QUERIES, parse_operation, parse_tenant_subject
@@ -59,6 +63,8 @@ from gpuyard_protocol.subjects import ALL_OPERATIONS, ALL_QUERIES, parse_operati
 log = structlog.get_logger("api")
 
 QUEUE_GROUP = "api"
+#: Verbs that are not for tenants.
+OPERATORS_VERBS = {"shutdown", "audit"}
 #: Questions that wait for the journal; more are refused at once.
 WAITING_MAX = 2000
 #: Time that answers may take between two turns; what is left waits for the next pause.
@@ -80,6 +86,7 @@ class ReadableCore(Protocol):
     def services_page(self, tenant: Tenant | None, query: ServicesQuery) -> ServicesPage: ...
     def node_views(self, tenant: Tenant | None) -> tuple[NodeView, ...]: ...
     def stats(self, now_ms: int) -> Stats: ...
+    def usage(self, tenant: Tenant | None, now_ms: int) -> UsageReport: ...
     def desired(self, node: NodeId) -> tuple[int, tuple[Desired, ...]]: ...
     def known_nodes(self) -> tuple[NodeId, ...]: ...
 
@@ -121,6 +128,7 @@ class Api:
         now_ms: Callable[[], int],
         is_settled: Callable[[], bool],
         add_fact: Callable[[Input], None],
+        audit: AuditLog | None = None,
     ) -> None:
         self._bus = bus
         self._core = core
@@ -131,6 +139,7 @@ class Api:
         self._now_ms = now_ms
         self._is_settled = is_settled
         self._add_fact = add_fact
+        self._audit = audit
         self._waiting: deque[_Question] = deque()
         self._tasks: set[asyncio.Task[None]] = set()
         self._stops: list[_Stop] = []
@@ -144,9 +153,11 @@ class Api:
             "services": self._services,
             "nodes": self._nodes,
             "stats": self._stats,
+            "usage": self._usage,
             "submission": self._submission,
             "logs": self._read_logs,
             "shutdown": self._shutdown,
+            "audit": self._read_audit,
         }
 
     async def open(self) -> None:
@@ -196,8 +207,8 @@ class Api:
         tenant, verb, message = question
         try:
             handler = self._verbs.get(verb)
-            if handler is None or (verb == "shutdown" and tenant is not None):
-                known = sorted(set(self._verbs) - ({"shutdown"} if tenant is not None else set()))
+            if handler is None or (verb in OPERATORS_VERBS and tenant is not None):
+                known = sorted(set(self._verbs) - (OPERATORS_VERBS if tenant is not None else set()))
                 text = f"there is no question {verb!r}; there are {', '.join(known)}"
                 raise _Refused("UnknownVerb", text, nearest(verb, known))
             answer = handler(tenant, message.data or b"{}")
@@ -222,7 +233,21 @@ class Api:
         self._answer(message, answer)
 
     def _answer(self, message: Message, answer: object) -> None:
+        self._note_operation(message.subject, answer)
         self._spawn(self._publish(message.reply, encode(answer)))
+
+    def _note_operation(self, subject: str, answer: object) -> None:
+        """What operators do goes into the audit, with its outcome; what they only look at does not."""
+        operation = parse_operation(subject)
+        if self._audit is not None and operation is not None and operation[1] not in READING_VERBS:
+            outcome = answer.code if isinstance(answer, QueryError) else "ok"
+            self._audit.acted(f"operator {operation[0]}", operation[1], outcome)
+
+    def _read_audit(self, tenant: Tenant | None, data: bytes) -> Awaitable[object]:
+        query = decode(AuditQuery, data, max_bytes=QUESTION_BYTES_MAX)
+        if not 1 <= query.limit <= ENTRIES_PAGE_MAX:
+            raise Malformed("$.limit", str(query.limit), f"a number between 1 and {ENTRIES_PAGE_MAX}")
+        return read_audit(self._bus, self._yard, query)
 
     async def _publish(self, reply: str, data: bytes) -> None:
         try:
@@ -351,6 +376,16 @@ class Api:
 
     def stats(self) -> Stats:
         return msgspec.structs.replace(self._core.stats(self._now_ms()), yard=self._yard)
+
+    def _usage(self, tenant: Tenant | None, data: bytes) -> UsageReport:
+        wanted = decode(UsageQuery, data, max_bytes=QUESTION_BYTES_MAX).tenant
+        report = self._core.usage(tenant, self._now_ms())
+        if not wanted:
+            return report
+        known = [usage.tenant for usage in report.tenants]
+        if wanted not in known:
+            raise _Refused("UnknownTenant", f"there is no tenant {wanted!r} here", nearest(wanted, known))
+        return UsageReport(tenants=tuple(u for u in report.tenants if u.tenant == wanted), now_ms=report.now_ms)
 
     # -- logs ----------------------------------------------------------------------------------------------------------
 

@@ -19,14 +19,15 @@ from dataclasses import dataclass
 
 import structlog
 
-from gpuyard_daemon import recovery
+from gpuyard_daemon import levels, recovery
 from gpuyard_daemon.announce import Announcer
 from gpuyard_daemon.api import Api
 from gpuyard_daemon.archive import Archive
+from gpuyard_daemon.audit import AuditLog, open_audit
 from gpuyard_daemon.clock import YardClock, open_clock, write_mark
 from gpuyard_daemon.config import DaemonConfig
 from gpuyard_daemon.core.facts import JobRetired, NodeJoined
-from gpuyard_daemon.core.inputs import NodeIncompatible, YardStarted
+from gpuyard_daemon.core.inputs import NodeIncompatible, PolicyChanged, YardStarted
 from gpuyard_daemon.core.scheduler import Scheduler
 from gpuyard_daemon.dispatch import Dispatcher
 from gpuyard_daemon.exits import EXIT_INVARIANT, EXIT_OK, EXIT_TEMPORARY, Fate
@@ -35,7 +36,9 @@ from gpuyard_daemon.history import History
 from gpuyard_daemon.http.server import HttpDoor
 from gpuyard_daemon.http.sources import Sources
 from gpuyard_daemon.ingress import Ingress
+from gpuyard_daemon.joining import Joining
 from gpuyard_daemon.journal import Journal
+from gpuyard_daemon.levels import StreamLevels
 from gpuyard_daemon.loads import TICK_S as LOADS_TICK_S
 from gpuyard_daemon.loads import Loads
 from gpuyard_daemon.logs import LogForwarder
@@ -44,6 +47,7 @@ from gpuyard_daemon.node_monitor import TICK_S as NODES_TICK_S
 from gpuyard_daemon.node_monitor import NodeMonitor
 from gpuyard_daemon.notify import Notifier
 from gpuyard_daemon.recovery import Replay, StartLater, StartRefused
+from gpuyard_daemon.reload import Reloader
 from gpuyard_daemon.runtime import Durable, Runtime
 from gpuyard_daemon.snapshots import SnapshotStore
 from gpuyard_daemon.upkeep import Upkeep
@@ -51,6 +55,7 @@ from gpuyard_protocol.bus.base import Bus
 from gpuyard_protocol.bus.nats import connect
 from gpuyard_protocol.names import NodeId
 from gpuyard_protocol.queries import NodeView
+from gpuyard_protocol.subjects import Streams, stream_name
 
 log = structlog.get_logger("daemon")
 
@@ -76,12 +81,21 @@ class Foundations:
     api_bus: Bus
     history: History
     store: SnapshotStore
+    reloader: Reloader
 
 
 class Daemon:
     """A daemon that leads: made by `lead`, then `start`, then `stop`."""
 
-    def __init__(self, base: Foundations, core: Scheduler, journal: Journal, clock: YardClock, replay: Replay) -> None:
+    def __init__(
+        self,
+        base: Foundations,
+        names: Streams,
+        core: Scheduler,
+        journal: Journal,
+        clock: YardClock,
+        replay: Replay,
+    ) -> None:
         self._base = base
         self.core = core
         self.journal = journal
@@ -104,8 +118,18 @@ class Daemon:
         self.loads = Loads(core, self.runtime.inbox.add_fact)
         archive = Archive(config.directory / "archive", config.journal.archive_days)
         self.upkeep = Upkeep(
-            config.journal, journal, base.store, archive, base.history, core.snapshot, lambda: core.turn, replay.records
+            config.journal,
+            journal,
+            base.store,
+            archive,
+            base.history,
+            self.announcer,
+            core.snapshot,
+            lambda: core.turn,
+            replay.records,
         )
+        self.audit = AuditLog(bus, clock.now_ms)
+        self.joining = Joining(base.api_bus, config.state_directory, config.yard, self.audit)
         self.api = Api(
             base.api_bus,
             core,
@@ -116,7 +140,9 @@ class Daemon:
             now_ms=clock.now_ms,
             is_settled=lambda: self.runtime.is_settled,
             add_fact=self.runtime.inbox.add_fact,
+            audit=self.audit,
         )
+        self.levels = StreamLevels(bus, names, self.upkeep.hasten)
         self._untold = list(replay.recent)
         self._tasks: list[asyncio.Task[None]] = []
         self._turns: asyncio.Task[None] | None = None
@@ -134,6 +160,7 @@ class Daemon:
         self.announcer.announce(durable.turn.notices, durable.sequence)
         self._base.history.take([fact.view for fact in record.facts if type(fact) is JobRetired], durable.sequence)
         self.upkeep.record_stored(durable.sequence, durable.size)
+        self.audit.decided(record.now_ms, durable.inputs, record.facts)
 
     def _settled(self) -> None:
         self.dispatcher.settled(())
@@ -144,6 +171,11 @@ class Daemon:
         """A node has orders of a newer leader: either we are deposed (the journal will say so) or it is not ours."""
         reason = f"its ledger has orders of a newer daemon ({detail or 'no detail'}): was the journal replaced?"
         self.runtime.inbox.add_fact(NodeIncompatible(node=node, reason=reason))
+
+    def _configure(self, config: DaemonConfig) -> None:
+        """What may change while the daemon runs. The core decides whether the policy is news."""
+        self.monitor.set_patience(config.nodes.suspected_after / 1000, config.nodes.lost_after / 1000)
+        self.runtime.inbox.add_fact(PolicyChanged(policy=config.policy()))
 
     def _lost(self, why: str) -> None:
         self.dispatcher.stop()
@@ -157,14 +189,14 @@ class Daemon:
         runtime.on_durable(self._durable)
         runtime.on_settled(self._settled)
         runtime.inbox.add_fact(YardStarted(epoch=self.journal.epoch))
+        self._configure(base.reloader.config)
+        base.reloader.apply = self._configure
+        await self.announcer.retell(stream_name("EVT", base.config.yard), self._untold)
         await self.monitor.open(base.bus)
         await self.loads.open(base.bus)
         await self.ingress.open()
         self._turns = self._spawn("turns", runtime.run())
         self.dispatcher.sync_all()
-        for sequence, notices in self._untold:
-            self.announcer.announce(notices, sequence)
-        self._untold.clear()
         await self.api.open()
         base.bus.on_reconnect(base.health.reconnected)
         self._spawn("nodes", every(NODES_TICK_S, self.monitor.tick))
@@ -172,6 +204,11 @@ class Daemon:
         self._spawn("purge", every_async(PURGE_INTERVAL_S, self._purge))
         self._spawn("clock", every(CLOCK_MARK_INTERVAL_S, self._mark_clock))
         self._spawn("history", every_async(HISTORY_INTERVAL_S, base.history.flush))
+        self._spawn("audit", self.audit.run())
+        if base.config.authenticate:
+            await self.joining.open()
+            self._spawn("joining", self.joining.run())
+        self._spawn("levels", every_async(levels.INTERVAL_S, self.levels.look))
         self._spawn("forget", every_async(FORGET_INTERVAL_S, self._forget))
         base.health.is_serving = True
 
@@ -207,6 +244,7 @@ class Daemon:
             # Without a connection the turn would wait for one; the next start finds its inputs where they were.
             await asyncio.wait([self._turns], timeout=STOP_TURN_S if self._base.bus.is_connected else 0.0)
             await self.announcer.drain(STOP_EVENTS_S)
+            await self._last_audit()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -216,6 +254,11 @@ class Daemon:
                     await self.upkeep.close()
                     await self.ingress.close()
         self._mark_clock()
+
+    async def _last_audit(self) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(STOP_EVENTS_S):
+                await self.audit.flush()
 
     # -- for the pages ------------------------------------------------------------------------------------------------
 
@@ -236,6 +279,8 @@ class Daemon:
             api=self.api,
             upkeep=self.upkeep,
             history=self._base.history,
+            levels=self.levels,
+            reloader=self._base.reloader,
         )
 
     def _nodes(self) -> tuple[NodeView, ...]:
@@ -258,6 +303,7 @@ async def lead(base: Foundations) -> Daemon:
     """Restore, replay, claim: the daemon that results has the journal's whole state and is its one writer."""
     config = base.config
     names = await recovery.ensure_streams(base.bus, config)
+    await open_audit(base.bus, config.yard, sum(spec.max_bytes for spec in names))
     restored = recovery.restore(base.store)
     core = (
         Scheduler(config.scheduler) if restored.state is None else Scheduler.restore(restored.state, config.scheduler)
@@ -266,10 +312,10 @@ async def lead(base: Foundations) -> Daemon:
     replay = await recovery.replay_and_claim(journal, core, base.history, restored)
     await recovery.check_cursors(base.bus, names, core.cursors)
     clock = open_clock(config.directory / "clock.json", core.now_ms)
-    return Daemon(base, core, journal, clock, replay)
+    return Daemon(base, names, core, journal, clock, replay)
 
 
-async def run(config: DaemonConfig, fate: Fate, health: Health, notifier: Notifier) -> int:
+async def run(config: DaemonConfig, fate: Fate, health: Health, notifier: Notifier, reloader: Reloader) -> int:
     """Serve until the fate is sealed; returns the exit code. `StartRefused` or a `BusError` if there is no start."""
     directory = recovery.prepare_directory(config)
     async with contextlib.AsyncExitStack() as stack:
@@ -289,7 +335,7 @@ async def run(config: DaemonConfig, fate: Fate, health: Health, notifier: Notifi
         await history.open()
         stack.push_async_callback(history.close)
         store = SnapshotStore(directory / "snapshots", config.yard)
-        daemon = await lead(Foundations(config, fate, health, bus, api_bus, history, store))
+        daemon = await lead(Foundations(config, fate, health, bus, api_bus, history, store, reloader))
         gc.collect()
         gc.freeze()
         await daemon.start()
@@ -323,8 +369,10 @@ async def _open_door(config: DaemonConfig, health: Health) -> HttpDoor | None:
         url = await door.open()
     except OSError as error:
         raise StartRefused(f"cannot listen on {config.http}: {error.strerror or error}") from None
-    # For whoever started us with port 0.
-    (config.directory / "http.url").write_text(url + "\n")
+    # For whoever started us with port 0; whole or not there.
+    note = config.directory / "http.url.new"
+    note.write_text(url + "\n")
+    note.replace(config.directory / "http.url")
     log.info("http.listening", url=url)
     return door
 

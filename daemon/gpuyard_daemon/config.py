@@ -17,16 +17,25 @@ from urllib.parse import urlsplit
 
 import msgspec
 
+from gpuyard_daemon.core.policy import Policy, TenantLimits
 from gpuyard_daemon.core.settings import CoreSettings
 from gpuyard_protocol.codec import Malformed, from_plain
 from gpuyard_protocol.names import NAME_EXPECTED, is_name
-from gpuyard_protocol.units import Duration, Memory
+from gpuyard_protocol.units import Duration, GpuAmount, Memory
 
 #: What `sysexits.h` calls a configuration error; systemd is told not to restart on it.
 EXIT_BAD_CONFIG = 78
 LOG_LEVELS = ("debug", "info", "warning", "error")
 #: Least room for the four streams: below it the journal would fill within minutes of load.
 BUDGET_MIN_MIB = 64
+
+
+#: The table of those tenants that have none of their own.
+DEFAULT_TENANT = "default"
+#: Of a tenant that no table speaks of.
+_BUILT_IN_LIMITS = TenantLimits(gpus_max_milli=0, jobs_max=100_000)
+#: The policy goes into one record of the journal, as a whole.
+TENANTS_MAX = 10_000
 
 
 class BadConfig(Exception):
@@ -55,6 +64,15 @@ class NodesConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     lost_after: Duration = Duration(15_000)
 
 
+class TenantConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a tenant may have: `[tenants.<name>]`. What is not said is as in `[tenants.default]`."""
+
+    #: GPU compute held at once, fractions allowed; 0: no limit. Jobs beyond it wait.
+    gpus_max: GpuAmount | None = None
+    #: Jobs that have not ended; submissions beyond it are rejected.
+    jobs_max: int | None = None
+
+
 class DaemonConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     #: Name of the yard; part of the streams' names.
     yard: str = "main"
@@ -76,6 +94,14 @@ class DaemonConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     journal: JournalConfig = JournalConfig()
     nodes: NodesConfig = NodesConfig()
     scheduler: CoreSettings = CoreSettings()
+    #: By tenant's name; `default` holds for every tenant that has no table of its own, and for what a table leaves out.
+    tenants: dict[str, TenantConfig] = {}
+
+    def policy(self) -> Policy:
+        """What tenants are granted, as the core takes it."""
+        base = _limits(self.tenants.get(DEFAULT_TENANT, TenantConfig()), _BUILT_IN_LIMITS)
+        named = sorted((name, table) for name, table in self.tenants.items() if name != DEFAULT_TENANT)
+        return Policy(default=base, tenants=tuple((name, _limits(table, base)) for name, table in named))
 
     @property
     def state_directory(self) -> Path:
@@ -123,12 +149,29 @@ class DaemonConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         ):
             if value <= 0:
                 raise _bad(name, str(value), "more than 0")
+        self._validate_tenants()
         if self.nodes.lost_after <= self.nodes.suspected_after:
             raise _bad("nodes.lost_after", str(self.nodes.lost_after), "more than 'nodes.suspected_after'")
         try:
             self.scheduler.validate()
         except ValueError as error:
             raise BadConfig(str(error)) from None
+
+    def _validate_tenants(self) -> None:
+        if len(self.tenants) > TENANTS_MAX:
+            raise _bad("tenants", f"{len(self.tenants)} tables", f"at most {TENANTS_MAX}")
+        for name, table in self.tenants.items():
+            if not is_name(name):
+                raise _bad(f"tenants.{name}", name, NAME_EXPECTED)
+            if table.jobs_max is not None and table.jobs_max <= 0:
+                raise _bad(f"tenants.{name}.jobs_max", str(table.jobs_max), "a number above 0")
+
+
+def _limits(table: TenantConfig, base: TenantLimits) -> TenantLimits:
+    return TenantLimits(
+        gpus_max_milli=base.gpus_max_milli if table.gpus_max is None else int(table.gpus_max),
+        jobs_max=base.jobs_max if table.jobs_max is None else table.jobs_max,
+    )
 
 
 def default_state_directory(environment: Mapping[str, str], uid: int) -> Path:
@@ -146,10 +189,11 @@ def load(file: Path | None, overrides: Mapping[str, Any]) -> DaemonConfig:
             plain = tomllib.loads(file.read_text())
         except OSError as error:
             raise BadConfig(f"{file}: {error.strerror or error}") from None
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        except (ValueError, RecursionError) as error:
             raise BadConfig(f"{file}: not TOML: {error}") from None
     where = str(file) if file is not None else "flags"
     try:
+        _check_tenants(plain.get("tenants"))
         config = from_plain(DaemonConfig, {**plain, **overrides})
         config.validate()
     except Malformed as error:
@@ -159,6 +203,16 @@ def load(file: Path | None, overrides: Mapping[str, Any]) -> DaemonConfig:
     except BadConfig as error:
         raise BadConfig(f"{where}: {error}") from None
     return config
+
+
+def _check_tenants(tables: object) -> None:
+    """Each table alone, so that a complaint names the tenant: of a table among many the decoder says only `[...]`."""
+    for name, table in tables.items() if isinstance(tables, dict) else ():
+        try:
+            from_plain(TenantConfig, table)
+        except Malformed as error:
+            path = f"$.tenants.{name}{error.path.removeprefix('$')}"
+            raise Malformed(path, error.found, error.expected, error.nearest) from None
 
 
 def _bad(key: str, found: str, expected: str) -> BadConfig:

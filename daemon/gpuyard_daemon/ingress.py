@@ -18,17 +18,20 @@ import structlog
 
 from gpuyard_daemon.core.inputs import (
     CancelRequested,
+    HoldRequested,
     Input,
     JobSubmitted,
     NodeReported,
+    ReleaseRequested,
     RequestMalformed,
+    RequeueRequested,
     ServiceApplied,
     ServiceDeleted,
 )
 from gpuyard_daemon.inbox import Inbox, Line, Waiting
 from gpuyard_protocol.bus.base import Bus, BusError, StoredMessage, StreamReader
 from gpuyard_protocol.codec import MAX_BATCH_BYTES, MAX_REQUEST_BYTES, Malformed, RequestVersion, decode
-from gpuyard_protocol.jobs import CancelRequest, JobRequest
+from gpuyard_protocol.jobs import CancelRequest, HoldRequest, JobRequest, RequeueRequest
 from gpuyard_protocol.names import (
     NAME_EXPECTED,
     SUBMISSION_EXPECTED,
@@ -52,6 +55,8 @@ log = structlog.get_logger("ingress")
 
 #: Jobs in one `submit-many`.
 BATCH_JOBS_MAX = 1000
+#: What an element of an array counts for in a turn: two of the longest arrays do not go into one.
+ELEMENT_BYTES = 16
 #: What an agent may send in one batch of reports.
 REPORT_BYTES_MAX = 1024 * 1024
 
@@ -115,11 +120,10 @@ class Ingress:
         for message in messages:
             try:
                 inputs = tuple(decode_submission(message, self.counts))
-            except Exception:
+            except Exception:  # a stored message that trips us up would do so again at every start, for ever
                 log.exception("submission.undecodable", sequence=message.sequence, subject=message.subject[:120])
-                self.counts["poison_submission"] += 1
-                inputs = ()
-            self._inbox.submissions.put(Waiting(message.sequence, len(message.data), inputs))
+                inputs = _given_up(message, self.counts)
+            self._inbox.submissions.put(Waiting(message.sequence, len(message.data) + _weight(inputs), inputs))
         self._inbox.arrived()
 
     def _take_reports(self, messages: list[StoredMessage]) -> None:
@@ -154,6 +158,27 @@ def decode_submission(message: StoredMessage, counts: Counter[str]) -> list[Inpu
         return [_malformed(caller, _chosen_id(message.data) or given, error)]
 
 
+def _weight(inputs: tuple[Input, ...]) -> int:
+    """What inputs count for beside their bytes, so that a turn takes few long arrays."""
+    return sum(
+        [
+            given.spec.array.count * ELEMENT_BYTES
+            for given in inputs
+            if isinstance(given, JobSubmitted) and given.spec.array is not None
+        ]
+    )
+
+
+def _given_up(message: StoredMessage, counts: Counter[str]) -> tuple[Input, ...]:
+    """The answer to a request that tripped up the decoding itself: a fault of ours, told as what it is."""
+    counts["malformed"] += 1
+    caller = parse_tenant_subject(message.subject)
+    if caller is None:
+        return ()
+    error = Malformed("$", "a request that this daemon fails to read", "another way of putting it (see its log)")
+    return (_malformed(caller, given_submission_id(message.sequence), error),)
+
+
 def _single(caller: Caller, message: StoredMessage) -> Input:
     tenant, user, verb = caller
     given = given_submission_id(message.sequence)
@@ -170,7 +195,30 @@ def _single(caller: Caller, message: StoredMessage) -> Input:
         case "cancel":
             cancel = decode(CancelRequest, message.data)
             return CancelRequested(
-                tenant=tenant, user=user, submission_id=_checked_id(cancel.submission_id) or given, job=cancel.job
+                tenant=tenant,
+                user=user,
+                submission_id=_checked_id(cancel.submission_id) or given,
+                job=cancel.job,
+                array=cancel.array,
+            )
+        case "hold" | "release":
+            held = decode(HoldRequest, message.data)
+            request = HoldRequested if verb == "hold" else ReleaseRequested
+            return request(
+                tenant=tenant,
+                user=user,
+                submission_id=_checked_id(held.submission_id) or given,
+                job=held.job,
+                array=held.array,
+            )
+        case "requeue":
+            again = decode(RequeueRequest, message.data)
+            return RequeueRequested(
+                tenant=tenant,
+                user=user,
+                submission_id=_checked_id(again.submission_id) or given,
+                job=again.job,
+                hold=again.hold,
             )
         case "apply":
             service = decode(ServiceRequest, message.data)
@@ -204,6 +252,8 @@ def _batch(caller: Caller, message: StoredMessage, counts: Counter[str]) -> list
         of_batch = f"{prefix}-{index}" if prefix is not None else given_submission_id(message.sequence, index)
         try:
             job = decode(JobRequest, bytes(raw))
+            if job.array is not None:
+                raise Malformed("$.array", repr(job.array)[:80], "no value here: an array travels alone, by `submit`")
             inputs.append(
                 JobSubmitted(
                     tenant=caller.tenant,

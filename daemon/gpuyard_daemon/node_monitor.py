@@ -83,8 +83,7 @@ class NodeMonitor:
         self._core = core
         self._add_fact = add_fact
         self._on_heartbeat = on_heartbeat
-        self._suspected_after_s = suspected_after_s
-        self._lost_after_s = lost_after_s
+        self.set_patience(suspected_after_s, lost_after_s)
         self._monotonic = monotonic
         self._last_tick = monotonic()
         self._watches = {node: _Watch(self._last_tick) for node in core.known_nodes()}
@@ -94,6 +93,11 @@ class NodeMonitor:
         self.poison = 0
         #: Nodes for which two agent processes live at once.
         self.twins: set[NodeId] = set()
+
+    def set_patience(self, suspected_after_s: float, lost_after_s: float) -> None:
+        """After how long a silence a node is suspected, and lost."""
+        self._suspected_after_s = suspected_after_s
+        self._lost_after_s = lost_after_s
 
     async def open(self, bus: Bus) -> None:
         bus.on_disconnect(self.deafen)

@@ -34,8 +34,8 @@ log = structlog.get_logger("recovery")
 
 #: Records may be as large as the server takes.
 RECORD_BYTES_MAX = 8 * 1024 * 1024
-#: Events of this many records are told again after a start; the events' stream knows those that were told already.
-RETOLD_RECORDS = 64
+#: Of this many records the events are kept during replay, in case the daemon before did not come to tell them.
+RETOLD_RECORDS = 256
 _GIB = 1024**3
 #: How the server says that its store is smaller than what its streams may use.
 ERROR_NO_ROOM = "JetStream error 10047"

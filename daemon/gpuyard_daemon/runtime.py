@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 import structlog
@@ -57,6 +57,8 @@ class Durable(NamedTuple):
     sequence: int
     #: Of the record as stored, bytes.
     size: int
+    #: What the turn was about.
+    inputs: Sequence[Input] = ()
 
 
 class Runtime:
@@ -160,7 +162,7 @@ class Runtime:
         turn = self._core.handle(taken.inputs, now_ms, taken.cursors)
         decided = time.monotonic()
         if turn.record is not None:
-            await self._store(turn, turn.record, decided)
+            await self._store(turn, turn.record, taken.inputs, decided)
         elif not taken.inputs:
             self._timer_rests_until = asyncio.get_running_loop().time() + IDLE_TIMER_PAUSE_S
         self._is_unfinished = turn.unfinished
@@ -175,13 +177,13 @@ class Runtime:
         for callback in self._on_settled:
             callback()
 
-    async def _store(self, turn: Turn, record: Record, decided: float) -> None:
+    async def _store(self, turn: Turn, record: Record, inputs: Sequence[Input], decided: float) -> None:
         data = encode(record)
         if len(data) > RECORD_BYTES_MAX:
             raise InvariantViolated(f"the record of turn {record.turn} has {len(data)} bytes")
         sequence = await self._journal.append(data, f"{self._journal.epoch}-{record.turn}")
         self._measures.appended(time.monotonic() - decided, len(data))
         self.journaled = record.cursors
-        durable = Durable(turn, record, sequence, len(data))
+        durable = Durable(turn, record, sequence, len(data), inputs)
         for callback in self._on_durable:
             callback(durable)

@@ -1,7 +1,7 @@
 """Snapshots: the core's state in a file, so that a restart replays little and the journal can be pruned.
 
 A snapshot is written by a forked child: the loop loses only the time of the fork, and the child has the state of one
-moment for itself. The file becomes visible by a rename after its bytes are on disk, names the journal sequence it
+moment for itself. The file counts from a rename on, after its bytes are on disk; it names the journal sequence it
 stands for, and carries a checksum: a broken one is passed over for the one before, so two are kept.
 
 What is in a snapshot is the core's business; this file sees bytes.
@@ -68,6 +68,7 @@ class SnapshotStore:
         return self.directory / f"snapshot-{sequence:016d}.snap"
 
     def write(self, sequence: int, turn: int, state: bytes) -> None:
+        """Bring a snapshot to disk; it counts once it is `reveal`ed."""
         header = SnapshotHeader(
             format=FORMAT,
             version=FORMAT_VERSION,
@@ -77,14 +78,20 @@ class SnapshotStore:
             size=len(state),
             sha256=hashlib.sha256(state).hexdigest(),
         )
-        temporary = self.directory / f"writing-{sequence:016d}"
-        with temporary.open("wb") as file:
+        with self._hidden(sequence).open("wb") as file:
             file.write(encode(header) + b"\n")
             file.write(state)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, self.path_of(sequence))
+
+    def reveal(self, sequence: int) -> SnapshotHeader:
+        """From now on a restart begins with this snapshot, if it is the newest."""
+        os.replace(self._hidden(sequence), self.path_of(sequence))
         sync_directory(self.directory)
+        return self.read_header(sequence)
+
+    def _hidden(self, sequence: int) -> Path:
+        return self.directory / f"writing-{sequence:016d}"
 
     def read(self, path: Path) -> tuple[SnapshotHeader, bytes]:
         """The snapshot, or `SnapshotCorrupt` / OSError."""

@@ -15,6 +15,7 @@ from collections.abc import Callable
 
 import structlog
 
+from gpuyard_daemon.announce import Announcer
 from gpuyard_daemon.archive import Archive
 from gpuyard_daemon.config import JournalConfig
 from gpuyard_daemon.history import History
@@ -25,6 +26,8 @@ from gpuyard_protocol.bus.base import BusError
 log = structlog.get_logger("upkeep")
 
 _MIB = 1024 * 1024
+#: How long a snapshot waits for events of its time to be told; after that they count as lost.
+TELLING_S = 30.0
 
 
 class Upkeep:
@@ -35,6 +38,7 @@ class Upkeep:
         store: SnapshotStore,
         archive: Archive,
         history: History,
+        announcer: Announcer,
         state: Callable[[], bytes],
         turn: Callable[[], int],
         replayed: int,
@@ -44,6 +48,7 @@ class Upkeep:
         self._store = store
         self._archive = archive
         self._history = history
+        self._announcer = announcer
         self._state = state
         self._turn = turn
         #: Records since the last snapshot; those replayed at the start count, so that they need no replay again.
@@ -52,6 +57,7 @@ class Upkeep:
         self._last_at = time.monotonic()
         self._task: asyncio.Task[None] | None = None
         self._last_entry = 0
+        self._is_hastened = False
         self.snapshots_made = 0
         self.snapshots_failed = 0
         #: How long the loop stood still for the last fork, seconds.
@@ -62,6 +68,10 @@ class Upkeep:
         self._bytes += size
         self._last_entry = sequence
 
+    def hasten(self) -> None:
+        """The journal fills: do not wait for the next snapshot's time."""
+        self._is_hastened = True
+
     def settled(self) -> None:
         """The core's state is the journal's right now: begin a snapshot if one is due."""
         if self._task is None and self._is_due():
@@ -71,7 +81,8 @@ class Upkeep:
         if self._records == 0 or self._last_entry == 0:
             return False
         return (
-            self._records >= self._config.snapshot_records
+            self._is_hastened
+            or self._records >= self._config.snapshot_records
             or self._bytes >= int(self._config.snapshot_size) * _MIB
             or (time.monotonic() - self._last_at) * 1000 >= self._config.snapshot_after
         )
@@ -79,6 +90,7 @@ class Upkeep:
     def _begin(self) -> None:
         sequence, turn = self._last_entry, self._turn()
         self._records = self._bytes = 0
+        self._is_hastened = False
         self._last_at = time.monotonic()
         try:
             child = start_child(self._store, sequence, turn, self._state)
@@ -102,7 +114,9 @@ class Upkeep:
         # What lives now will mostly go on living: the collector need not look at it again.
         gc.freeze()
         try:
-            header = await asyncio.to_thread(self._store.read_header, sequence)
+            # A restart tells again what the records after the snapshot had to tell, and no others.
+            await self._announcer.until_told(sequence, TELLING_S)
+            header = await asyncio.to_thread(self._store.reveal, sequence)
             await self._journal.point_to_snapshot(
                 SnapshotPointer(
                     sequence=sequence,

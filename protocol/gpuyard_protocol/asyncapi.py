@@ -24,7 +24,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import msgspec
 import yaml
 
-from gpuyard_protocol import PROTOCOL_VERSION, jobs, nodes, queries, services, subjects
+from gpuyard_protocol import PROTOCOL_VERSION, audit, jobs, joining, nodes, queries, services, subjects
 from gpuyard_protocol.codec import json_schemas
 
 StreamKind = Literal["SUB", "REP", "JRN", "EVT"]
@@ -82,11 +82,15 @@ _QUERIES: tuple[tuple[str, type[Any], type[Any], str, str], ...] = (
     ("usage", queries.UsageQuery, queries.UsageReport, "What tenants hold, have used, and may have.", "q adm"),
     ("ping", queries.PingQuery, queries.Ok, "Whether somebody answers.", "q adm"),
     ("shutdown", queries.ShutdownRequest, queries.Ok, "End every replica with grace and requeue its job.", "adm"),
+    ("audit", audit.AuditQuery, audit.AuditPage, "Who did what, newest first.", "adm"),
 )
 _SUBMISSIONS: tuple[tuple[subjects.SubmitVerb, type[Any], str], ...] = (
     ("submit", jobs.JobRequest, "Submit a job."),
     ("submit-many", jobs.BatchRequest, "Submit many jobs in one message; each is decided alone."),
     ("cancel", jobs.CancelRequest, "Cancel a job."),
+    ("hold", jobs.HoldRequest, "Keep a job that waits from starting."),
+    ("release", jobs.HoldRequest, "Let a held job start again."),
+    ("requeue", jobs.RequeueRequest, "End a job's attempt with grace; it waits again, uncharged."),
     ("apply", services.ServiceRequest, "Create or change a service."),
     ("delete", services.DeleteRequest, "Stop a service's replicas and forget it."),
 )
@@ -128,6 +132,14 @@ def every_channel() -> Iterator[Channel]:
     yield Channel(
         "rep", subjects.reports("{node}"), "receive", "Outcomes from a node, numbered densely.",
         (nodes.ReportBatch,), (PubAck,), "REP",
+    )  # fmt: skip
+    yield Channel(
+        "join", joining.join("{node}"), "receive", "A GPU host asks to be let in, with the key of a one-time token.",
+        (joining.JoinRequest,), (joining.JoinAnswer, queries.QueryError), queue="api",
+    )  # fmt: skip
+    yield Channel(
+        "aud", audit.AUDIT_DAEMON, "send", "Who did what; kept in the append-only stream `AUD_<yard>`.",
+        (audit.AuditBatch,),
     )  # fmt: skip
     yield Channel(
         "hb", subjects.heartbeat("{node}"), "receive", "Sign of life, each second. Lossy.", (nodes.Heartbeat,)

@@ -21,7 +21,7 @@ from gpuyard_protocol.units import Count
 AUDIT_DAEMON = "aud.daemon"
 AUDIT_HEAD = "aud.head"
 #: Operators' verbs that change nothing.
-READING_VERBS = ("ping", "jobs", "job", "why", "services", "nodes", "stats", "logs")
+READING_VERBS = ("ping", "jobs", "job", "why", "services", "nodes", "stats", "usage", "logs")
 
 ENTRIES_PAGE_MAX = 500
 #: Part of the yard's budget, in percent, beside the four streams; and the most that it is.

@@ -17,7 +17,7 @@ import msgspec
 from msgspec import inspect as shapes
 
 from gpuyard_protocol.names import nearest
-from gpuyard_protocol.units import Cpus, GpuWish, MigProfile, Quantity, Share
+from gpuyard_protocol.units import Cpus, GpuWish, MigProfile, Moment, Quantity, Share
 
 T = TypeVar("T")
 
@@ -80,13 +80,13 @@ def from_plain(kind: type[T], plain: object) -> T:
 
 
 def _encode_extra(value: object) -> object:
-    if isinstance(value, Quantity | MigProfile | GpuWish):
+    if isinstance(value, Quantity | MigProfile | GpuWish | Moment):
         return str(value)
     raise TypeError(f"no JSON form for {type(value).__name__}")
 
 
 def _decode_extra(kind: type[Any], value: object) -> object:
-    if issubclass(kind, Quantity | MigProfile | GpuWish):
+    if issubclass(kind, Quantity | MigProfile | GpuWish | Moment):
         if isinstance(value, str | int | float) and not isinstance(value, bool):
             return kind.parse(value)
         raise ValueError(f"found {value!r}; expected {kind.EXPECTED}")
@@ -204,6 +204,6 @@ def json_schemas(kinds: Iterable[type[Any]]) -> tuple[list[dict[str, Any]], dict
 def _schema_extra(kind: type[Any]) -> dict[str, Any]:
     if issubclass(kind, Share | Cpus):
         return {"type": ["string", "number"], "description": kind.EXPECTED}
-    if issubclass(kind, Quantity | MigProfile | GpuWish):
+    if issubclass(kind, Quantity | MigProfile | GpuWish | Moment):
         return {"type": "string", "description": kind.EXPECTED}
     raise TypeError(f"no schema for {kind.__name__}")

@@ -40,6 +40,14 @@ _DEPENDENCY_KINDS: dict[str, DependencyKind] = {
 _DEPENDENCY = re.compile(r"singleton|(?:afterok|afternotok|afterany):[1-9][0-9]{0,15}")
 DEPENDENCY_EXPECTED = "'afterok:JOB', 'afternotok:JOB', 'afterany:JOB' with a job's number, or 'singleton'"
 DEPENDENCIES_MAX = 256
+ARRAY_ELEMENTS_MAX = 10_000
+ARRAY_INDEX_MAX = 999_999
+_RANGE = "[0-9]{1,6}(?:-[0-9]{1,6}(?::[0-9]{1,6})?)?"
+_ARRAY = re.compile(f"({_RANGE}(?:,{_RANGE})*)(?:%([0-9]{{1,5}}))?")
+ARRAY_EXPECTED = (
+    f"indices such as '0-99', '0-90:10' or '1,3,5', at most {ARRAY_ELEMENTS_MAX} of them up to {ARRAY_INDEX_MAX}, "
+    "with '%8' behind them for at most 8 at once"
+)
 
 PRIORITY_MIN, PRIORITY_MAX = -2, 2
 REPLICAS_MAX = 1024
@@ -104,6 +112,8 @@ class JobRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_
     begin: Moment | None = None
     #: Start after other jobs: `afterok:17` (succeeded), `afternotok:17`, `afterany:17`; `singleton`: alone of its name.
     depends_on: list[str] = []
+    #: The same job many times: `0-99`, `0-90:10`, `1,3,5`, and with `%8` at most 8 of them at once.
+    array: str | None = None
     # Known and not honoured yet: refused by name.
     min_replicas: int | None = None
     total_gpus: int | None = None
@@ -111,7 +121,6 @@ class JobRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_
     share_domain: str | None = None
     estimate: Duration | None = None
     deadline: str | None = None
-    array: str | None = None
     image: str | None = None
     launcher: str | None = None
     topology: str | None = None
@@ -142,6 +151,7 @@ class JobRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_
             begin_after_ms=self.begin.after_ms if self.begin else 0,
             depends_on=self._dependencies(),
             singleton="singleton" in self.depends_on,
+            array=parse_array(self.array) if self.array is not None else None,
         )
 
     def _dependencies(self) -> tuple[tuple[DependencyKind, JobId], ...]:
@@ -200,7 +210,7 @@ class JobRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_
 
 _NOT_HONOURED = (
     "min_replicas", "total_gpus", "queue", "share_domain", "estimate", "deadline",
-    "array", "image", "launcher", "topology", "upload", "secrets", "lease",
+    "image", "launcher", "topology", "upload", "secrets", "lease",
 )  # fmt: skip
 
 
@@ -300,6 +310,8 @@ class CancelRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, om
     """The payload of `sub.<tenant>.<user>.cancel`."""
 
     job: Count
+    #: The whole array that the job belongs to.
+    array: bool = False
     v: RequestVersion = 1
     submission_id: str | None = None
 
@@ -308,6 +320,8 @@ class HoldRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit
     """The payload of `sub.<tenant>.<user>.hold` and `….release`."""
 
     job: Count
+    #: Every waiting element of the array that the job belongs to.
+    array: bool = False
     v: RequestVersion = 1
     submission_id: str | None = None
 
@@ -320,6 +334,42 @@ class RequeueRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, o
     hold: bool = False
     v: RequestVersion = 1
     submission_id: str | None = None
+
+
+class ArraySpec(msgspec.Struct, frozen=True, array_like=True):
+    """Which elements an array has, and how many of them may run at once."""
+
+    #: (first, last, step), in the order asked for, without overlaps.
+    ranges: tuple[tuple[int, int, int], ...]
+    #: 0: as many as there is room for.
+    at_once: int = 0
+
+    def indices(self) -> list[int]:
+        return [index for first, last, step in self.ranges for index in range(first, last + 1, step)]
+
+    @property
+    def count(self) -> int:
+        return sum([(last - first) // step + 1 for first, last, step in self.ranges])
+
+
+def parse_array(text: str) -> ArraySpec:
+    """`0-99%8` and the like, or `Malformed`."""
+    match = _ARRAY.fullmatch(text.replace(" ", ""))
+    if match is None:
+        raise _malformed("array", text, ARRAY_EXPECTED)
+    ranges = []
+    for part in match[1].split(","):
+        bounds, _, step = part.partition(":")
+        first, _, last = bounds.partition("-")
+        ranges.append((int(first), int(last or first), int(step or 1)))
+        if ranges[-1][1] < ranges[-1][0] or not ranges[-1][2] or ranges[-1][1] > ARRAY_INDEX_MAX:
+            raise _malformed("array", text, ARRAY_EXPECTED)
+    array = ArraySpec(tuple(ranges), int(match[2] or 0))
+    if array.count > ARRAY_ELEMENTS_MAX or match[2] == "0":
+        raise _malformed("array", text, ARRAY_EXPECTED)
+    if len(set(array.indices())) != array.count:
+        raise _malformed("array", text, "each index once")
+    return array
 
 
 class JobSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -346,6 +396,8 @@ class JobSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     depends_on: tuple[tuple[DependencyKind, JobId], ...] = ()
     #: No earlier job of the same name and owner may be unfinished.
     singleton: bool = False
+    #: Each element of an array has the whole array's spec.
+    array: ArraySpec | None = None
 
 
 class Why(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -362,6 +414,8 @@ class SubmissionAnswer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=
     accepted: bool
     v: int = 1
     job: JobId = 0
+    #: Of an array: its jobs are `job`, `job` + 1, …, so many; 0: it is none.
+    elements: int = 0
     service: ServiceName = ""
     #: Set when rejected: `code` is one of `Malformed`, `Impossible`, `UnknownJob`, `NotYours`, ….
     reason: Why | None = None
@@ -425,4 +479,10 @@ class JobView(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     reason: Why | None = None
     service: ServiceName = ""
     placed: tuple[ReplicaView, ...] = ()
+    #: The array it is an element of, by its first job's number, and which; 0: none.
+    array: JobId = 0
+    array_index: int = 0
+    #: In a list: this row stands for so many waiting elements of the array; 0: for the job alone.
+    elements: int = 0
+    #: The elements of an array but the first are put away without their script.
     spec: JobSpec | None = None

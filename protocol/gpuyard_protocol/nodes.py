@@ -86,6 +86,10 @@ class Launch(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     time_limit_ms: int = 0
     stop_grace_ms: int = 30_000
     service: ServiceName = ""
+    #: An element of an array: the array by its first job's number, which of it, and how many there are. 0: none.
+    array_job: JobId = 0
+    array_index: int = 0
+    array_count: int = 0
 
 
 class Start(msgspec.Struct, frozen=True, tag="start", kw_only=True, omit_defaults=True):

@@ -37,6 +37,8 @@ class JobsQuery(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_d
     all: bool = False
     user: str = ""
     service: str = ""
+    #: One row for all waiting elements of an array.
+    fold: bool = False
     limit: Count = 100
     #: The `next` of the page before; 0: from the newest.
     cursor: Count = 0

@@ -2,7 +2,7 @@
 
 | subject | who publishes | what |
 |---|---|---|
-| `sub.<tenant>.<user>.<verb>` | tenants | durable requests: submit, submit-many, cancel, apply, delete (stream SUB) |
+| `sub.<tenant>.<user>.<verb>` | tenants | durable requests: submit, submit-many, cancel, hold, … (stream SUB) |
 | `q.<tenant>.<user>.<verb>` | tenants | questions, answered at once |
 | `adm.<user>.<verb>` | operators | the same for operators |
 | `load.<tenant>.<service>` | gateways | load reports, lossy |
@@ -24,8 +24,10 @@ from typing import Literal, NamedTuple
 from gpuyard_protocol.bus.base import StreamSpec
 from gpuyard_protocol.names import JobId, NodeId, ServiceName, SubmissionId, Tenant, User, is_name
 
-SubmitVerb = Literal["submit", "submit-many", "cancel", "apply", "delete"]
-SUBMIT_VERBS: tuple[SubmitVerb, ...] = ("submit", "submit-many", "cancel", "apply", "delete")
+SubmitVerb = Literal["submit", "submit-many", "cancel", "hold", "release", "requeue", "apply", "delete"]
+SUBMIT_VERBS: tuple[SubmitVerb, ...] = (
+    "submit", "submit-many", "cancel", "hold", "release", "requeue", "apply", "delete",
+)  # fmt: skip
 
 JOURNAL_LEADER = "jrn.leader"
 JOURNAL_ENTRY = "jrn.e"

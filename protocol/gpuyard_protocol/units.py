@@ -11,6 +11,7 @@ where its unit would be a guess.
 from __future__ import annotations
 
 import re
+from datetime import datetime
 from fractions import Fraction
 from math import ceil
 from typing import Annotated, ClassVar, Self, TypeAlias
@@ -146,6 +147,39 @@ class GpuAmount(Quantity):
 
     def __str__(self) -> str:
         return format_milli(int(self))
+
+
+class Moment(str):
+    """A point in time: ISO 8601 with its zone, or `+2h` from the acceptance on. The text is kept as written."""
+
+    __slots__ = ()
+    EXPECTED = "a time with its zone, such as '2030-01-01T08:00:00Z', or a wait, such as '+2h'"
+
+    @classmethod
+    def parse(cls, text: object) -> Self:
+        moment = cls(text.strip()) if isinstance(text, str) else cls()
+        try:
+            known = bool(moment.after_ms or moment.at_ms)
+        except (ValueError, OverflowError):
+            known = False
+        if not known:
+            raise ValueError(f"found {text!r}; expected {cls.EXPECTED}")
+        return moment
+
+    @property
+    def after_ms(self) -> int:
+        """A wait in ms; 0 if it is a time."""
+        return int(Duration.parse(self[1:])) if self.startswith("+") else 0
+
+    @property
+    def at_ms(self) -> int:
+        """Unix milliseconds; 0 if it is a wait."""
+        if self.startswith("+"):
+            return 0
+        found = datetime.fromisoformat(self)
+        if found.tzinfo is None:
+            raise ValueError("without a zone it would be a guess")
+        return max(1, int(found.timestamp() * 1000))
 
 
 _MS_PER = {"ms": 1, "s": 1000, "m": 60_000, "min": 60_000, "h": 3_600_000, "d": 86_400_000, "w": 604_800_000}

@@ -62,6 +62,18 @@ def test_a_plain_replica_sees_its_account_its_cards_and_its_assignment() -> None
     }
 
 
+def test_an_element_of_an_array_knows_which_one_it_is() -> None:
+    env = env_of(Launch(tenant="acme", user="alice", array_job=16, array_index=5, array_count=9))
+    assert {name: value for name, value in env.items() if "ARRAY" in name} == {
+        "GPUYARD_ARRAY_JOB": "16",
+        "GPUYARD_ARRAY_INDEX": "5",
+        "GPUYARD_ARRAY_COUNT": "9",
+        "SLURM_ARRAY_JOB_ID": "16",
+        "SLURM_ARRAY_TASK_ID": "5",
+        "SLURM_ARRAY_TASK_COUNT": "9",
+    }
+
+
 def test_a_member_of_a_gang_knows_its_rank_and_its_rendezvous() -> None:
     launch = Launch(tenant="acme", user="alice", replicas=4)
     env = env_of(launch, go=Go(key=KEY, master_address="10.0.0.7", master_port=29_512))

@@ -8,6 +8,7 @@ import pytest
 
 from gpuyard_daemon.__main__ import main
 from gpuyard_daemon.config import EXIT_BAD_CONFIG, BadConfig, DaemonConfig, load, parse_arguments
+from gpuyard_daemon.core.policy import Policy, TenantLimits
 
 
 def complaint(tmp_path: Path, text: str) -> str:
@@ -43,6 +44,10 @@ def test_a_misspelt_key_names_the_nearest(tmp_path: Path) -> None:
         ('[nodes]\nlost_after = "1s"', "nodes.lost_after", "more than 'nodes.suspected_after'"),
         ("history_days = true", "history_days", "an integer"),
         ("[scheduler]\nstarts_per_turn = 0", "scheduler.starts_per_turn", "above 0"),
+        ("[tenants.acme]\ngpus_max = -1", "tenants.acme.gpus_max", "a number of GPUs"),
+        ("[tenants.acme]\njobs_max = 0", "tenants.acme.jobs_max", "above 0"),
+        ("[tenants.Acme]\njobs_max = 1", "tenants.Acme", "lower-case letters"),
+        ("[tenants.acme]\ngpu_max = 1", "tenants.acme.gpu_max", "gpus_max"),
     ],
 )
 def test_a_wrong_value_says_what_is_allowed(tmp_path: Path, text: str, key: str, allowed: str) -> None:
@@ -73,3 +78,12 @@ def test_the_process_refuses_with_its_own_exit_code(tmp_path: Path, capsys: pyte
     captured = capsys.readouterr()
     assert captured.out == ""
     assert "yard: found 'No Yard'" in captured.err
+
+
+def test_a_tenants_own_table_goes_before_the_default_key_by_key(tmp_path: Path) -> None:
+    file = tmp_path / "daemon.toml"
+    file.write_text("[tenants.default]\ngpus_max = 4\n[tenants.acme]\njobs_max = 5\n[tenants.big]\ngpus_max = 0\n")
+    policy = load(file, {}).policy()
+    assert policy.default == TenantLimits(4000, 100_000)
+    assert dict(policy.tenants) == {"acme": TenantLimits(4000, 5), "big": TenantLimits(0, 100_000)}
+    assert DaemonConfig().policy() == Policy(default=TenantLimits(0, 100_000))

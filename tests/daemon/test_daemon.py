@@ -6,12 +6,14 @@ import asyncio
 import contextlib
 import json
 import socket
+from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
 from bench.fleet import FakeAgent
 
+from gpuyard_daemon.config import EXIT_BAD_CONFIG
 from gpuyard_daemon.exits import EXIT_TEMPORARY
 from gpuyard_protocol.bus.base import Bus, BusError, StoredMessage
 from gpuyard_protocol.bus.nats import connect
@@ -76,6 +78,23 @@ async def fleet(bus: Bus, nodes: int, *, runs_for_s: float = 0.0) -> AsyncIterat
         assert agent.faults == []
 
 
+async def told_answers(bus: Bus, count: int) -> dict[str, int]:
+    """How often each submission's answer was told, once `count` of them were."""
+    told = Counter[str]()
+
+    def take(messages: list[StoredMessage]) -> None:
+        told.update(event.subject.removeprefix("evt.acme.sub.") for event in messages)
+
+    reader = await bus.read_stream("EVT_main", take, filter_subject="evt.acme.sub.*")
+
+    async def all_told() -> bool:
+        return len(told) >= count
+
+    await until(all_told, f"{count} answers told")
+    await reader.close()
+    return dict(told)
+
+
 async def finished(tenant: Tenant, count: int) -> Stats:
     async def probe() -> Stats | None:
         stats = await tenant.ask("stats", StatsQuery(), Stats)
@@ -111,6 +130,7 @@ async def test_no_acknowledged_job_is_lost_and_none_runs_twice_over_kills_of_the
         assert sorted(answer.job for answer in answers) == list(range(1, 401))
         assert sum(len(agent.ended) for agent in agents) == 400
         assert len(set.union(*(agent.ended for agent in agents))) == 400
+        assert await told_answers(bus, 400) == dict.fromkeys(acknowledged, 1)
 
 
 async def test_the_daemon_outlives_kills_of_the_server_and_loses_nothing(
@@ -152,7 +172,7 @@ async def test_while_the_server_is_away_the_daemon_lives_and_is_not_ready(
     await asyncio.to_thread(nats_process.start)
 
     async def is_ready() -> bool:
-        return (await asyncio.to_thread(daemon.get, "/readyz"))[0] == 200
+        return bus.is_connected and (await asyncio.to_thread(daemon.get, "/readyz"))[0] == 200
 
     await until(is_ready, "readiness")
     assert (await tenant.answer(await tenant.submit(JOB))).accepted
@@ -194,6 +214,26 @@ async def test_a_daemon_that_takes_over_deposes_the_one_before(
         assert answer.job == 2
         await finished(tenant, 2)
         other.kill()
+
+
+async def test_without_its_key_it_refuses_and_says_which(nats_process: NatsProcess, tmp_path: Path) -> None:
+    daemon = DaemonProcess(tmp_path / "daemon", nats_process.url, authenticate=True)
+    daemon.spawn()
+    assert await asyncio.to_thread(daemon.wait) == EXIT_BAD_CONFIG
+    assert f"there is no key {daemon.state / 'keys' / 'daemon.seed'}" in daemon.log
+
+
+async def test_told_to_stop_while_it_waits_for_a_server_it_ends(nats_process: NatsProcess, tmp_path: Path) -> None:
+    nats_process.kill()
+    daemon = DaemonProcess(tmp_path / "daemon", nats_process.url)
+    daemon.spawn()
+
+    async def is_up() -> bool:
+        return (daemon.state / "daemon" / "http.url").exists()
+
+    await until(is_up, "an HTTP door")
+    assert await asyncio.to_thread(daemon.get, "/readyz") == (503, "starting or stopping\n")
+    assert await asyncio.to_thread(daemon.stop) == 0
 
 
 # --- bad input -------------------------------------------------------------------------------------------------------

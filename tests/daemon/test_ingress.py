@@ -11,10 +11,13 @@ from hypothesis import strategies as st
 
 from gpuyard_daemon.core.inputs import (
     CancelRequested,
+    HoldRequested,
     Input,
     JobSubmitted,
     NodeReported,
+    ReleaseRequested,
     RequestMalformed,
+    RequeueRequested,
     ServiceApplied,
     ServiceDeleted,
 )
@@ -45,6 +48,9 @@ def test_a_chosen_id_is_kept_and_said_to_be_chosen() -> None:
 
 def test_each_verb_becomes_its_input() -> None:
     assert isinstance(take("cancel", {"job": 3})[0], CancelRequested)
+    assert isinstance(take("hold", {"job": 3, "array": True})[0], HoldRequested)
+    assert isinstance(take("release", {"job": 3})[0], ReleaseRequested)
+    assert isinstance(take("requeue", {"job": 3, "hold": True})[0], RequeueRequested)
     assert isinstance(take("apply", {"name": "chat", "command": "serve"})[0], ServiceApplied)
     assert isinstance(take("delete", {"service": "chat"})[0], ServiceDeleted)
 
@@ -54,7 +60,9 @@ def test_each_verb_becomes_its_input() -> None:
     [
         ("submit", {"command": ["true"], "gpu_memroy": "5Gi"}, "$.gpu_memroy", "gpu_memory"),
         ("submit", {"command": ["true"], "gpu_memory": "5"}, "$.gpu_memory", ""),
-        ("submit", {"command": ["true"], "array": "1-5"}, "$.array", ""),
+        ("submit", {"command": ["true"], "queue": "night"}, "$.queue", ""),
+        ("submit-many", {"jobs": [{"command": ["true"], "array": "1-5"}]}, "$.jobs[0].array", ""),
+        ("hold", {"job": 1, "for": "ever"}, "$.for", ""),
         ("submit", b"\xff\x00 no JSON", "$", ""),
         ("submti", {"command": ["true"]}, "subject", "submit"),
         ("cancel", {"job": -1}, "$.job", ""),
@@ -67,7 +75,8 @@ def test_what_cannot_be_understood_is_answered(verb: str, payload: object, path:
     counts = Counter[str]()
     (refused,) = take(verb, payload, counts=counts)
     assert isinstance(refused, RequestMalformed)
-    assert (refused.submission_id, refused.path, refused.nearest) == ("s17", path, near)
+    name = "s17-0" if path.startswith("$.jobs[") else "s17"
+    assert (refused.submission_id, refused.path, refused.nearest) == (name, path, near)
     assert counts == {"malformed": 1}
 
 

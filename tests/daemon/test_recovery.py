@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from gpuyard_daemon import recovery
+from gpuyard_daemon.announce import Announcer
 from gpuyard_daemon.archive import Archive
 from gpuyard_daemon.config import DaemonConfig, JournalConfig
 from gpuyard_daemon.core.inputs import Cursors
@@ -64,7 +65,7 @@ class Rig:
         core = self.harness.core
         upkeep = Upkeep(
             JournalConfig(snapshot_records=1), self.journal, self.store, self.archive, self.history,
-            core.snapshot, lambda: core.turn, 0,
+            Announcer(self.bus), core.snapshot, lambda: core.turn, 0,
         )  # fmt: skip
         upkeep.record_stored(self.journal.last_sequence, 1)
         return upkeep
@@ -150,6 +151,7 @@ async def test_retired_jobs_reach_the_history_even_when_it_was_left_behind(rig: 
 async def test_a_journal_shorter_than_the_snapshot_is_refused(rig: Rig) -> None:
     await rig.work(5)
     rig.store.write(rig.journal.last_sequence + 5, 99, rig.harness.core.snapshot())
+    rig.store.reveal(rig.journal.last_sequence + 5)
     with pytest.raises(StartRefused, match="was the NATS store replaced"):
         await rig.restart()
 

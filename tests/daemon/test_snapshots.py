@@ -21,6 +21,8 @@ async def test_a_child_writes_the_state_of_the_moment_of_the_fork(store: Snapsho
     child = start_child(store, 17, 3, lambda: bytes(state))
     state[:] = b"after!"
     assert await wait_for_child(child)
+    assert store.paths() == []
+    store.reveal(17)
     header, found = store.read(store.path_of(17))
     assert (found, header.sequence, header.turn) == (b"before", 17, 3)
 
@@ -36,7 +38,9 @@ async def test_a_child_that_fails_leaves_no_snapshot(store: SnapshotStore, capfd
 
 def test_the_newest_readable_snapshot_is_restored(store: SnapshotStore) -> None:
     store.write(10, 1, b"old")
+    store.reveal(10)
     store.write(20, 2, b"new")
+    store.reveal(20)
     assert recovery.restore(store) == (b"new", 20)
     path = store.path_of(20)
     path.write_bytes(path.read_bytes()[:-1] + b"?")
@@ -48,6 +52,7 @@ def test_the_newest_readable_snapshot_is_restored(store: SnapshotStore) -> None:
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "empty", "header", "grown"])
 def test_any_damage_is_noticed(store: SnapshotStore, damage: str) -> None:
     store.write(10, 1, b"state" * 100)
+    store.reveal(10)
     path = store.path_of(10)
     data = path.read_bytes()
     path.write_bytes(
@@ -65,6 +70,7 @@ def test_any_damage_is_noticed(store: SnapshotStore, damage: str) -> None:
 
 def test_another_yards_snapshot_is_none_of_ours(store: SnapshotStore) -> None:
     store.write(10, 1, b"state")
+    store.reveal(10)
     with pytest.raises(SnapshotCorrupt, match="belongs to the yard 'main'"):
         SnapshotStore(store.directory, "other").read(store.path_of(10))
 
@@ -72,6 +78,7 @@ def test_another_yards_snapshot_is_none_of_ours(store: SnapshotStore) -> None:
 def test_two_are_kept_and_half_written_ones_go(store: SnapshotStore) -> None:
     for sequence in (10, 20, 30):
         store.write(sequence, 1, b"state")
+        store.reveal(sequence)
     (store.directory / "writing-0000000000000040").write_bytes(b"half")
     assert {os.path.basename(path) for path in store.forget_old()} == {
         "snapshot-0000000000000010.snap",

@@ -18,17 +18,24 @@ from gpuyard_daemon.core.feasibility import Shape, judge
 from gpuyard_daemon.core.gangs import Offers, plan_gang
 from gpuyard_daemon.core.inputs import (
     CancelRequested,
+    HoldRequested,
     LoadReported,
     NodeLost,
     NodeReported,
     NodeSuspected,
+    PolicyChanged,
+    ReleaseRequested,
     RequeueAll,
+    RequeueRequested,
     ServiceApplied,
     ServiceDeleted,
     YardStarted,
 )
+from gpuyard_daemon.core.order import ShapeQueue
 from gpuyard_daemon.core.placement import Candidates
-from gpuyard_protocol.jobs import JobSpec
+from gpuyard_daemon.core.policy import Policy, TenantLimits
+from gpuyard_daemon.core.round import counts_for, places
+from gpuyard_protocol.jobs import DependencyKind, JobSpec, parse_array
 from gpuyard_protocol.names import AssignmentKey
 from gpuyard_protocol.nodes import Ended, Inventory, Prepared, Started
 from gpuyard_protocol.resources import Isolation
@@ -107,6 +114,51 @@ class CoreMachine(RuleBasedStateMachine):
     @rule(wanted=st.lists(specs, min_size=1, max_size=4), who=st.sampled_from(TENANTS), user=st.sampled_from(USERS))
     def submit(self, wanted: list[JobSpec], who: str, user: str) -> None:
         self.harness.submit_many(wanted, tenant=who, user=user)
+        self.check_work_goes_on()
+
+    @rule(
+        spec=specs,
+        who=st.sampled_from(TENANTS),
+        kinds=st.lists(st.sampled_from(("afterok", "afternotok", "afterany")), max_size=2),
+        array=st.sampled_from((None, None, "0-3", "0-5%2")),
+        name=st.sampled_from(("", "x", "y")),
+        extras=st.fixed_dictionaries({"hold": st.booleans(), "begin_after_ms": st.sampled_from((0, 0, 5000))}),
+        data=st.data(),
+    )
+    def submit_to_wait_for_others(
+        self,
+        spec: JobSpec,
+        who: str,
+        kinds: list[DependencyKind],
+        array: str | None,
+        name: str,
+        extras: dict[str, Any],
+        data: st.DataObject,
+    ) -> None:
+        newest = self.harness.core.cluster.last_job
+        targets = tuple((kind, data.draw(st.integers(max(1, newest - 5), newest + 1))) for kind in kinds)
+        wanted = msgspec.structs.replace(
+            spec,
+            depends_on=targets,
+            name=name,
+            singleton=bool(name),
+            array=parse_array(array) if array else None,
+            **extras,
+        )
+        self.harness.submit(wanted, tenant=who)
+        self.check_work_goes_on()
+
+    @rule(
+        kind=st.sampled_from((CancelRequested, HoldRequested, ReleaseRequested, RequeueRequested)),
+        number=st.integers(0, 40),
+        user=st.sampled_from(USERS),
+        who=st.sampled_from(TENANTS),
+        whole=st.booleans(),
+    )
+    def an_owner_directs(self, kind: type[Any], number: int, user: str, who: str, whole: bool) -> None:
+        self.requests += 1
+        more = {"hold": whole} if kind is RequeueRequested else {"array": whole}
+        self.harness.turn(kind(tenant=who, user=user, submission_id=f"s{self.requests}", job=number, **more))
         self.check_work_goes_on()
 
     @rule(spec=specs, name=st.sampled_from(("first", "second")), who=st.sampled_from(TENANTS))
@@ -265,6 +317,15 @@ class CoreMachine(RuleBasedStateMachine):
 
     # --- the yard ---
 
+    @rule(gpus=st.sampled_from((0, 0, 500, 1500, 3000)), who=st.sampled_from(TENANTS), jobs=st.sampled_from((0, 0, 4)))
+    def the_policy_changes(self, gpus: int, who: str, jobs: int) -> None:
+        policy = Policy(tenants=((who, TenantLimits(gpus, jobs)),))
+        held = self.harness.core.cluster.tenancy.held_milli.get(who, 0)
+        self.harness.turn(PolicyChanged(policy=policy))
+        now = self.harness.core.cluster.tenancy.held_milli.get(who, 0)
+        assert not gpus or now <= max(held, gpus), "started beyond the limit"
+        self.check_work_goes_on()
+
     @rule(up=st.booleans())
     def the_yard_stops_or_starts(self, up: bool) -> None:
         self.harness.turn(YardStarted(epoch=1) if up else RequeueAll())
@@ -296,6 +357,11 @@ class CoreMachine(RuleBasedStateMachine):
                 together = Offers(Candidates(shape), spanning=False)
                 apart = Offers(Candidates(shape, spanning=True), spanning=True)
                 fits = plan_gang(cluster.pool, together, apart) is not None
+            if fits and cluster.tenancy.is_limited(waiting.tenant):
+                queue = ShapeQueue((spec.need, spec.replicas, waiting.tenant, waiting.user), 0, 4000)
+                found = places(cluster.pool, queue)
+                assert found is not None
+                fits = cluster.tenancy.has_room(waiting.tenant, counts_for(cluster.pool, found))
             assert not fits, f"job {waiting.id} waits although it fits"
         for key, service in cluster.services.items():
             replicas = [r for r in cluster.service_jobs.get(key, {}).values() if r.generation == service.generation]
@@ -307,10 +373,14 @@ class CoreMachine(RuleBasedStateMachine):
         """Heal everything: whatever could ever run must come to an end, and nothing is held."""
         for name in SERVICES:
             self.delete_service(name)
-        self.harness.turn(YardStarted(epoch=2))
+        self.harness.turn(YardStarted(epoch=2), PolicyChanged(policy=Policy()))
         for target, inventory in zip(self.world.nodes.values(), inventories(), strict=True):
             target.inventory = inventory
         self.world.heal()
+        cluster = self.harness.core.cluster
+        for held in [left for left in cluster.jobs.values() if left.held_by]:
+            release = ReleaseRequested(tenant=held.tenant, user=held.user, submission_id="s0", job=held.id)
+            self.harness.turn(release)
         self.world.finish()
         cluster = self.harness.core.cluster
         for left in cluster.jobs.values():

@@ -151,6 +151,14 @@ def test_resources_become_one_kind_of_need(fields: dict[str, Any], need: Resourc
         ({"depends_on": ["afterok:0"]}, "$.depends_on[0]"),
         ({"depends_on": ["singleton"]}, "$.depends_on[0]"),
         ({"depends_on": ["afterok:1"] * 257}, "$.depends_on"),
+        ({"array": ""}, "$.array"),
+        ({"array": "a-b"}, "$.array"),
+        ({"array": "9-0"}, "$.array"),
+        ({"array": "0-9:0"}, "$.array"),
+        ({"array": "0-9%0"}, "$.array"),
+        ({"array": "0-10000"}, "$.array"),
+        ({"array": "0-9,5"}, "$.array"),
+        ({"array": "1000000"}, "$.array"),
         ({"cwd": "srv"}, "$.cwd"),
         ({"cwd": "/srv\0"}, "$.cwd"),
     ],
@@ -171,7 +179,6 @@ def test_what_makes_no_sense_is_refused_by_its_path(fields: dict[str, Any], path
         ("share_domain", "team"),
         ("estimate", "1h"),
         ("deadline", "2030-01-01T00:00:00Z"),
-        ("array", "0-9"),
         ("image", "busybox"),
         ("launcher", "torchrun"),
         ("topology", "rack"),
@@ -196,7 +203,7 @@ def test_no_field_is_accepted_and_then_ignored() -> None:
         "gpu_memory": "5Gi", "mig": "1g.10gb", "isolation": "hard", "gpu_model": "H100:1", "gpu_processes": 2,
         "cpus": 2, "memory": "2Gi", "node_labels": {"a": "b"}, "nodes": ["n"], "priority": 1, "time_limit": "1h",
         "stop_grace": "1s", "retries": 1, "env": {"A": "1"}, "cwd": "/", "preemption": "never", "allow_pending": True,
-        "hold": True, "begin": "+2h", "depends_on": ["afterok:1"],
+        "hold": True, "begin": "+2h", "depends_on": ["afterok:1"], "array": "0-9%2",
     }  # fmt: skip
     only_names = {"v", "submission_id", "on_node_lost"}  # one value each, or read before the core
     for field in JobRequest.__struct_fields__:
@@ -232,3 +239,19 @@ def test_the_order_of_writing_changes_nothing(replicas: int, priority: int, retr
     fields = {"replicas": replicas, "priority": priority, "retries": retries, "env": env}
     backwards = dict(reversed(fields.items())) | {"env": dict(reversed(env.items()))}
     assert specify(**fields) == specify(**backwards)
+
+
+@pytest.mark.parametrize(
+    ("text", "indices", "at_once"),
+    [
+        ("0-3", [0, 1, 2, 3], 0),
+        ("7", [7], 0),
+        ("0-20:10%2", [0, 10, 20], 2),
+        ("1, 3, 10-11", [1, 3, 10, 11], 0),
+        ("0-9999", list(range(10_000)), 0),
+    ],
+)
+def test_an_array_has_the_elements_it_says(text: str, indices: list[int], at_once: int) -> None:
+    array = specify(array=text).array
+    assert array is not None
+    assert (array.indices(), array.count, array.at_once) == (indices, len(indices), at_once)

@@ -12,13 +12,23 @@ from typing import Any, TypeVar
 import msgspec
 
 from gpuyard_daemon.core.facts import Fact
-from gpuyard_daemon.core.inputs import CancelRequested, Cursors, Input, JobSubmitted, NodeReported, PolicyChanged
+from gpuyard_daemon.core.inputs import (
+    CancelRequested,
+    Cursors,
+    HoldRequested,
+    Input,
+    JobSubmitted,
+    NodeReported,
+    PolicyChanged,
+    ReleaseRequested,
+    RequeueRequested,
+)
 from gpuyard_daemon.core.invariants import check
 from gpuyard_daemon.core.policy import Policy, TenantLimits
 from gpuyard_daemon.core.scheduler import Scheduler
 from gpuyard_daemon.core.settings import CoreSettings
 from gpuyard_daemon.core.turn import AnswerNotice, JobNotice, Record, Turn
-from gpuyard_protocol.jobs import JobEvent, JobSpec, JobView, SubmissionAnswer, Why
+from gpuyard_protocol.jobs import DependencyKind, JobEvent, JobSpec, JobView, SubmissionAnswer, Why
 from gpuyard_protocol.names import AssignmentKey, JobId
 from gpuyard_protocol.nodes import Ended, Go, Inventory, Joined, Order, Prepared, Report, Start, Started, Stop
 from gpuyard_protocol.resources import Device, MigProfileFacts, Mode, ResourceNeed
@@ -102,6 +112,11 @@ def job(
     time_limit_ms: int = 0,
     allow_pending: bool = False,
     name: str = "",
+    hold: bool = False,
+    begin_after_ms: int = 0,
+    begin_ms: int = 0,
+    depends_on: Sequence[tuple[DependencyKind, JobId]] = (),
+    singleton: bool = False,
     **fields: Any,
 ) -> JobSpec:
     """A job of `/bin/true`; what is not a field of the job is one of its need."""
@@ -114,6 +129,11 @@ def job(
         retries=retries,
         time_limit_ms=time_limit_ms,
         allow_pending=allow_pending,
+        hold=hold,
+        begin_after_ms=begin_after_ms,
+        begin_ms=begin_ms,
+        depends_on=tuple(depends_on),
+        singleton=singleton,
     )
 
 
@@ -224,6 +244,20 @@ class CoreHarness:
     def cancel(self, number: JobId, *, tenant: str = "acme", user: str = "alice") -> SubmissionAnswer:
         self._submissions += 1
         self.turn(CancelRequested(tenant=tenant, user=user, submission_id=f"s{self._submissions}", job=number))
+        return self.answers[-1]
+
+    def hold(self, number: JobId, *, user: str = "alice") -> SubmissionAnswer:
+        return self._ask(HoldRequested(tenant="acme", user=user, submission_id="", job=number))
+
+    def release(self, number: JobId) -> SubmissionAnswer:
+        return self._ask(ReleaseRequested(tenant="acme", user="alice", submission_id="", job=number))
+
+    def requeue(self, number: JobId, *, hold: bool = False) -> SubmissionAnswer:
+        return self._ask(RequeueRequested(tenant="acme", user="alice", submission_id="", job=number, hold=hold))
+
+    def _ask(self, request: HoldRequested | ReleaseRequested | RequeueRequested) -> SubmissionAnswer:
+        self._submissions += 1
+        self.turn(msgspec.structs.replace(request, submission_id=f"s{self._submissions}"))
         return self.answers[-1]
 
     # --- nodes ---

@@ -17,12 +17,14 @@ from gpuyard_daemon.yard.accounts import (
     API_INBOX,
     DAEMON_INBOX,
     ServerSettings,
+    join_inbox,
     node_inbox,
     operator_inbox,
     server_config,
     user_inbox,
 )
 from gpuyard_daemon.yard.keys import YardKeys
+from gpuyard_protocol.audit import READING_VERBS, audit_stream
 from gpuyard_protocol.bus import nats
 from gpuyard_protocol.bus.base import (
     BusError,
@@ -39,6 +41,7 @@ from support.nats import NatsProcess
 
 DEADLINE_S = 5.0
 STORE_BYTES = 400_000_000
+ALL_STREAMS = (*streams("lab", STORE_BYTES * 9 // 10), audit_stream("lab", STORE_BYTES * 9 // 10))
 
 
 class Yard:
@@ -48,12 +51,20 @@ class Yard:
         self.keys = YardKeys.load_or_create(directory / "keys")
         self.keys.add_operator("olga")
         self.keys.add_operator("otto")
+        self.keys.add_viewer("vera")
+        self.token = self.directory_of(directory) / "token.seed"
+        self.token.write_text(self.keys.tokens.issue("n3", 3_600_000))
         for node in ("n1", "n2"):
             self.keys.add_node(node)
         for tenant, user in (("acme", "alice"), ("acme", "bob"), ("globex", "gus")):
             self.keys.add_user(tenant, user)
         self.server = NatsProcess(directory / "nats")
         self.server.config = self.config()
+
+    @staticmethod
+    def directory_of(directory: Path) -> Path:
+        directory.mkdir(exist_ok=True)
+        return directory
 
     def config(self) -> str:
         settings = ServerSettings("lab", self.server_directory, STORE_BYTES, port=4222)
@@ -65,7 +76,7 @@ class Yard:
         return self.server.directory
 
     def role(self, role: str) -> tuple[str, Path]:
-        """Inbox prefix and seed file of `daemon`, `api`, `sys`, `operator olga`, `node n1`, `acme alice`."""
+        """Inbox prefix and seed file of `api`, `operator olga`, `viewer vera`, `token n3`, `node n1`, `acme alice`."""
         match role.split():
             case ["daemon"]:
                 return DAEMON_INBOX, self.keys.daemon
@@ -75,6 +86,10 @@ class Yard:
                 return DAEMON_INBOX, self.keys.sys
             case ["operator", name]:
                 return operator_inbox(name), self.keys.operator(name)
+            case ["viewer", name]:
+                return operator_inbox(name), self.keys.viewer(name)
+            case ["token", node]:
+                return join_inbox(node), self.token
             case ["node", node]:
                 return node_inbox(node), self.keys.node(node)
             case [tenant, user]:
@@ -112,7 +127,7 @@ class Roles:
 async def roles(yard: Yard) -> AsyncIterator[Roles]:
     roles = Roles(yard)
     daemon = await roles.get("daemon")
-    for spec in streams("lab", STORE_BYTES):
+    for spec in ALL_STREAMS:
         await daemon.ensure_stream(spec)
     yield roles
     await roles.close()
@@ -226,6 +241,71 @@ REFUSED: list[tuple[str, str, str]] = [
     ("operator olga", SUBSCRIBE, "_INBOX_O.otto.>"),
     ("operator olga", SUBSCRIBE, "_INBOX_D.>"),
     ("operator olga", SUBSCRIBE, "jrn.>"),
+    # a viewer asks, and changes nothing; nor does the audit of the yard belong to those who look on
+    ("viewer vera", PUBLISH, "adm.vera.shutdown"),
+    ("viewer vera", PUBLISH, "adm.vera.audit"),
+    ("viewer vera", PUBLISH, "adm.vera.anything"),
+    ("viewer vera", PUBLISH, "adm.vera"),
+    ("viewer vera", PUBLISH, "adm.olga.nodes"),
+    ("viewer vera", PUBLISH, "sub.acme.alice.submit"),
+    ("viewer vera", PUBLISH, "q.acme.alice.jobs"),
+    ("viewer vera", PUBLISH, "jrn.e"),
+    ("viewer vera", PUBLISH, "cmd.n1"),
+    ("viewer vera", PUBLISH, "evt.acme.17"),
+    ("viewer vera", PUBLISH, "join.n3"),
+    ("viewer vera", PUBLISH, "aud.daemon"),
+    ("viewer vera", PUBLISH, "_R_.abc"),
+    ("viewer vera", PUBLISH, "_INBOX_O.olga.x"),
+    ("viewer vera", PUBLISH, "$JS.API.STREAM.INFO.AUD_lab"),
+    ("viewer vera", PUBLISH, "$JS.API.DIRECT.GET.AUD_lab.aud.daemon"),
+    ("viewer vera", SUBSCRIBE, "adm.>"),
+    ("viewer vera", SUBSCRIBE, "aud.>"),
+    ("viewer vera", SUBSCRIBE, "_INBOX_O.olga.>"),
+    ("viewer vera", SUBSCRIBE, "_INBOX_O.>"),
+    ("viewer vera", SUBSCRIBE, "jrn.>"),
+    # a host with a one-time token asks to be let in under the token's name, and nothing else
+    ("token n3", PUBLISH, "join.n1"),
+    ("token n3", PUBLISH, "join.n4"),
+    ("token n3", PUBLISH, "rep.n3.report"),
+    ("token n3", PUBLISH, "hb.n3"),
+    ("token n3", PUBLISH, "tel.n3.devices"),
+    ("token n3", PUBLISH, "log.acme.17.0"),
+    ("token n3", PUBLISH, "cmd.n1"),
+    ("token n3", PUBLISH, "sub.acme.alice.submit"),
+    ("token n3", PUBLISH, "q.acme.alice.jobs"),
+    ("token n3", PUBLISH, "adm.olga.nodes"),
+    ("token n3", PUBLISH, "jrn.e"),
+    ("token n3", PUBLISH, "aud.head"),
+    ("token n3", PUBLISH, "_R_.abc"),
+    ("token n3", PUBLISH, "$JS.API.INFO"),
+    ("token n3", SUBSCRIBE, "join.>"),
+    ("token n3", SUBSCRIBE, "join.n3"),
+    ("token n3", SUBSCRIBE, "cmd.n3"),
+    ("token n3", SUBSCRIBE, "_INBOX_J.n4.>"),
+    ("token n3", SUBSCRIBE, "_INBOX_J.>"),
+    ("token n3", SUBSCRIBE, "evt.>"),
+    ("token n3", SUBSCRIBE, ">"),
+    # nobody but a token's host asks to join; nobody but daemon and head writes the audit, each its own subject
+    ("acme alice", PUBLISH, "join.n3"),
+    ("acme alice", PUBLISH, "aud.daemon"),
+    ("acme alice", SUBSCRIBE, "aud.>"),
+    ("acme alice", PUBLISH, "$JS.API.DIRECT.GET.AUD_lab.aud.daemon"),
+    ("node n1", PUBLISH, "join.n1"),
+    ("node n1", PUBLISH, "aud.daemon"),
+    ("node n1", SUBSCRIBE, "aud.>"),
+    ("operator olga", PUBLISH, "join.n3"),
+    ("operator olga", PUBLISH, "aud.daemon"),
+    ("operator olga", PUBLISH, "$JS.API.DIRECT.GET.AUD_lab.aud.daemon"),
+    ("operator olga", SUBSCRIBE, "aud.>"),
+    ("api", PUBLISH, "aud.daemon"),
+    ("api", PUBLISH, "join.n3"),
+    ("api", PUBLISH, "$JS.API.STREAM.PURGE.AUD_lab"),
+    ("api", SUBSCRIBE, "aud.>"),
+    ("daemon", PUBLISH, "aud.head"),
+    ("daemon", PUBLISH, "$JS.API.STREAM.DELETE.AUD_lab"),
+    ("daemon", PUBLISH, "join.n3"),
+    ("daemon", SUBSCRIBE, "join.*"),
+    ("sys", PUBLISH, "aud.daemon"),
     # the API answers questions; it decides, stores and commands nothing
     ("api", PUBLISH, "jrn.e"),
     ("api", PUBLISH, "evt.acme.17"),
@@ -256,7 +336,10 @@ async def test_refused(roles: Roles, role: str, verb: str, subject: str) -> None
         await asyncio.wait_for(call, 1.0)
 
 
-@pytest.mark.parametrize("role", ["daemon", "api", "operator olga", "node n1", "acme alice", "globex gus"])
+@pytest.mark.parametrize(
+    "role",
+    ["daemon", "api", "operator olga", "viewer vera", "token n3", "node n1", "acme alice", "globex gus"],
+)
 async def test_nobody_gets_in_with_another_roles_inbox(yard: Yard, role: str) -> None:
     inbox, seed = yard.role(role)
     other = "_INBOX.alice" if inbox != "_INBOX.alice" else "_INBOX.bob"
@@ -388,6 +471,35 @@ async def test_the_daemon_journals_under_a_fence(roles: Roles) -> None:
     assert (await daemon.stream_publish("jrn.e", b"x", headers=fence)).sequence > claim.sequence
 
 
+@pytest.mark.parametrize("verb", READING_VERBS)
+async def test_a_viewer_reads_what_an_operator_reads(roles: Roles, verb: str) -> None:
+    api, vera = await roles.get("api"), await roles.get("viewer vera")
+    subscription = await api.subscribe("adm.>", Answering(api), queue="api")
+    assert (await vera.request(f"adm.vera.{verb}", b"{}")).data == b"done"
+    await subscription.unsubscribe()
+
+
+async def test_a_host_with_a_token_asks_to_be_let_in(roles: Roles) -> None:
+    api, host = await roles.get("api"), await roles.get("token n3")
+    answering = Answering(api)
+    await api.subscribe("join.*", answering)
+    assert (await host.request("join.n3", b"{}")).data == b"done"
+    assert [message.subject for message in answering.heard] == ["join.n3"]
+    assert answering.heard[0].reply.startswith("_R_.")
+
+
+async def test_the_audit_takes_entries_and_gives_none_up(roles: Roles) -> None:
+    daemon, api = await roles.get("daemon"), await roles.get("api")
+    first = await daemon.stream_publish("aud.daemon", b"{}")
+    second = await api.stream_publish("aud.head", b"{}")
+    assert (await api.get_message("AUD_lab", first.sequence)) is not None
+    with pytest.raises(BusError, match="not permitted"):
+        await daemon.purge_stream("AUD_lab", up_to=second.sequence)
+    deletion = await daemon.request("$JS.API.STREAM.MSG.DELETE.AUD_lab", b'{"seq": %d}' % first.sequence)
+    assert b"not permitted" in deletion.data
+    assert (await api.get_message("AUD_lab", first.sequence)) is not None
+
+
 async def test_operators_hear_events_of_every_tenant(roles: Roles) -> None:
     daemon, olga = await roles.get("daemon"), await roles.get("operator olga")
     heard = Heard()
@@ -428,6 +540,14 @@ REDIRECTED = [
     ("operator olga", "adm.olga.nodes", "adm.otto.nodes"),
     ("operator olga", "adm.olga.nodes", "jrn.e"),
     ("operator olga", "adm.olga.nodes", "_INBOX_D.x"),
+    ("operator olga", "adm.olga.nodes", "aud.daemon"),
+    ("acme alice", "q.acme.alice.jobs", "aud.head"),
+    ("acme alice", "sub.acme.alice.submit", "aud.daemon"),
+    ("viewer vera", "adm.vera.nodes", "adm.olga.nodes"),
+    ("viewer vera", "adm.vera.nodes", "jrn.e"),
+    ("token n3", "join.n3", "rep.n1.report"),
+    ("token n3", "join.n3", "jrn.e"),
+    ("token n3", "join.n3", "adm.olga.nodes"),
 ]
 
 
@@ -439,9 +559,10 @@ async def test_an_answer_cannot_be_sent_to_a_foreign_subject(
     answering = Answering(api, b'{"job": 1}')
     await api.subscribe("q.>", answering)
     await api.subscribe("adm.>", answering)
+    await api.subscribe("join.*", answering)
     inbox = Heard()
     await daemon.subscribe("_INBOX_D.x", inbox)
-    before = {spec.name: (await daemon.stream_state(spec.name)).last_sequence for spec in streams("lab", STORE_BYTES)}
+    before = {spec.name: (await daemon.stream_state(spec.name)).last_sequence for spec in ALL_STREAMS}
     await bus.publish(subject, b"{}", reply=target)
     with contextlib.suppress(BusError):
         await bus.request(subject, b"{}", timeout=1.0)
@@ -449,7 +570,7 @@ async def test_an_answer_cannot_be_sent_to_a_foreign_subject(
         await bus_of_all.flush()
     stored = [
         message.subject
-        for spec in streams("lab", STORE_BYTES)
+        for spec in ALL_STREAMS
         for sequence in range(before[spec.name] + 1, (await daemon.stream_state(spec.name)).last_sequence + 1)
         if (message := await daemon.get_message(spec.name, sequence))
     ]
@@ -469,3 +590,14 @@ async def test_a_redirected_acknowledgement_reaches_an_agent_without_the_servers
         await n1.stream_publish("rep.n1.report", b"{}")
     await n2.flush()
     assert [message for message in heard.messages if message.reply.startswith("_R_.")] == []
+
+
+async def test_each_refusal_stands_in_the_servers_log(roles: Roles, yard: Yard) -> None:
+    """Who tried is in the log by his key, with the subject."""
+    bus = await roles.get("viewer vera")
+    with pytest.raises(PermissionDenied):
+        await bus.request("adm.vera.shutdown", b"{}")
+    key = yard.keys.public_viewers()["vera"]
+    async with asyncio.timeout(DEADLINE_S):
+        while not any(key in line and '"adm.vera.shutdown"' in line for line in yard.server.log.splitlines()):
+            await asyncio.sleep(0.01)

@@ -1,8 +1,9 @@
-"""`gpuyard cancel`: end jobs, or take them out of the queue."""
+"""`gpuyard cancel`, `hold`, `release`, `requeue`: what an owner does to jobs that are there."""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -14,21 +15,49 @@ from gpuyard.errors import Rejected
 if TYPE_CHECKING:
     from gpuyard.client import Client
 
+Jobs = Annotated[list[int], typer.Argument(metavar="JOB...", help="Numbers of jobs.", min=1)]
+Array = Annotated[bool, typer.Option("--array", help="Every element of the arrays that these jobs belong to.")]
+_Hold = typer.Option("--hold", help="And hold them then.")
+
 
 def register(app: typer.Typer) -> None:
     app.command("cancel")(cancel)
+    app.command("hold")(hold)
+    app.command("release")(release)
+    app.command("requeue")(requeue)
 
 
-def cancel(
-    ctx: typer.Context,
-    jobs: Annotated[list[int], typer.Argument(metavar="JOB...", help="Numbers of jobs.", min=1)],
-) -> None:
+def cancel(ctx: typer.Context, jobs: Jobs, array: Array = False) -> None:
     """Cancel jobs."""
+    _each(ctx, jobs, lambda yard, job: yard.cancel(job, array=array), f"Cancelled {_what(array)}")
+
+
+def hold(ctx: typer.Context, jobs: Jobs, array: Array = False) -> None:
+    """Keep waiting jobs from starting until they are released."""
+    _each(ctx, jobs, lambda yard, job: yard.hold(job, array=array), f"Held {_what(array)}")
+
+
+def release(ctx: typer.Context, jobs: Jobs, array: Array = False) -> None:
+    """Let held jobs start again."""
+    _each(ctx, jobs, lambda yard, job: yard.release(job, array=array), f"Released {_what(array)}")
+
+
+def requeue(ctx: typer.Context, jobs: Jobs, hold: Annotated[bool, _Hold] = False) -> None:
+    """Stop running jobs with grace; they wait again, uncharged."""
+    _each(ctx, jobs, lambda yard, job: yard.requeue(job, hold=hold), "Requeued job")
+
+
+def _what(array: bool) -> str:
+    return "the array of job" if array else "job"
+
+
+def _each(ctx: typer.Context, jobs: list[int], act: Callable[[Client, int], Awaitable[None]], done: str) -> None:
+    """The same for each job, decided alone; exit code 1 if any was refused."""
 
     async def work(yard: Client) -> list[Rejected | None]:
         async def one(job: int) -> Rejected | None:
             try:
-                await yard.cancel(job)
+                await act(yard, job)
             except Rejected as refusal:
                 return refusal
             return None
@@ -38,7 +67,7 @@ def cancel(
     outcomes = session_of(ctx).run(work)
     for job, refusal in zip(jobs, outcomes, strict=True):
         if refusal is None:
-            say(f"Cancelled job {job}")
+            say(f"{done} {job}")
         else:
             remark(f"gpuyard: job {job}: {refusal} (see: gpuyard jobs --all)")
     if any(outcomes):

@@ -54,7 +54,14 @@ def jobs(
 
     async def work(yard: Client) -> tuple[list[JobView], dict[int, str]]:
         # One more than is shown tells whether there are more.
-        rows = yard.jobs(states=states, all=wants_ended, user=user, service=service, limit=limit + 1 if limit else 0)
+        rows = yard.jobs(
+            states=states,
+            all=wants_ended,
+            user=user,
+            service=service,
+            fold=not as_json,
+            limit=limit + 1 if limit else 0,
+        )
         found = [view async for view in rows]
         return found, {} if as_json else await _reasons(yard, found)
 
@@ -93,8 +100,8 @@ def _row(view: JobView, now: int, reason: str) -> tuple[str, ...]:
     wants = view.wants if view.replicas == 1 else f"{view.replicas} × ({view.wants})"
     spent_ms = (view.ended_ms or now) - view.started_ms if view.started_ms else 0
     return (
-        str(view.job),
-        view.name,
+        f"{view.array}[{view.elements} left]" if view.elements else str(view.job),
+        f"{view.name}[{view.array_index}]" if view.array and not view.elements else view.name,
         view.user,
         view.state,
         wants,
@@ -142,6 +149,7 @@ def _fields(view: JobView) -> list[tuple[str, str]]:
         ("reason", view.reason.text if view.reason else ""),
         ("exit code", "" if view.exit_code is None else str(view.exit_code)),
         ("service", view.service),
+        ("array", f"element {view.array_index} of array {view.array}" if view.array else ""),
         ("command", _shell_line(spec)),
         ("wants", view.wants + (f", {view.replicas} replicas together" if view.replicas > 1 else "")),
         ("host", host if view.spec else ""),

@@ -51,6 +51,12 @@ _NAME = _option("--name", "-n", metavar="TEXT", text="A name for people.")
 _NODE = _option("--node", metavar="NODE", text="Only on this node; repeatable.")
 _LABEL = _option("--label", metavar="K=V", text="Only on nodes with this label; repeatable.")
 _ALLOW_PENDING = _option("--allow-pending", text="Wait even if no node of today could ever run it.")
+_HOLD = _option("--hold", text="Wait until `gpuyard release`.")
+_BEGIN = _option("--begin", metavar="TIME", text="Not before: 2030-01-01T08:00:00Z, or +2h from now.")
+_AFTER = _option(
+    "--depends-on", "-d", metavar="WHAT", text="afterok:JOB, afternotok:JOB, afterany:JOB, singleton; repeatable."
+)
+_ARRAY = _option("--array", "-a", metavar="WHICH", text="The same job often: 0-99, 0-90:10, 1,3,5; 0-99%8: 8 at once.")
 _SUBMISSION_ID = _option("--submission-id", metavar="ID", text="De-duplication key: the same id is one job.")
 _FILE = _option("--file", "-f", metavar="FILE", text="Job file, YAML or TOML ('-': standard input).")
 
@@ -77,6 +83,10 @@ class JobOptions:
     node: Annotated[list[str] | None, _NODE] = None
     label: Annotated[list[str] | None, _LABEL] = None
     allow_pending: Annotated[bool, _ALLOW_PENDING] = False
+    hold: Annotated[bool, _HOLD] = False
+    begin: Annotated[str | None, _BEGIN] = None
+    depends_on: Annotated[list[str] | None, _AFTER] = None
+    array: Annotated[str | None, _ARRAY] = None
     submission_id: Annotated[str | None, _SUBMISSION_ID] = None
     file: Annotated[str | None, _FILE] = None
 
@@ -115,6 +125,10 @@ class JobOptions:
             "nodes": self.node or None,
             "node_labels": _pairs(self.label, "--label"),
             "allow_pending": self.allow_pending or None,
+            "hold": self.hold or None,
+            "begin": self.begin,
+            "depends_on": self.depends_on or None,
+            "array": self.array,
             "submission_id": self.submission_id,
         }
         return {field: value for field, value in given.items() if value is not None}

@@ -43,6 +43,8 @@ def run(
     requests = options.requests(command)
     if len(requests) != 1:
         raise typer.BadParameter(f"holds {len(requests)} jobs; `run` takes one, `submit` many", param_hint="--file")
+    if requests[0].get("array") is not None:
+        raise typer.BadParameter("is for `submit`: `run` shows one job", param_hint="--array")
     attached = _Attached(requests[0], quiet=quiet)
     try:
         view = session_of(ctx).run(attached.run)

@@ -41,12 +41,23 @@ def submit(
     accepted = [outcome for outcome in outcomes if isinstance(outcome, Job)]
     refused = [(place, outcome) for place, outcome in enumerate(outcomes) if isinstance(outcome, Rejected)]
     if as_json:
-        shown = [{"job": job.number, "submission_id": job.submission_id} for job in accepted]
+        shown = [_plain(job) for job in accepted]
         print_json(shown[0] if len(requests) == 1 else shown)
     else:
         for job in accepted:
-            say(str(job.number) if parsable else f"Submitted job {job.number}")
+            say(str(job.number) if parsable else f"Submitted {_described(job)}")
     for place, outcome in refused:
         remark(f"gpuyard: job {place + 1} of {options.file}: {outcome}")
     if refused:
         raise GpuyardError(f"{len(refused)} of {len(outcomes)} jobs were rejected; the others are submitted")
+
+
+def _plain(job: Job) -> dict[str, int | str]:
+    plain: dict[str, int | str] = {"job": job.number, "submission_id": job.submission_id}
+    return plain | ({"elements": job.elements} if job.elements else {})
+
+
+def _described(job: Job) -> str:
+    if not job.elements:
+        return f"job {job.number}"
+    return f"array {job.number} of {job.elements} jobs, {job.number} to {job.number + job.elements - 1}"

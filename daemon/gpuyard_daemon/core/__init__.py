@@ -4,7 +4,8 @@
 byte for byte. No clock, randomness, I/O or asyncio in here; integers for every quantity, a total order in every sort,
 ids from counters.
 
-Floors, no import running up: settings, facts, inputs → model, states → partitions → capacity → turn, effects, timers,
-listing → cluster (all state, the one writer) → feasibility → placement, gangs, order → impossible → draft → services →
-outcomes, admission, deadlines, round, views, why, snapshot, invariants → scheduler.
+Floors, no import running up: settings, policy → facts, inputs → model, states → partitions → capacity → turn, effects,
+timers, listing, arrays, gates, tenancy, node_facts, service_facts → cluster (all state, the one writer) → feasibility →
+placement, gangs, order → impossible → draft → answers, dependencies, services → outcomes, admission, directives,
+deadlines, round, views, why, snapshot, invariants → scheduler.
 """

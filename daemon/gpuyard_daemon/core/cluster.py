@@ -5,7 +5,8 @@ checks that each move is legal, keeps the derived indexes in step, and fills `Ef
 follow. It decides nothing and reads no settings: what a fact does not say, and the state does not imply, it cannot do.
 
 Rules of this file: no policy; every change of a job's or an assignment's state goes through `_move_job` or
-`_move_assignment`; resources are taken in `_on_placed` and given back in `_on_replica_ended`, nowhere else.
+`_move_assignment`; resources are taken in `_on_placed` and given back in `_on_replica_ended`, nowhere else. What facts
+about nodes and services do is written in `node_facts` and `service_facts`.
 """
 
 from __future__ import annotations
@@ -15,35 +16,35 @@ from collections.abc import Callable
 from typing import Any, TypeAlias
 
 from gpuyard_daemon.core import facts as f
+from gpuyard_daemon.core import node_facts, service_facts
+from gpuyard_daemon.core.arrays import LIVE_STATES, Arrays, elements
 from gpuyard_daemon.core.capacity import ANY_MODE, NodeSpace, Pool
 from gpuyard_daemon.core.effects import Effects, start_order
+from gpuyard_daemon.core.gates import Gates
 from gpuyard_daemon.core.listing import JobList
 from gpuyard_daemon.core.model import (
     EARLIER_ATTEMPTS_MAX,
+    Array,
     Assignment,
     AssignmentState,
-    Avoidance,
     Job,
     KeptAnswer,
     Node,
     Service,
     Totals,
     Verdict,
-    replica_spec,
 )
 from gpuyard_daemon.core.partitions import mode_of
 from gpuyard_daemon.core.states import InvariantViolated, check_assignment_move, check_job_move
+from gpuyard_daemon.core.tenancy import Tenancy, held_by
 from gpuyard_daemon.core.timers import Timer, Timers
-from gpuyard_protocol.jobs import JobState, SubmissionAnswer, Why
+from gpuyard_protocol.jobs import JobSpec, JobState, SubmissionAnswer, Why
 from gpuyard_protocol.names import AssignmentKey, JobId, NodeId, ServiceName, SubmissionId, Tenant
 from gpuyard_protocol.nodes import Go, Stop
 from gpuyard_protocol.resources import devices_of
 
 AnswerKey: TypeAlias = tuple[Tenant, SubmissionId]
 ServiceKey: TypeAlias = tuple[Tenant, ServiceName]
-
-#: Agent processes remembered per node: enough that a late report of an earlier one is recognised.
-_FORMER_INSTANCES_MAX = 8
 
 
 class Cluster:
@@ -58,6 +59,8 @@ class Cluster:
         self.chosen_answers: OrderedDict[AnswerKey, KeptAnswer] = OrderedDict()
         self.given_answers: OrderedDict[AnswerKey, KeptAnswer] = OrderedDict()
         self.totals = Totals()
+        #: The policy and what was used are durable, what is held is derived.
+        self.tenancy = Tenancy()
         #: The newest job's number.
         self.last_job: JobId = 0
         #: The yard is stopping or stopped: nothing starts.
@@ -65,6 +68,9 @@ class Cluster:
         # --- derived
         self.pool = Pool()
         self.timers = Timers()
+        #: Who waits for other jobs.
+        self.gates = Gates()
+        self.arrays = Arrays()
         #: Jobs that may start now, by id.
         self.waiting: dict[JobId, Job] = {}
         #: Their order keys.
@@ -120,7 +126,7 @@ class Cluster:
     # requests
 
     def _on_accepted(self, fact: f.JobAccepted, now_ms: int, effects: Effects) -> None:
-        self._next_number(fact.job)
+        self.take_number(fact.job)
         job = Job(
             id=fact.job,
             tenant=fact.tenant,
@@ -129,6 +135,8 @@ class Cluster:
             spec=fact.spec,
             submitted_ms=now_ms,
             retries_left=fact.spec.retries,
+            not_before_ms=_begin_ms(fact.spec, now_ms),
+            held_by=fact.user if fact.spec.hold else "",
             story=[(now_ms, "accepted")],
         )
         self.index_job(job)
@@ -137,7 +145,47 @@ class Cluster:
         effects.answer(fact.tenant, answer)
         effects.tell_fresh(job, now_ms)
 
-    def _next_number(self, job: JobId) -> None:
+    def _on_array(self, fact: f.ArrayAccepted, now_ms: int, effects: Effects) -> None:
+        """One answer, and no event for each of so many jobs until something happens to it."""
+        assert fact.spec.array is not None
+        count = fact.spec.array.count
+        array = Array(fact.first, fact.tenant, count, fact.spec, count, count)
+        self.arrays.add(array)
+        begin_ms, holder = _begin_ms(fact.spec, now_ms), fact.user if fact.spec.hold else ""
+        for number, index in elements(array):
+            self.take_number(number)
+            self.index_job(
+                Job(
+                    id=number,
+                    tenant=fact.tenant,
+                    user=fact.user,
+                    submission_id=fact.submission_id,
+                    spec=fact.spec,
+                    submitted_ms=now_ms,
+                    retries_left=fact.spec.retries,
+                    not_before_ms=begin_ms,
+                    held_by=holder,
+                    array=fact.first,
+                    array_index=index,
+                    story=[(now_ms, f"accepted as element {index} of array {fact.first}")],
+                )
+            )
+        answer = SubmissionAnswer(
+            submission_id=fact.submission_id, accepted=True, job=fact.first, elements=count, at_ms=now_ms
+        )
+        self._keep_answer(fact.tenant, answer, fact.answer_until_ms, chosen=fact.chosen)
+        effects.answer(fact.tenant, answer)
+
+    def _on_array_cancelled(self, fact: f.ArrayCancelled, now_ms: int, effects: Effects) -> None:
+        for job in self.pending_elements(fact.array):
+            self._on_ended(f.JobEnded(job.id, "cancelled", fact.why), now_ms, effects)
+
+    def pending_elements(self, array: JobId) -> list[Job]:
+        """Elements of an array that wait, by number."""
+        numbers = range(array, array + self.arrays.records[array].count)
+        return [job for number in numbers if (job := self.jobs.get(number)) is not None and job.state == "pending"]
+
+    def take_number(self, job: JobId) -> None:
         if job != self.last_job + 1:
             raise InvariantViolated(f"job {job} does not follow job {self.last_job}")
         self.last_job = job
@@ -188,6 +236,7 @@ class Cluster:
             assignment = Assignment(key, placement.node, placement.partition)
             space = self.pool.spaces[placement.node]
             self.pool.take(space, assignment, job.tenant, spec.need.cpu_milli, spec.need.memory_mib)
+            self.tenancy.take(job.tenant, job.user, held_by(space, placement.partition), now_ms)
             job.assignments.append(assignment)
             effects.order(space.node, start_order(job, assignment))
         job.live = spec.replicas
@@ -245,6 +294,26 @@ class Cluster:
         job.not_before_ms = 0
         self._await(job)
 
+    def _on_held(self, fact: f.JobHeld, now_ms: int, effects: Effects) -> None:
+        for job in self._meant(fact):
+            if not job.held_by:
+                job.held_by = fact.by
+                self._park(job)
+                self._settle_array(job)
+                job.note(now_ms, f"held by {fact.by}")
+
+    def _on_let_go(self, fact: f.JobReleased, now_ms: int, effects: Effects) -> None:
+        for job in self._meant(fact):
+            if job.held_by:
+                job.held_by = ""
+                job.note(now_ms, "released")
+                if job.state == "pending":
+                    self._await(job)
+
+    def _meant(self, fact: f.JobHeld | f.JobReleased) -> list[Job]:
+        job = self.job(fact.job)
+        return self.pending_elements(job.array) if fact.whole_array else [job]
+
     def _on_ended(self, fact: f.JobEnded, now_ms: int, effects: Effects) -> None:
         job = self.job(fact.job)
         if job.live:
@@ -253,6 +322,10 @@ class Cluster:
         job.prepare_until_ms = job.not_before_ms = 0
         job.why, job.exit_code, job.ended_ms = fact.why, fact.exit_code, now_ms
         self._move_job(job, fact.state)
+        self.arrays.ended(job)
+        for freed in self.gates.leave(job, self.jobs, self.arrays):
+            if self.jobs[freed].state == "pending":
+                self._await(self.jobs[freed])
         self.finished[job.id] = None
         totals = self.totals
         totals.finished += 1
@@ -269,6 +342,7 @@ class Cluster:
         if not job.is_final:
             raise InvariantViolated(f"job {job.id} was retired while {job.state}")
         del self.jobs[job.id]
+        self.arrays.retired(job)
         self.finished.pop(job.id, None)
         for owner in (job.tenant, ""):
             jobs = self.lists[owner]
@@ -292,7 +366,7 @@ class Cluster:
             self._move_assignment(job, assignment, "running")
         node = self.nodes[assignment.node]
         if node.avoided:
-            self._forget_avoidance(node, mode_of(assignment.partition))
+            node_facts.forget_avoidance(self, node, mode_of(assignment.partition))
         if not job.first_started_ms:
             job.first_started_ms = now_ms
         if job.state == "starting" and not any(a.state in ("ordered", "prepared", "released") for a in job.assignments):
@@ -311,6 +385,7 @@ class Cluster:
         job.live -= 1
         space = self.pool.spaces[assignment.node]
         need = job.spec.need
+        self.tenancy.give(job.tenant, job.user, held_by(space, assignment.partition), now_ms)
         self.pool.give(space, assignment, need.cpu_milli, need.memory_mib)
         if space.node.absent:
             self._drop_absent(space)
@@ -326,33 +401,6 @@ class Cluster:
 
     # nodes
 
-    def _on_reports(self, fact: f.ReportsTaken, now_ms: int, effects: Effects) -> None:
-        node = self.nodes.get(fact.node)
-        if node is None:
-            node = self.nodes[fact.node] = Node(fact.node, len(self.nodes) + 1)
-            self.pool.add(node)
-        node.reports_seen = fact.last
-        node.reports_missing += fact.missing
-
-    def _on_new_ledger(self, fact: f.LedgerReplaced, now_ms: int, effects: Effects) -> None:
-        self.nodes[fact.node].reports_seen = 0
-
-    def _on_joined(self, fact: f.NodeJoined, now_ms: int, effects: Effects) -> None:
-        node = self.nodes[fact.node]
-        if node.instance and node.instance != fact.instance:
-            node.former_instances.append(node.instance)
-            del node.former_instances[:-_FORMER_INSTANCES_MAX]
-        node.instance, node.boot_id = fact.instance, fact.boot_id
-        node.state, node.reason = "ready", ""
-        space = self.pool.spaces[node.id]
-        if fact.inventory != node.inventory:
-            listed = {device.uuid for device in fact.inventory.devices}
-            node.absent = [card.device for card in space.cards if card.held and card.device.uuid not in listed]
-            node.inventory = fact.inventory
-            self.refit(space)
-        else:
-            self.pool.touch(space)
-
     def refit(self, space: NodeSpace) -> None:
         """Recount a node's space after its inventory changed."""
         needs = [self.jobs[key.job].spec.need for key in space.assignments]
@@ -366,89 +414,16 @@ class Cluster:
             space.node.absent = remaining
             self.refit(space)
 
-    def _on_node_changed(self, fact: f.NodeChanged, now_ms: int, effects: Effects) -> None:
-        node = self.nodes[fact.node]
-        node.state, node.reason = fact.state, fact.reason
-        self.pool.touch(self.pool.spaces[node.id])
-
-    def _on_avoided(self, fact: f.NodeAvoided, now_ms: int, effects: Effects) -> None:
-        node = self.nodes[fact.node]
-        node.avoided[fact.mode] = Avoidance(fact.until_ms, fact.times)
-        self.timers.set_named(fact.until_ms, Timer.FORGIVE, node.id, fact.mode)
-        self.restore_modes(node)
-
-    def _on_forgiven(self, fact: f.NodeForgiven, now_ms: int, effects: Effects) -> None:
-        node = self.nodes[fact.node]
-        node.avoided[fact.mode].until_ms = 0
-        self.restore_modes(node)
-
-    def _forget_avoidance(self, node: Node, mode: str) -> None:
-        if node.avoided.pop(mode, None) is not None:
-            self.restore_modes(node)
-
     def restore_modes(self, node: Node) -> None:
         """Make the modes that a node may be asked for follow from what is to be avoided there."""
         space = self.pool.spaces[node.id]
         space.modes = tuple(m for m in ANY_MODE if not (m in node.avoided and node.avoided[m].until_ms))
         self.pool.touch(space)
 
-    # services
-
-    def _on_service(self, fact: f.ServiceSet, now_ms: int, effects: Effects) -> None:
-        key = (fact.tenant, fact.spec.name)
-        service = self.services.get(key)
-        if service is None:
-            service = Service(fact.tenant, fact.user, fact.spec, fact.generation, now_ms)
-            self.services[key] = service
-        service.spec, service.generation, service.applied_ms = fact.spec, fact.generation, now_ms
-        service.crashes = service.not_before_ms = 0
-        self.unsettled[key] = self.changing[key] = None
-
-    def _on_service_removed(self, fact: f.ServiceRemoved, now_ms: int, effects: Effects) -> None:
-        del self.services[fact.tenant, fact.service]
-        self.unsettled.pop((fact.tenant, fact.service), None)
-        self.changing.pop((fact.tenant, fact.service), None)
-
-    def _on_load(self, fact: f.LoadTaken, now_ms: int, effects: Effects) -> None:
-        service = self.services[fact.tenant, fact.service]
-        service.concurrency, service.queue_depth = fact.concurrency, fact.queue_depth
-
-    def _on_scaled(self, fact: f.ServiceScaled, now_ms: int, effects: Effects) -> None:
-        key = (fact.tenant, fact.service)
-        service = self.services[key]
-        if fact.lower_since_ms and fact.lower_since_ms != service.lower_since_ms:
-            at_ms = fact.lower_since_ms + service.spec.scale_down_after_ms
-            self.timers.set_named(at_ms, Timer.SCALE_DOWN, fact.tenant, fact.service)
-        service.wanted = fact.wanted
-        service.lower_since_ms, service.lower_peak = fact.lower_since_ms, fact.lower_peak
-        self.unsettled[key] = None
-
-    def _on_replica_wanted(self, fact: f.ReplicaWanted, now_ms: int, effects: Effects) -> None:
-        self._next_number(fact.job)
-        service = self.services[fact.tenant, fact.service]
-        job = Job(
-            id=fact.job,
-            tenant=service.tenant,
-            user=service.user,
-            submission_id="",
-            spec=replica_spec(service.spec),
-            submitted_ms=now_ms,
-            service=service.spec.name,
-            generation=service.generation,
-            story=[(now_ms, f"asked for by service {service.spec.name}")],
-        )
-        self.index_job(job)
-        effects.tell_fresh(job, now_ms)
-
-    def _on_faltered(self, fact: f.ServiceFaltered, now_ms: int, effects: Effects) -> None:
-        key = (fact.tenant, fact.service)
-        service = self.services[key]
-        service.crashes, service.not_before_ms = fact.crashes, fact.not_before_ms
-        if fact.not_before_ms:
-            self.timers.set_named(fact.not_before_ms, Timer.REPLACE, fact.tenant, fact.service)
-        self.unsettled[key] = None
-
     # the yard
+
+    def _on_policy(self, fact: f.PolicySet, now_ms: int, effects: Effects) -> None:
+        self.tenancy.set_policy(fact.policy)
 
     def _on_draining(self, fact: f.YardDraining, now_ms: int, effects: Effects) -> None:
         self.draining = True
@@ -473,20 +448,58 @@ class Cluster:
             counts = self.lists[owner].counts
             counts[job.state] -= 1
             counts[to] += 1
-        if job.id in self.waiting:
-            del self.waiting[job.id], self.waiting_keys[job.id]
+        self._park(job)
+        if (throttle := self.arrays.throttle(job)) is not None:
+            throttle.lives((to in LIVE_STATES) - (job.state in LIVE_STATES))
         job.state = to
         if to == "pending":
             self._await(job)
+        self._settle_array(job)
 
     def _move_assignment(self, job: Job, assignment: Assignment, to: AssignmentState) -> None:
         check_assignment_move(job, assignment, to)
         assignment.state = to
 
+    def _park(self, job: Job) -> None:
+        """It may not start for now."""
+        if (throttle := self.arrays.throttle(job)) is not None:
+            throttle.cannot(job.id)
+        self._leave_line(job.id)
+
+    def _leave_line(self, job: JobId) -> None:
+        if job in self.waiting:
+            del self.waiting[job], self.waiting_keys[job]
+
+    def _settle_array(self, job: Job) -> None:
+        """Let as many elements of a job's array look for a place as may go at once."""
+        if (throttle := self.arrays.throttle(job)) is not None:
+            come, go = throttle.settle()
+            for number in go:
+                self._leave_line(number)
+            for number in come:
+                self._join_line(self.jobs[number])
+
+    def may_start(self, job: Job) -> bool:
+        """Pending, and nothing but room holds it back: no time, no hold, no other job."""
+        is_due = job.state == "pending" and not job.not_before_ms and not job.held_by
+        return is_due and self.gates.is_open(job)
+
     def _await(self, job: Job) -> None:
-        """A pending job waits for a place, or first for its time."""
+        """A pending job waits for a place, or first for its time, its release, or other jobs."""
         if job.not_before_ms:
             self.timers.set_job(job.not_before_ms, Timer.WAKE, job.id)
+            return
+        if not self.may_start(job):
+            return
+        if (throttle := self.arrays.throttle(job)) is not None:
+            if throttle.could(job.id):
+                self._join_line(job)
+            self._settle_array(job)
+        else:
+            self._join_line(job)
+
+    def _join_line(self, job: Job) -> None:
+        if job.id in self.waiting:
             return
         self.waiting[job.id] = job
         self.waiting_keys[job.id] = job.order_key
@@ -513,6 +526,11 @@ class Cluster:
             jobs.counts[job.state] += 1
         if job.service and not job.is_final:
             self.service_jobs.setdefault((job.tenant, job.service), {})[job.id] = job
+        if not job.is_final:
+            self.gates.enter(job, self.jobs, self.arrays)
+        if job.state in LIVE_STATES and (throttle := self.arrays.throttle(job)) is not None:
+            throttle.lives(1)
+            self._settle_array(job)
         if job.state == "pending":
             self._await(job)
 
@@ -531,6 +549,12 @@ class Cluster:
         return inventory.address if inventory else ""
 
 
+def _begin_ms(spec: JobSpec, now_ms: int) -> int:
+    """When a job may start first; 0: at once."""
+    at_ms = spec.begin_ms or (now_ms + spec.begin_after_ms if spec.begin_after_ms else 0)
+    return at_ms if at_ms > now_ms else 0
+
+
 def _node_names(job: Job) -> str:
     names = list(dict.fromkeys([a.node for a in job.assignments]))
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more nodes" if len(names) > 4 else "")
@@ -539,6 +563,8 @@ def _node_names(job: Job) -> str:
 #: Each handler takes exactly the fact it is listed with; the types cannot say so for a table.
 _HANDLERS: dict[type, Callable[[Cluster, Any, int, Effects], None]] = {
     f.JobAccepted: Cluster._on_accepted,
+    f.ArrayAccepted: Cluster._on_array,
+    f.ArrayCancelled: Cluster._on_array_cancelled,
     f.RequestAnswered: Cluster._on_answered,
     f.AnswerRepeated: Cluster._on_repeated,
     f.AnswersForgotten: Cluster._on_forgotten,
@@ -547,23 +573,26 @@ _HANDLERS: dict[type, Callable[[Cluster, Any, int, Effects], None]] = {
     f.JobStopping: Cluster._on_stopping,
     f.JobRequeued: Cluster._on_requeued,
     f.JobWoken: Cluster._on_woken,
+    f.JobHeld: Cluster._on_held,
+    f.JobReleased: Cluster._on_let_go,
     f.JobEnded: Cluster._on_ended,
     f.JobRetired: Cluster._on_retired,
-    f.ReportsTaken: Cluster._on_reports,
-    f.LedgerReplaced: Cluster._on_new_ledger,
-    f.NodeJoined: Cluster._on_joined,
-    f.NodeChanged: Cluster._on_node_changed,
-    f.NodeAvoided: Cluster._on_avoided,
-    f.NodeForgiven: Cluster._on_forgiven,
+    f.ReportsTaken: node_facts.reports,
+    f.LedgerReplaced: node_facts.new_ledger,
+    f.NodeJoined: node_facts.joined,
+    f.NodeChanged: node_facts.node_changed,
+    f.NodeAvoided: node_facts.avoided,
+    f.NodeForgiven: node_facts.forgiven,
     f.ReplicaPrepared: Cluster._on_prepared,
     f.ReplicaStarted: Cluster._on_started,
     f.ReplicaEnded: Cluster._on_replica_ended,
-    f.ServiceSet: Cluster._on_service,
-    f.ServiceRemoved: Cluster._on_service_removed,
-    f.LoadTaken: Cluster._on_load,
-    f.ServiceScaled: Cluster._on_scaled,
-    f.ReplicaWanted: Cluster._on_replica_wanted,
-    f.ServiceFaltered: Cluster._on_faltered,
+    f.ServiceSet: service_facts.service,
+    f.ServiceRemoved: service_facts.service_removed,
+    f.LoadTaken: service_facts.load,
+    f.ServiceScaled: service_facts.scaled,
+    f.ReplicaWanted: service_facts.replica_wanted,
+    f.ServiceFaltered: service_facts.faltered,
+    f.PolicySet: Cluster._on_policy,
     f.YardDraining: Cluster._on_draining,
     f.YardResumed: Cluster._on_resumed,
 }

@@ -121,7 +121,7 @@ def _keep_house(draft: Draft) -> None:
             break
         draft.add(f.JobRetired(job.id, job_view(cluster, job, with_spec=True)))
         retired += 1
-        size += _text_size(job)
+        size += _text_size(job) if job.array in (0, job.id) or not job.spec.script else 0
     chosen, given = [_expired(answers.values(), most, now_ms) for answers, most in _answers(cluster, settings)]
     if chosen or given:
         draft.add(f.AnswersForgotten(chosen, given))

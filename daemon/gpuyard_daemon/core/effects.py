@@ -94,6 +94,9 @@ def start_order(job: Job, assignment: Assignment) -> Start:
             time_limit_ms=spec.time_limit_ms,
             stop_grace_ms=spec.stop_grace_ms,
             service=job.service,
+            array_job=job.array,
+            array_index=job.array_index,
+            array_count=spec.array.count if job.array and spec.array else 0,
         ),
         hold=spec.replicas > 1,
     )

@@ -14,6 +14,7 @@ from typing import Literal, TypeAlias
 
 import msgspec
 
+from gpuyard_daemon.core.policy import Policy
 from gpuyard_protocol.jobs import JobSpec, JobState, JobView, SubmissionAnswer, Why
 from gpuyard_protocol.names import AssignmentKey, JobId, NodeId, ServiceName, SubmissionId, Tenant, User
 from gpuyard_protocol.nodes import Inventory
@@ -47,6 +48,25 @@ class JobAccepted(_Fact, frozen=True, tag="accepted"):
     answer_until_ms: int
     #: The tenant chose the submission id.
     chosen: bool = False
+
+
+class ArrayAccepted(_Fact, frozen=True, tag="array"):
+    """As many jobs exist and wait as the spec's array has elements, numbered from `first` on."""
+
+    first: JobId
+    tenant: Tenant
+    user: User
+    submission_id: SubmissionId
+    spec: JobSpec
+    answer_until_ms: int
+    chosen: bool = False
+
+
+class ArrayCancelled(_Fact, frozen=True, tag="array-cancelled"):
+    """Every element that waits is cancelled; those that run are told to stop by facts of their own."""
+
+    array: JobId
+    why: Why
 
 
 class RequestAnswered(_Fact, frozen=True, tag="answered"):
@@ -126,6 +146,22 @@ class JobWoken(_Fact, frozen=True, tag="woken"):
     """A wait before a retry is over."""
 
     job: JobId
+
+
+class JobHeld(_Fact, frozen=True, tag="held"):
+    """The job does not start, or not again, until it is released."""
+
+    job: JobId
+    by: User
+    #: Also every other element of its array that waits.
+    whole_array: bool = False
+
+
+class JobReleased(_Fact, frozen=True, tag="let-go"):
+    """The job is held no more."""
+
+    job: JobId
+    whole_array: bool = False
 
 
 class JobEnded(_Fact, frozen=True, tag="ended"):
@@ -272,6 +308,12 @@ class ServiceFaltered(_Fact, frozen=True, tag="faltered"):
 # --- the yard --------------------------------------------------------------------------------------------------------
 
 
+class PolicySet(_Fact, frozen=True, tag="policy"):
+    """What tenants are granted from now on."""
+
+    policy: Policy
+
+
 class YardDraining(_Fact, frozen=True, tag="draining"):
     """The yard stops: every replica is told to stop, and nothing starts until `YardResumed`."""
 
@@ -284,6 +326,8 @@ class YardResumed(_Fact, frozen=True, tag="resumed"):
 
 Fact: TypeAlias = (
     JobAccepted
+    | ArrayAccepted
+    | ArrayCancelled
     | RequestAnswered
     | AnswerRepeated
     | AnswersForgotten
@@ -292,6 +336,8 @@ Fact: TypeAlias = (
     | JobStopping
     | JobRequeued
     | JobWoken
+    | JobHeld
+    | JobReleased
     | JobEnded
     | JobRetired
     | ReportsTaken
@@ -309,6 +355,7 @@ Fact: TypeAlias = (
     | ServiceScaled
     | ReplicaWanted
     | ServiceFaltered
+    | PolicySet
     | YardDraining
     | YardResumed
 )

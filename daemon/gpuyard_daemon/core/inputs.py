@@ -10,6 +10,7 @@ from typing import TypeAlias
 
 import msgspec
 
+from gpuyard_daemon.core.policy import Policy
 from gpuyard_protocol.jobs import JobSpec
 from gpuyard_protocol.names import JobId, NodeId, ServiceName, SubmissionId, Tenant, User
 from gpuyard_protocol.nodes import Report
@@ -49,6 +50,33 @@ class CancelRequested(msgspec.Struct, frozen=True, kw_only=True):
     user: User
     submission_id: SubmissionId
     job: JobId
+    #: The whole array that the job belongs to.
+    array: bool = False
+
+
+class HoldRequested(msgspec.Struct, frozen=True, kw_only=True):
+    tenant: Tenant
+    user: User
+    submission_id: SubmissionId
+    job: JobId
+    array: bool = False
+
+
+class ReleaseRequested(msgspec.Struct, frozen=True, kw_only=True):
+    tenant: Tenant
+    user: User
+    submission_id: SubmissionId
+    job: JobId
+    array: bool = False
+
+
+class RequeueRequested(msgspec.Struct, frozen=True, kw_only=True):
+    tenant: Tenant
+    user: User
+    submission_id: SubmissionId
+    job: JobId
+    #: Then it is held.
+    hold: bool = False
 
 
 class ServiceApplied(msgspec.Struct, frozen=True, kw_only=True):
@@ -110,6 +138,12 @@ class NodeIncompatible(msgspec.Struct, frozen=True, kw_only=True):
     reason: str
 
 
+class PolicyChanged(msgspec.Struct, frozen=True, kw_only=True):
+    """The operator's configuration grants tenants something else than the journal says."""
+
+    policy: Policy
+
+
 class RequeueAll(msgspec.Struct, frozen=True, kw_only=True):
     """The yard stops: every replica is to end with grace, and its job to wait, uncharged, for the next start."""
 
@@ -128,6 +162,9 @@ Input: TypeAlias = (
     JobSubmitted
     | RequestMalformed
     | CancelRequested
+    | HoldRequested
+    | ReleaseRequested
+    | RequeueRequested
     | ServiceApplied
     | ServiceDeleted
     | LoadReported
@@ -136,6 +173,7 @@ Input: TypeAlias = (
     | NodeLost
     | NodeReturned
     | NodeIncompatible
+    | PolicyChanged
     | RequeueAll
     | YardStarted
 )

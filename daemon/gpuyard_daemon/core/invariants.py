@@ -7,6 +7,7 @@ by the daemon after a restore; its cost is linear in the state.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from gpuyard_daemon.core.capacity import NodeSpace, Pool
 from gpuyard_daemon.core.cluster import Cluster
@@ -14,6 +15,7 @@ from gpuyard_daemon.core.listing import JOB_STATES
 from gpuyard_daemon.core.model import Assignment, Job
 from gpuyard_daemon.core.partitions import Card, amounts_on, mode_of, slices_at
 from gpuyard_daemon.core.states import InvariantViolated, story_of
+from gpuyard_daemon.core.tenancy import held_by
 from gpuyard_protocol.names import AssignmentKey
 from gpuyard_protocol.resources import MigInstance, MpsShare, Partition, devices_of
 from gpuyard_protocol.units import MILLI
@@ -21,7 +23,14 @@ from gpuyard_protocol.units import MILLI
 
 def check(cluster: Cluster) -> None:
     """Raise `InvariantViolated` with everything that is wrong, first the worst."""
-    problems = [*_cards_held(cluster), *_jobs(cluster), *_indexes(cluster), *_services(cluster)]
+    problems = [
+        *_cards_held(cluster),
+        *_jobs(cluster),
+        *_indexes(cluster),
+        *_services(cluster),
+        *_tenants(cluster),
+        *_arrays(cluster),
+    ]
     if problems:
         raise InvariantViolated("\n".join(problems[:20]))
 
@@ -168,7 +177,8 @@ def _job(job: Job) -> Iterator[str]:
 
 
 def _indexes(cluster: Cluster) -> Iterator[str]:
-    waiting = {job.id for job in cluster.jobs.values() if job.is_waiting}
+    waiting = {job.id for job in cluster.jobs.values() if _may_start(cluster, job)}
+    waiting -= _throttled(cluster, waiting)
     if waiting != set(cluster.waiting):
         yield f"waiting: {sorted(cluster.waiting)[:20]}; by the jobs {sorted(waiting)[:20]}"
     if cluster.waiting_keys != {number: job.order_key for number, job in cluster.waiting.items()}:
@@ -187,6 +197,45 @@ def _indexes(cluster: Cluster) -> Iterator[str]:
         yield f"capacity {cluster.pool.capacity_milli}; by the cards {_capacity(cluster.pool)}"
 
 
+def _throttled(cluster: Cluster, waiting: set[int]) -> set[int]:
+    """Elements of arrays that could start but for the number of others that go at once."""
+    throttled: set[int] = set()
+    for array in cluster.arrays.records.values():
+        mine = [job for job in cluster.jobs.values() if job.array == array.id]
+        at_once = array.spec.array.at_once if array.spec.array else 0
+        room = at_once - sum(1 for job in mine if job.state in ("starting", "running", "stopping"))
+        if at_once:
+            throttled.update(sorted(job.id for job in mine if job.id in waiting)[max(0, room) :])
+    return throttled
+
+
+def _arrays(cluster: Cluster) -> Iterator[str]:
+    for array in cluster.arrays.records.values():
+        mine = [job for job in cluster.jobs.values() if job.array == array.id]
+        unfinished = sum(1 for job in mine if not job.is_final)
+        if (len(mine), unfinished) != (array.left, array.unfinished):
+            counted = f"{array.left} and {array.unfinished}"
+            yield f"array {array.id}: {len(mine)} elements, {unfinished} unfinished, not {counted}"
+        if any(job.spec is not array.spec for job in mine):
+            yield f"array {array.id}: an element with a specification of its own"
+
+
+def _may_start(cluster: Cluster, job: Job) -> bool:
+    if job.state != "pending" or job.not_before_ms or job.held_by or job.id in cluster.gates.doomed:
+        return False
+    for _, number in job.spec.depends_on:
+        array = cluster.arrays.records.get(number)
+        targets = range(number, number + (array.count if array else 1))
+        if any(target in cluster.jobs and not cluster.jobs[target].is_final for target in targets):
+            return False
+    owner = (job.tenant, job.user, job.spec.name)
+    return not job.spec.singleton or not any(
+        other.id < job.id and not other.is_final and (other.tenant, other.user, other.spec.name) == owner
+        for other in cluster.jobs.values()
+        if not other.service
+    )
+
+
 def _capacity(pool: Pool) -> int:
     return MILLI * sum(1 for space in pool.spaces.values() for card in space.cards if card.present)
 
@@ -203,3 +252,32 @@ def _services(cluster: Cluster) -> Iterator[str]:
         spec = service.spec
         if not spec.min_replicas <= service.wanted <= spec.max_replicas:
             yield f"service {key}: {service.wanted} wanted, not between {spec.min_replicas} and {spec.max_replicas}"
+
+
+# --- tenants ---------------------------------------------------------------------------------------------------------
+
+
+def _tenants(cluster: Cluster) -> Iterator[str]:
+    """What tenants and users are said to hold is what their jobs hold."""
+    by_user: dict[tuple[str, str], int] = {}
+    for job in cluster.jobs.values():
+        for assignment in job.assignments:
+            if assignment.is_live:
+                key = (job.tenant, job.user)
+                space = cluster.pool.spaces[assignment.node]
+                by_user[key] = by_user.get(key, 0) + held_by(space, assignment.partition)
+    by_tenant: dict[str, int] = {}
+    for (tenant, _), milli in by_user.items():
+        by_tenant[tenant] = by_tenant.get(tenant, 0) + milli
+    tenancy = cluster.tenancy
+    for name, said, found in (
+        ("users", tenancy.user_held_milli, by_user),
+        ("tenants", tenancy.held_milli, by_tenant),
+    ):
+        said, found = _nonzero(said), _nonzero(found)
+        if said != found:
+            yield f"{name} hold {said}; by the jobs {found}"
+
+
+def _nonzero(amounts: dict[Any, int]) -> dict[Any, int]:
+    return {name: amount for name, amount in amounts.items() if amount}

@@ -28,6 +28,12 @@ class JobList:
     def __len__(self) -> int:
         return len(self._ids) - len(self._gone)
 
+    @property
+    def unfinished(self) -> int:
+        """How many have not ended."""
+        counts = self.counts
+        return counts["pending"] + counts["starting"] + counts["running"] + counts["stopping"]
+
     def add(self, job: JobId) -> None:
         self._ids.append(job)
 

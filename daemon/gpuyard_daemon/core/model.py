@@ -106,15 +106,15 @@ class Job(_Record):
     why: Why | None = None
     #: What happened to it, when and in words, oldest first.
     story: list[tuple[int, str]] = []
+    #: Who holds it: it does not start until released. "": nobody.
+    held_by: User = ""
+    #: The array it is an element of, by its first job's number, and which one. 0: none.
+    array: JobId = 0
+    array_index: int = 0
 
     @property
     def is_final(self) -> bool:
         return self.state in ("succeeded", "failed", "cancelled")
-
-    @property
-    def is_waiting(self) -> bool:
-        """Pending, and no wait before a retry holds it back."""
-        return self.state == "pending" and not self.not_before_ms
 
     @property
     def order_key(self) -> int:
@@ -205,6 +205,32 @@ class Totals(_Record):
     held_milli_ms: int = 0
     capacity_milli_ms: int = 0
     summed_to_ms: int = 0
+
+
+class Array(_Record):
+    """What the elements of an array have in common, until the last of them has left."""
+
+    #: The first element's number; the others follow.
+    id: JobId
+    tenant: Tenant
+    count: int
+    spec: JobSpec
+    #: Elements that are still in the core, and those that have not ended.
+    left: int
+    unfinished: int
+    #: Elements that ended and did not succeed.
+    unsuccessful: int = 0
+
+
+class Usage(_Record):
+    """GPU compute that one user of a tenant has held, summed over time: thousandths of a card × ms."""
+
+    tenant: Tenant
+    user: User
+    #: When it first held any.
+    since_ms: int
+    used_milli_ms: int
+    summed_to_ms: int
 
 
 def replica_spec(spec: ServiceSpec) -> JobSpec:

@@ -1,8 +1,9 @@
 """Which job next: priority, then first come, by job number; what does not fit lets the others pass.
 
 Jobs of equal shape stand in one queue. The queue whose head is first goes first; a queue whose head fits nowhere is
-blocked as a whole, and looked at again only when a node changed. So neither a long queue nor a full yard makes a turn
-slow: the work is per shape and changed node, not per waiting job.
+blocked as a whole, and looked at again only when a node changed; one whose tenant is at its limit is held back until
+the tenant holds less. So neither a long queue nor a full yard makes a turn slow: the work is per shape and changed
+node, not per waiting job.
 
 Derived from `Cluster.waiting`, read through its list of newcomers; nothing here is saved, and nothing here may matter
 to the outcome: which queues are blocked follows from the state.
@@ -19,6 +20,7 @@ from gpuyard_daemon.core.feasibility import Shape
 from gpuyard_daemon.core.gangs import Offers
 from gpuyard_daemon.core.model import Job
 from gpuyard_daemon.core.placement import Candidates
+from gpuyard_daemon.core.tenancy import least_held
 from gpuyard_protocol.names import Tenant, User
 from gpuyard_protocol.resources import ResourceNeed
 
@@ -32,7 +34,8 @@ class ShapeQueue:
     """Waiting jobs of one shape, and the nodes it fits."""
 
     __slots__ = (
-        "apart", "blocked", "candidates", "heads", "key", "number", "ready_key", "shape", "spanning", "together",
+        "apart", "blocked", "candidates", "heads", "key", "least_milli", "number", "ready_key", "shape", "spanning",
+        "together",
     )  # fmt: skip
 
     def __init__(self, key: ShapeKey, number: int, timeslice_milli_max: int) -> None:
@@ -45,9 +48,11 @@ class ShapeQueue:
         #: What nodes could take of a gang, as a whole and in parts.
         self.together = Offers(self.candidates, spanning=False)
         self.apart = Offers(self.spanning, spanning=True)
+        #: What a job of this shape counts for at least, against its tenant's limit.
+        self.least_milli = least_held(self.shape.need, self.shape.replicas)
         #: Order keys, a heap; those of jobs that no longer wait are skipped.
         self.heads: list[int] = []
-        #: It fitted nowhere when last looked at.
+        #: It fitted nowhere, or its tenant was at its limit, when last looked at.
         self.blocked = False
         #: Key of this queue's one entry in the order between the queues that counts; -1: none does.
         self.ready_key = -1
@@ -71,6 +76,10 @@ class WaitingLine:
         #: (order key of the head, number of the queue), of queues that are not blocked.
         self._ready: list[tuple[int, int]] = []
         self._blocked: list[ShapeQueue] = []
+        #: Queues whose tenants are at their limits.
+        self._held_back: dict[Tenant, list[ShapeQueue]] = {}
+        #: Those among them that might count for less on another card: they are looked at when nodes change, too.
+        self._costly: list[ShapeQueue] = []
         #: Of the pool, when blocked queues were last looked at.
         self._changes_seen = -1
         cluster.newly_waiting = None
@@ -83,7 +92,13 @@ class WaitingLine:
             if job := cluster.waiting.get(number):
                 self._enter(job)
         cluster.newly_waiting = []
+        everybody, eased = cluster.tenancy.take_eased()
+        for tenant in sorted(self._held_back if everybody else eased & self._held_back.keys()):
+            self._release(self._held_back.pop(tenant))
         changes = cluster.pool.changes_made
+        if everybody or changes != self._changes_seen:
+            costly, self._costly = self._costly, []
+            self._release(costly)
         if changes != self._changes_seen:
             self._changes_seen = changes
             self._unblock()
@@ -124,6 +139,13 @@ class WaitingLine:
                 self._make_ready(queue, queue.heads[0])
         self._blocked = still_blocked
 
+    def _release(self, queues: list[ShapeQueue]) -> None:
+        """Let queues that were held back be looked at again."""
+        for queue in queues:
+            queue.blocked = False
+            if self._head(queue) is not None:
+                self._make_ready(queue, queue.heads[0])
+
     def _head(self, queue: ShapeQueue) -> Job | None:
         heads, waiting = queue.heads, self._cluster.waiting
         while heads:
@@ -158,6 +180,15 @@ class WaitingLine:
         queue.blocked = True
         queue.ready_key = -1
         self._blocked.append(queue)
+
+    def hold_back(self, queue: ShapeQueue, *, costly: bool) -> None:
+        """The tenant of this queue is at its limit; `costly`: only with the cards that it would get now."""
+        queue.blocked = True
+        queue.ready_key = -1
+        if costly:
+            self._costly.append(queue)
+        else:
+            self._held_back.setdefault(queue.shape.tenant, []).append(queue)
 
     def _drop_idle(self) -> None:
         for queue in list(self._queues.values()):

@@ -203,7 +203,8 @@ def _settle(draft: Draft, job: Job) -> None:
 
 
 def _requeue(draft: Draft, job: Job, why: Why) -> None:
-    if why.code == "Shutdown":
+    if why.code in ("Shutdown", "Requeued"):
+        # Asked for, and nobody's fault.
         draft.add(f.JobRequeued(job.id, False, why, 0, job.uncharged))
         return
     ran_well = job.started_ms and draft.now_ms - job.started_ms >= draft.settings.steady_run_ms

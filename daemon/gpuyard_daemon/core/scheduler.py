@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 
-from gpuyard_daemon.core import admission, deadlines, outcomes, services, views
+from gpuyard_daemon.core import admission, deadlines, dependencies, directives, outcomes, services, views
 from gpuyard_daemon.core import facts as f
 from gpuyard_daemon.core import inputs as i
 from gpuyard_daemon.core.cluster import Cluster
@@ -21,6 +21,7 @@ from gpuyard_daemon.core.effects import Effects, start_order
 from gpuyard_daemon.core.impossible import Possibilities
 from gpuyard_daemon.core.inputs import Cursors, Input
 from gpuyard_daemon.core.order import WaitingLine
+from gpuyard_daemon.core.policy import Policy
 from gpuyard_daemon.core.round import place_waiting
 from gpuyard_daemon.core.settings import CoreSettings
 from gpuyard_daemon.core.snapshot import read_snapshot, take_snapshot
@@ -31,7 +32,16 @@ from gpuyard_daemon.core.why import why
 from gpuyard_protocol.jobs import JobView, SubmissionAnswer
 from gpuyard_protocol.names import JobId, NodeId, ServiceName, SubmissionId, Tenant, User
 from gpuyard_protocol.nodes import Desired
-from gpuyard_protocol.queries import JobsPage, JobsQuery, NodeView, ServicesPage, ServicesQuery, Stats, WhyAnswer
+from gpuyard_protocol.queries import (
+    JobsPage,
+    JobsQuery,
+    NodeView,
+    ServicesPage,
+    ServicesQuery,
+    Stats,
+    UsageReport,
+    WhyAnswer,
+)
 
 
 class Scheduler:
@@ -59,8 +69,10 @@ class Scheduler:
             _take(draft, given)
         deadlines.fire_due(draft)
         services.settle_services(draft)
+        dependencies.end_doomed(draft)
         unfinished = place_waiting(draft, self._line)
         services.make_room_for_new(draft)
+        unfinished = dependencies.end_doomed(draft) or unfinished
         if not draft.facts and cursors == self.cursors:
             return Turn(record=None, unfinished=unfinished)
         record = Record(turn=self.turn + 1, now_ms=draft.now_ms, cursors=cursors, facts=tuple(draft.facts))
@@ -103,6 +115,11 @@ class Scheduler:
     def digest(self) -> str:
         """Equal for equal states."""
         return hashlib.sha256(self.snapshot()).hexdigest()
+
+    @property
+    def policy(self) -> Policy:
+        """What tenants are granted now."""
+        return self.cluster.tenancy.policy
 
     @property
     def is_draining(self) -> bool:
@@ -191,6 +208,10 @@ class Scheduler:
         spaces = sorted(self.cluster.pool.spaces.items())
         return tuple(views.node_view(self.cluster, space, tenant) for _, space in spaces)
 
+    def usage(self, tenant: Tenant | None, now_ms: int) -> UsageReport:
+        """What a tenant (None: each) holds, has used and may have."""
+        return views.usage_report(self.cluster, tenant, max(now_ms, self.now_ms))
+
     def stats(self, now_ms: int) -> Stats:
         return views.stats(self.cluster, now_ms, self.turn)
 
@@ -206,8 +227,8 @@ def _take(draft: Draft, given: Input) -> None:
             outcomes.take_reports(draft, given)
         case i.RequestMalformed():
             admission.refuse_malformed(draft, given)
-        case i.CancelRequested():
-            admission.cancel(draft, given)
+        case i.CancelRequested() | i.HoldRequested() | i.ReleaseRequested() | i.RequeueRequested():
+            directives.direct(draft, given)
         case i.ServiceApplied():
             admission.apply(draft, given)
         case i.ServiceDeleted():
@@ -216,6 +237,9 @@ def _take(draft: Draft, given: Input) -> None:
             services.take_load(draft, given)
         case i.NodeSuspected() | i.NodeLost() | i.NodeReturned() | i.NodeIncompatible():
             _take_node_change(draft, given)
+        case i.PolicyChanged(policy=policy):
+            if draft.cluster.tenancy.policy != policy:
+                draft.add(f.PolicySet(policy))
         case i.RequeueAll():
             if not draft.cluster.draining:
                 draft.add(f.YardDraining())

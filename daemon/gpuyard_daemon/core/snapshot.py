@@ -7,11 +7,15 @@ be. Equal states give equal bytes: records stand in the order of their ids or of
 from __future__ import annotations
 
 import msgspec
+from msgspec.structs import replace
 
 from gpuyard_daemon.core.cluster import Cluster
 from gpuyard_daemon.core.inputs import Cursors
-from gpuyard_daemon.core.model import Job, KeptAnswer, Node, Service, Totals
+from gpuyard_daemon.core.model import Array, Job, KeptAnswer, Node, Service, Totals, Usage
+from gpuyard_daemon.core.policy import Policy
+from gpuyard_daemon.core.tenancy import held_by
 from gpuyard_daemon.core.timers import Timer
+from gpuyard_protocol.jobs import JobSpec
 from gpuyard_protocol.names import JobId, SubmissionId, Tenant
 
 SNAPSHOT_VERSION = 1
@@ -35,8 +39,14 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     services: list[Service]
     chosen_answers: list[tuple[Tenant, SubmissionId, KeptAnswer]]
     given_answers: list[tuple[Tenant, SubmissionId, KeptAnswer]]
+    policy: Policy = Policy()
+    usage: list[Usage] = []
+    #: Their elements stand in `jobs` without their specification.
+    arrays: list[Array] = []
 
 
+#: In place of what the elements of an array have in common.
+_SHARED = JobSpec()
 _ENCODER = msgspec.msgpack.Encoder()
 _DECODER = msgspec.msgpack.Decoder(Snapshot)
 
@@ -51,11 +61,14 @@ def take_snapshot(cluster: Cluster, turn: int, now_ms: int, cursors: Cursors) ->
             draining=cluster.draining,
             totals=cluster.totals,
             nodes=list(cluster.nodes.values()),
-            jobs=list(cluster.jobs.values()),
+            jobs=[replace(job, spec=_SHARED) if job.array else job for job in cluster.jobs.values()],
             finished=list(cluster.finished),
             services=list(cluster.services.values()),
             chosen_answers=[(*key, kept) for key, kept in cluster.chosen_answers.items()],
             given_answers=[(*key, kept) for key, kept in cluster.given_answers.items()],
+            policy=cluster.tenancy.policy,
+            usage=list(cluster.tenancy.usage.values()),
+            arrays=list(cluster.arrays.records.values()),
         )
     )
 
@@ -74,6 +87,8 @@ def read_snapshot(data: bytes) -> tuple[Snapshot, Cluster]:
 def _rebuild(snapshot: Snapshot) -> Cluster:
     cluster = Cluster()
     cluster.last_job, cluster.draining, cluster.totals = snapshot.last_job, snapshot.draining, snapshot.totals
+    cluster.tenancy.set_policy(snapshot.policy)
+    cluster.tenancy.usage.update({(usage.tenant, usage.user): usage for usage in snapshot.usage})
     for node in snapshot.nodes:
         cluster.nodes[node.id] = node
         space = cluster.pool.add(node)
@@ -83,7 +98,11 @@ def _rebuild(snapshot: Snapshot) -> Cluster:
         for mode, avoidance in node.avoided.items():
             if avoidance.until_ms:
                 cluster.timers.set_named(avoidance.until_ms, Timer.FORGIVE, node.id, mode)
+    for array in snapshot.arrays:
+        cluster.arrays.add(array)
     for job in snapshot.jobs:
+        if job.array:
+            job.spec = cluster.arrays.records[job.array].spec
         cluster.index_job(job)
         if job.prepare_until_ms:
             cluster.timers.set_job(job.prepare_until_ms, Timer.PREPARE, job.id)
@@ -111,3 +130,4 @@ def _hold(cluster: Cluster, job: Job) -> None:
         if assignment.is_live:
             space = cluster.pool.spaces[assignment.node]
             cluster.pool.take(space, assignment, job.tenant, need.cpu_milli, need.memory_mib)
+            cluster.tenancy.restore_held(job.tenant, job.user, held_by(space, assignment.partition))

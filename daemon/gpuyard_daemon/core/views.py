@@ -8,9 +8,20 @@ from gpuyard_daemon.core.capacity import NodeSpace
 from gpuyard_daemon.core.cluster import Cluster, ServiceKey
 from gpuyard_daemon.core.model import Assignment, Job, Service
 from gpuyard_daemon.core.partitions import Card, amounts_on, mode_of
-from gpuyard_protocol.jobs import JobView, ReplicaView
-from gpuyard_protocol.names import Tenant
-from gpuyard_protocol.queries import PAGE_ROWS_MAX, CardView, JobsPage, JobsQuery, NodeView, Stats
+from gpuyard_daemon.core.tenancy import least_held
+from gpuyard_protocol.jobs import JobSpec, JobView, ReplicaView, Why
+from gpuyard_protocol.names import JobId, Tenant
+from gpuyard_protocol.queries import (
+    PAGE_ROWS_MAX,
+    CardView,
+    JobsPage,
+    JobsQuery,
+    NodeView,
+    Stats,
+    TenantUsage,
+    UsageReport,
+    UserUsage,
+)
 from gpuyard_protocol.resources import (
     MigInstance,
     MpsShare,
@@ -20,7 +31,7 @@ from gpuyard_protocol.resources import (
     devices_of,
 )
 from gpuyard_protocol.services import ServiceView
-from gpuyard_protocol.units import format_mib, format_milli
+from gpuyard_protocol.units import format_mib, format_milli, format_ms
 
 
 class Gauges(msgspec.Struct, frozen=True, kw_only=True):
@@ -64,11 +75,48 @@ def job_view(cluster: Cluster, job: Job, *, with_spec: bool = False) -> JobView:
         started_ms=job.started_ms,
         ended_ms=job.ended_ms,
         exit_code=job.exit_code,
-        reason=job.why if job.verdict is None else job.verdict.why,
+        reason=_reason(cluster, job),
         service=job.service,
         placed=tuple([_replica_view(assignment) for assignment in job.assignments]) if job.state != "pending" else (),
-        spec=spec if with_spec else None,
+        array=job.array,
+        array_index=job.array_index,
+        spec=_shown_spec(job) if with_spec else None,
     )
+
+
+def _shown_spec(job: Job) -> JobSpec:
+    """The specification; the script of an array is shown with its first element, not ten thousand times."""
+    if job.array in (0, job.id) or not job.spec.script:
+        return job.spec
+    return msgspec.structs.replace(job.spec, script="")
+
+
+def _reason(cluster: Cluster, job: Job) -> Why | None:
+    """Why a job is where it is, as far as the records say; what nodes say to a waiting job is for `why`."""
+    if job.state == "pending" and (apart := why_apart(cluster, job)) is not None:
+        return apart
+    if job.id in cluster.waiting:
+        over = cluster.tenancy.blocks(job.tenant, least_held(job.spec.need, job.spec.replicas))
+        if over is not None:
+            return over
+    return job.why if job.verdict is None else job.verdict.why
+
+
+def why_apart(cluster: Cluster, job: Job) -> Why | None:
+    """Why a pending job does not even look for a place, but for a wait before a retry; None if it does."""
+    if job.held_by:
+        return Why("Held", f"held by {job.held_by} until it is released")
+    if job.not_before_ms and not job.attempt:
+        return Why(
+            "BeginTime", f"it was asked to begin {format_ms(job.not_before_ms - job.submitted_ms)} after its submission"
+        )
+    if (apart := cluster.gates.why(job, cluster.jobs, cluster.arrays)) is not None:
+        return apart
+    if job.id not in cluster.waiting and not job.not_before_ms and job.spec.array is not None:
+        return Why(
+            "ArrayLimit", f"{job.spec.array.at_once} elements of array {job.array} go at once, and others are first"
+        )
+    return None
 
 
 def _replica_view(assignment: Assignment) -> ReplicaView:
@@ -105,6 +153,8 @@ def jobs_page(cluster: Cluster, tenant: Tenant | None, query: JobsQuery) -> Jobs
     limit = max(1, min(PAGE_ROWS_MAX, query.limit))
     rows: list[JobView] = []
     last = 0
+    #: The waiting elements of arrays that were met.
+    folded: dict[JobId, list[Job]] = {}
     for number in jobs.newest_first(query.cursor):
         job = cluster.jobs[number]
         if query.states:
@@ -114,9 +164,16 @@ def jobs_page(cluster: Cluster, tenant: Tenant | None, query: JobsQuery) -> Jobs
             continue
         if (query.user and job.user != query.user) or (query.service and job.service != query.service):
             continue
+        folds = query.fold and job.array and job.state == "pending"
+        if folds and job.array not in folded:
+            folded[job.array] = cluster.pending_elements(job.array)
+        if folds and folded[job.array][-1].id != number:
+            # Its array has a row already, on this page or an earlier one.
+            continue
         if len(rows) == limit:
             return JobsPage(jobs=tuple(rows), next=last, counts=_counts(cluster, tenant))
-        rows.append(job_view(cluster, job))
+        view = job_view(cluster, job)
+        rows.append(msgspec.structs.replace(view, elements=len(folded[job.array])) if folds else view)
         last = number
     return JobsPage(jobs=tuple(rows), counts=_counts(cluster, tenant))
 
@@ -159,6 +216,47 @@ def _endpoints(cluster: Cluster, job: Job) -> list[str]:
         if assignment.port and inventory is not None and cluster.nodes[assignment.node].state != "lost":
             found.append(f"{inventory.address}:{assignment.port}")
     return found
+
+
+# --- tenants ---------------------------------------------------------------------------------------------------------
+
+
+def usage_report(cluster: Cluster, tenant: Tenant | None, now_ms: int) -> UsageReport:
+    """Of one tenant, or of all that ever held a GPU, have a job or are named in the policy; by name."""
+    names = {tenant} if tenant is not None else _known_tenants(cluster)
+    return UsageReport(tenants=tuple([_tenant_usage(cluster, name, now_ms) for name in sorted(names)]), now_ms=now_ms)
+
+
+def _known_tenants(cluster: Cluster) -> set[Tenant]:
+    tenancy = cluster.tenancy
+    return {*cluster.lists, *(name for name, _ in tenancy.usage), *dict(tenancy.policy.tenants)} - {""}
+
+
+def _tenant_usage(cluster: Cluster, tenant: Tenant, now_ms: int) -> TenantUsage:
+    tenancy = cluster.tenancy
+    limits, jobs = tenancy.limits(tenant), cluster.lists.get(tenant)
+    users = tuple(
+        [
+            UserUsage(
+                user=user,
+                held_milli=tenancy.user_held_milli.get((tenant, user), 0),
+                used_milli_ms=tenancy.used_milli_ms(usage, now_ms),
+                since_ms=usage.since_ms,
+            )
+            for (owner, user), usage in sorted(tenancy.usage.items())
+            if owner == tenant
+        ]
+    )
+    return TenantUsage(
+        tenant=tenant,
+        held_milli=tenancy.held_milli.get(tenant, 0),
+        gpus_max_milli=limits.gpus_max_milli,
+        jobs=jobs.unfinished if jobs else 0,
+        jobs_max=limits.jobs_max,
+        used_milli_ms=sum(user.used_milli_ms for user in users),
+        since_ms=min([user.since_ms for user in users], default=0),
+        users=users,
+    )
 
 
 # --- nodes -----------------------------------------------------------------------------------------------------------

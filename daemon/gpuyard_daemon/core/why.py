@@ -10,6 +10,10 @@ from gpuyard_daemon.core.cluster import Cluster
 from gpuyard_daemon.core.feasibility import LASTING, Reason, Shape, judge
 from gpuyard_daemon.core.gangs import offer_of
 from gpuyard_daemon.core.model import Job
+from gpuyard_daemon.core.order import ShapeQueue
+from gpuyard_daemon.core.round import counts_for, places
+from gpuyard_daemon.core.tenancy import least_held
+from gpuyard_daemon.core.views import why_apart
 from gpuyard_protocol.jobs import Why
 from gpuyard_protocol.queries import NodeReason, WhyAnswer
 from gpuyard_protocol.units import format_mib, format_milli, format_ms
@@ -21,23 +25,49 @@ def why(cluster: Cluster, job: Job, now_ms: int, timeslice_milli_max: int) -> Wh
     story = tuple([f"+{format_ms(at_ms - job.submitted_ms)} {text}" for at_ms, text in job.story])
     if job.state != "pending":
         return WhyAnswer(job=job.id, state=job.state, summary=_summary_of_state(job), story=story)
-    if job.not_before_ms:
-        left = format_ms(max(0, job.not_before_ms - now_ms) // 1000 * 1000)
-        because = f" after: {job.why.text}" if job.why else ""
-        return WhyAnswer(job=job.id, state=job.state, summary=f"waits {left} before a new start{because}", story=story)
+    if (apart := _apart(cluster, job, now_ms)) is not None:
+        return WhyAnswer(job=job.id, state=job.state, summary=apart, story=story)
     need = job.spec.need
     shape = Shape(need, job.spec.replicas, job.tenant, job.user, timeslice_milli_max)
     reasons, members = _judge_all(cluster, shape)
+    limit = _over_limit(cluster, shape, members)
     ahead = sum(map(job.order_key.__gt__, cluster.waiting_keys.values()))
     return WhyAnswer(
         job=job.id,
         state=job.state,
-        summary=_summary(cluster, job, reasons, members),
+        summary=_summary(cluster, job, reasons, members, limit),
         story=story,
         reasons=reasons,
         position=ahead + 1,
         ahead=ahead,
+        limit=limit,
     )
+
+
+def _apart(cluster: Cluster, job: Job, now_ms: int) -> str | None:
+    """Why a pending job does not even look for a place; None if it does."""
+    left = format_ms(max(0, job.not_before_ms - now_ms) // 1000 * 1000)
+    if job.not_before_ms and not job.held_by:
+        if not job.attempt:
+            return f"begins in {left}, as it was asked to"
+        because = f" after: {job.why.text}" if job.why else ""
+        return f"waits {left} before a new start{because}"
+    apart = why_apart(cluster, job)
+    return apart.text if apart else None
+
+
+def _over_limit(cluster: Cluster, shape: Shape, members: int) -> Why | None:
+    """What the tenant's limit says: to the least it could count for, or else to the places it would get now."""
+    tenancy = cluster.tenancy
+    over = tenancy.blocks(shape.tenant, least_held(shape.need, shape.replicas))
+    if over is None and members >= shape.replicas and tenancy.is_limited(shape.tenant):
+        placements = places(
+            cluster.pool,
+            ShapeQueue((shape.need, shape.replicas, shape.tenant, shape.user), 0, shape.timeslice_milli_max),
+        )
+        if placements is not None:
+            over = tenancy.blocks(shape.tenant, counts_for(cluster.pool, placements))
+    return over
 
 
 def _judge_all(cluster: Cluster, shape: Shape) -> tuple[tuple[NodeReason, ...], int]:
@@ -69,11 +99,13 @@ def _judge_all(cluster: Cluster, shape: Shape) -> tuple[tuple[NodeReason, ...], 
     )
 
 
-def _summary(cluster: Cluster, job: Job, reasons: tuple[NodeReason, ...], members: int) -> str:
+def _summary(cluster: Cluster, job: Job, reasons: tuple[NodeReason, ...], members: int, limit: Why | None) -> str:
     if cluster.draining:
         return "the yard is stopping: nothing starts until it is started again"
     if not cluster.nodes:
         return "no node has joined yet"
+    if limit is not None:
+        return limit.text
     if job.spec.replicas > 1 and members:
         return f"{job.spec.replicas} replicas start together or not at all: there is room for {members} now"
     if members:

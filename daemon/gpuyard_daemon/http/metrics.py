@@ -125,7 +125,13 @@ class DaemonCollector(Collector):
         yield _gauge("gpuyard_node_twins", "Nodes for which two agents speak", len(of.monitor.twins))
 
     def _upkeep(self) -> Iterator[Metric]:
-        upkeep = self._of.upkeep
+        upkeep, levels = self._of.upkeep, self._of.levels
+        parts = levels.used_part.items()
+        yield _by_label("gpuyard_stream_used_ratio", "Of the bytes each stream may hold", "stream", parts)
+        yield _by_label("gpuyard_stream_messages", "Messages in each stream", "stream", levels.messages.items())
+        reloader = self._of.reloader
+        yield _counter("gpuyard_config_reload", "Times the configuration was read again", reloader.reloads)
+        yield _counter("gpuyard_config_reload_failed", "Times it made no sense, and nothing changed", reloader.failed)
         yield _counter("gpuyard_snapshots", "Snapshots made", upkeep.snapshots_made)
         yield _counter("gpuyard_snapshots_failed", "Snapshots that could not be made", upkeep.snapshots_failed)
         yield _gauge("gpuyard_snapshot_fork_seconds", "How long the loop stood still for the last one", upkeep.fork_s)

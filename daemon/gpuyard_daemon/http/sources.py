@@ -14,9 +14,11 @@ from gpuyard_daemon.history import History
 from gpuyard_daemon.inbox import Inbox
 from gpuyard_daemon.ingress import Ingress
 from gpuyard_daemon.journal import Journal
+from gpuyard_daemon.levels import StreamLevels
 from gpuyard_daemon.loads import Loads
 from gpuyard_daemon.measures import Measures
 from gpuyard_daemon.node_monitor import NodeMonitor
+from gpuyard_daemon.reload import Reloader
 from gpuyard_daemon.upkeep import Upkeep
 from gpuyard_protocol.queries import NodeView, Stats
 
@@ -39,3 +41,5 @@ class Sources:
     api: Api
     upkeep: Upkeep
     history: History
+    levels: StreamLevels
+    reloader: Reloader

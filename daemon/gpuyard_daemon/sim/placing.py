@@ -1,10 +1,9 @@
 """Placement policies to compare with, as their authors define them.
 
 Scores are whole numbers from 0 to 100 where the authors' are; the first of equal hosts wins, as it does there. Which
-host is first is not published. `tie_order` is the order, of several tried, that comes nearest to the published figures: that
-of
-a filter whose 16 workers each take a run of neighbouring hosts. GpuPacking and GpuClustering score coarsely and depend on
-it by a point; FGD stays within 0.3 points in the order of the file too.
+host is first is not published. `tie_order` is the order, of several tried, that comes nearest to the published figures:
+that of a filter whose 16 workers each take a run of neighbouring hosts. GpuPacking and GpuClustering score coarsely and
+depend on it by a point; FGD stays within 0.3 points in the order of the file too.
 """
 
 from __future__ import annotations

@@ -20,8 +20,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 from gpuyard_daemon.yard.keys import YardKeys
+from gpuyard_protocol.audit import AUDIT_DAEMON, AUDIT_HEAD, READING_VERBS, audit_stream
 from gpuyard_protocol.names import NodeId, Tenant, User
 from gpuyard_protocol.subjects import stream_name
+
+
+class TlsFiles(NamedTuple):
+    """PEM files. The server shows `cert`; whoever trusts `ca` believes it."""
+
+    ca: Path
+    cert: Path
+    key: Path
 
 
 class ServerSettings(NamedTuple):
@@ -35,6 +44,8 @@ class ServerSettings(NamedTuple):
     host: str = "127.0.0.1"
     #: -1: any free one.
     port: int = 4222
+    #: None: in the clear, which only a loopback address may be.
+    tls: TlsFiles | None = None
 
 
 #: Inbox prefixes, one per role, so that nobody reads another's answers.
@@ -48,6 +59,10 @@ def operator_inbox(name: User) -> str:
 
 def node_inbox(node: NodeId) -> str:
     return f"_INBOX_A.{node}"
+
+
+def join_inbox(node: NodeId) -> str:
+    return f"_INBOX_J.{node}"
 
 
 def user_inbox(user: User) -> str:
@@ -85,6 +100,20 @@ jetstream {{
 }}
 # The client reads acknowledgement subjects of the first form.
 feature_flags {{ js_ack_fc_v2: false }}
+{_tls_section(settings.tls)}"""
+
+
+def _tls_section(tls: TlsFiles | None) -> str:
+    """Only the server shows a certificate: clients prove who they are with their nkeys."""
+    if tls is None:
+        return ""
+    return f"""\
+tls {{
+  cert_file: {_quoted(str(tls.cert))}
+  key_file: {_quoted(str(tls.key))}
+  min_version: "1.2"
+  timeout: 5
+}}
 """
 
 
@@ -92,21 +121,25 @@ def _accounts_section(yard: str, keys: YardKeys) -> str:
     roles = keys.public_roles()
     tenants = keys.public_tenants()
     accounts = [
-        _scheduler_account(yard, roles, keys.public_operators()),
+        _scheduler_account(yard, roles, keys),
         _agents_account(keys.public_nodes()),
+        _join_account(keys.tokens.admitted()),
         *(_tenant_account(tenant, users) for tenant, users in tenants.items()),
         _account("SYS", [_user(roles["sys"], ["$SYS.REQ.>"], [f"{DAEMON_INBOX}.>", "$SYS.ACCOUNT.*.*"])]),
     ]
     return "accounts {\n" + "\n".join(accounts) + "\n}"
 
 
-def _scheduler_account(yard: str, roles: dict[str, str], operators: dict[User, str]) -> str:
+def _scheduler_account(yard: str, roles: dict[str, str], keys: YardKeys) -> str:
     events = stream_name("EVT", yard)
+    audit = audit_stream(yard).name
     users = [
         _user(
             roles["daemon"],
-            ["jrn.>", "evt.>", "cmd.*", "$JS.API.>", "$JS.ACK.>", "$O.SNAP.>"],
+            ["jrn.>", "evt.>", AUDIT_DAEMON, "cmd.*", "$JS.API.>", "$JS.ACK.>", "$O.SNAP.>"],
             [f"{DAEMON_INBOX}.>", "hb.*", "tel.>", "load.>", "jrn.leader", "$JS.EVENT.ADVISORY.>"],
+            # The stream itself refuses to give up a message; it must not vanish as a whole either.
+            denied=[f"$JS.API.STREAM.DELETE.{audit}"],
         ),
         # Answers tenants (`_R_` is the server's own prefix for answers across accounts) and operators, who live in this
         # account. An explicit list, because `allow_responses` would let a reply subject chosen by a tenant pass.
@@ -117,10 +150,14 @@ def _scheduler_account(yard: str, roles: dict[str, str], operators: dict[User, s
                 "_INBOX_O.>",
                 f"$JS.API.DIRECT.GET.{events}",
                 f"$JS.API.DIRECT.GET.{events}.>",
+                AUDIT_HEAD,
+                f"$JS.API.DIRECT.GET.{audit}",
+                f"$JS.API.DIRECT.GET.{audit}.>",
             ],
-            ["q.>", "adm.>", f"{API_INBOX}.>"],
+            ["q.>", "adm.>", "join.*", f"{API_INBOX}.>"],
         ),
-        *(_user(key, [f"adm.{name}.>"], [f"{operator_inbox(name)}.>", "evt.>"]) for name, key in operators.items()),
+        *(_overseer(name, key, [">"]) for name, key in keys.public_operators().items()),
+        *(_overseer(name, key, READING_VERBS) for name, key in keys.public_viewers().items()),
     ]
     exports = [
         '{ service: "sub.*.>", account_token_position: 2 }',
@@ -128,6 +165,7 @@ def _scheduler_account(yard: str, roles: dict[str, str], operators: dict[User, s
         '{ service: "load.*.>", account_token_position: 2 }',
         '{ stream: "evt.*.>", account_token_position: 2 }',
         '{ service: "rep.>", accounts: [ AGENTS ] }',
+        '{ service: "join.*", accounts: [ JOIN ] }',
     ]
     imports = [
         _imported("service", "AGENTS", "cmd.*"),
@@ -137,12 +175,26 @@ def _scheduler_account(yard: str, roles: dict[str, str], operators: dict[User, s
     return _account("SCHED", users, exports, imports, has_jetstream=True)
 
 
+def _overseer(name: User, key: str, verbs: Iterable[str]) -> str:
+    return _user(key, [f"adm.{name}.{verb}" for verb in verbs], [f"{operator_inbox(name)}.>", "evt.>"])
+
+
+def _join_account(tokens: dict[NodeId, str]) -> str:
+    """Hosts with a one-time token, each of which may ask for one thing: to be let in under the token's name."""
+    users = [_user(key, [f"join.{node}"], [f"{join_inbox(node)}.>"]) for node, key in tokens.items()]
+    return _account("JOIN", users, [], [_imported("service", "SCHED", "join.*")])
+
+
 def _agents_account(nodes: dict[NodeId, str]) -> str:
     users = [
         _user(
             key,
-            [f"rep.{node}.>", f"hb.{node}", f"tel.{node}.>", "log.*.*.*", "_R_.>"],
-            [f"{node_inbox(node)}.>", f"cmd.{node}"],
+            # `who`: whether another agent lives under this name, asked and answered under the one key.
+            [
+                *(f"rep.{node}.>", f"hb.{node}", f"tel.{node}.>", "log.*.*.*", "_R_.>"),
+                *(f"who.{node}", f"{node_inbox(node)}.>"),
+            ],
+            [f"{node_inbox(node)}.>", f"cmd.{node}", f"who.{node}"],
         )
         for node, key in nodes.items()
     ]
@@ -194,11 +246,9 @@ def _account(
     return "\n".join(lines)
 
 
-def _user(public_key: str, publish: Iterable[str], subscribe: Iterable[str]) -> str:
-    return (
-        f"{{ nkey: {_quoted(public_key)}, permissions: "
-        f"{{ publish: {_list(publish)}, subscribe: {_list(subscribe)} }} }}"
-    )
+def _user(public_key: str, publish: Iterable[str], subscribe: Iterable[str], *, denied: Sequence[str] = ()) -> str:
+    published = f"{{ allow: {_list(publish)}, deny: {_list(denied)} }}" if denied else _list(publish)
+    return f"{{ nkey: {_quoted(public_key)}, permissions: {{ publish: {published}, subscribe: {_list(subscribe)} }} }}"
 
 
 def _imported(kind: str, account: str, subject: str) -> str:

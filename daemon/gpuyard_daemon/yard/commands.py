@@ -1,4 +1,4 @@
-"""`gpuyard up`, `down`, `demo`, `init`: the commands that need the daemon installed, as they join the CLI.
+"""`gpuyard up`, `down`, `demo`, and the commands of `init`, `tenants` and `joining`, as they join the CLI.
 
 This module is loaded with every `gpuyard` command, so it imports nothing that takes time or an extra; each command
 loads what it needs, and says which extra brings it where it is missing. It turns words into settings and outcomes
@@ -19,7 +19,7 @@ import typer
 
 from gpuyard.context import CONTEXT_VARIABLE, default_state_dir
 from gpuyard.errors import GpuyardError
-from gpuyard_daemon.yard import init
+from gpuyard_daemon.yard import init, joining, tenants
 
 if TYPE_CHECKING:
     from gpuyard_daemon.yard.up import Settings, Yard
@@ -67,6 +67,8 @@ def register(app: typer.Typer) -> None:
     app.command("down")(down)
     app.command("demo")(demo)
     init.register(app)
+    tenants.register(app)
+    joining.register(app)
 
 
 def up(
@@ -136,7 +138,7 @@ def _run(work: Coroutine[Any, Any, T]) -> T:
     import uvloop
 
     from gpuyard_daemon.yard.home import YardTrouble
-    from gpuyard_daemon.yard.nats_server import ConfigurationError
+    from gpuyard_daemon.yard.server_files import ConfigurationError
     from gpuyard_protocol.bus.base import BusError
 
     try:

@@ -10,12 +10,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from gpuyard_daemon.yard.accounts import DAEMON_INBOX, ServerSettings, server_config
 from gpuyard_daemon.yard.home import YardTrouble
 from gpuyard_daemon.yard.keys import YardKeys
 from gpuyard_daemon.yard.nats_server import store_budget
 from gpuyard_daemon.yard.server_check import check_server
+from gpuyard_daemon.yard.server_files import is_loopback
 from gpuyard_protocol.bus import nats
 from gpuyard_protocol.bus.base import BusError, Disconnected, PermissionDenied
 
@@ -26,6 +28,7 @@ async def check_foreign_server(
     url: str, keys: YardKeys, *, yard: str, directory: Path, say: Callable[[str], None]
 ) -> None:
     """Return if the server can carry the yard; `YardTrouble` says what to change."""
+    _refuse_plain_text(url)
     needed = _write_needed(keys, yard, directory)
     await _refuse_open_server(url, needed)
     try:
@@ -44,6 +47,17 @@ async def check_foreign_server(
     check.require(url)
     for promise in check.unverified:
         say(f"not verified from here: {url} must have {promise}")
+
+
+def _refuse_plain_text(url: str) -> None:
+    """What tenants say to each other's machines is not for every wire between them."""
+    for part in url.split(","):
+        address = urlsplit(part.strip() if "://" in part else f"nats://{part.strip()}")
+        if address.scheme != "tls" and not is_loopback(address.hostname or ""):
+            raise YardTrouble(
+                f"{part.strip()} is reached over the network, and in the clear: give that NATS server TLS and name it "
+                f"as tls://{address.netloc}"
+            )
 
 
 async def _refuse_open_server(url: str, needed: Path) -> None:

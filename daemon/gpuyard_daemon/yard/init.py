@@ -12,30 +12,34 @@ This module is loaded with every `gpuyard` command, so it imports nothing that t
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gpuyard.context import Context, default_state_dir, render_context
+from gpuyard.context import default_state_dir
 from gpuyard.errors import GpuyardError
 
 if TYPE_CHECKING:
-    from gpuyard_daemon.yard.keys import YardKeys
+    from gpuyard_daemon.yard.server_files import KeptByInit, Server
 
 _State = typer.Option("--state", metavar="DIR", help="Directory of the yard (/var/lib/gpuyard on a head node).")
-_Yard = typer.Option("--yard", metavar="NAME", help="Name of the yard, as in daemon.toml.")
-_Listen = typer.Option("--listen", metavar="HOST:PORT", help="Where the NATS server listens; kept from the last time.")
-_Url = typer.Option("--url", metavar="URL", help="How users and nodes reach it: nats://HEAD:4222; kept likewise.")
+_Yard = typer.Option("--yard", metavar="NAME", help="Name of the yard, as in daemon.toml (default: main).")
+_Listen = typer.Option(
+    "--listen",
+    metavar="HOST:PORT",
+    help="Where the NATS server listens, with TLS unless on a loopback address; kept from the last time.",
+)
+_Url = typer.Option("--url", metavar="URL", help="How users and nodes reach it: tls://HEAD:4222; kept likewise.")
 _Nodes = typer.Option("--node", metavar="NAME", help="A GPU host that may join; may be given repeatedly.")
 _Users = typer.Option("--user", metavar="TENANT/USER", help="A tenant's user; may be given repeatedly.")
 _Operators = typer.Option("--operator", metavar="NAME", help="Who runs the yard; may be given repeatedly.")
+_Viewers = typer.Option("--viewer", metavar="NAME", help="Who may see all of it and change nothing; repeatedly.")
 
-DEFAULT_LISTEN = "127.0.0.1:4222"
 #: The streams take this share of the server's store at most; the rest is the server's own.
 STREAMS_PERCENT = 95
+ANY_ADDRESS = ("", "0.0.0.0", "::")
 
 
 def register(app: typer.Typer) -> None:
@@ -44,21 +48,22 @@ def register(app: typer.Typer) -> None:
 
 def init(
     state: Annotated[Path | None, _State] = None,
-    yard: Annotated[str, _Yard] = "main",
+    yard: Annotated[str, _Yard] = "",
     listen: Annotated[str, _Listen] = "",
     url: Annotated[str, _Url] = "",
     node: Annotated[list[str] | None, _Nodes] = None,
     user: Annotated[list[str] | None, _Users] = None,
     operator: Annotated[list[str] | None, _Operators] = None,
+    viewer: Annotated[list[str] | None, _Viewers] = None,
 ) -> None:
     """Make keys and the NATS configuration of a yard on several machines (run as its account, on the head)."""
-    from gpuyard_daemon.yard.nats_server import ConfigurationError
+    from gpuyard_daemon.yard.server_files import ConfigurationError
     from gpuyard_protocol.bus.base import BusError
 
     directory = (state or default_state_dir()).absolute()
     users = [_tenant_and_user(text) for text in user or []]
     try:
-        lines = _initialise(directory, yard, listen, url, node or [], users, operator or [])
+        lines = _initialise(directory, (yard, listen, url), node or [], users, operator or [], viewer or [])
     except (ConfigurationError, BusError) as error:
         raise GpuyardError(str(error)) from None
     except OSError as error:
@@ -75,28 +80,33 @@ def _tenant_and_user(text: str) -> tuple[str, str]:
 
 def _initialise(
     directory: Path,
-    yard: str,
-    listen: str,
-    url: str,
+    address: tuple[str, str, str],
     nodes: list[str],
     users: list[tuple[str, str]],
     operators: list[str],
+    viewers: list[str],
 ) -> list[str]:
-    """Do it, and say what is to be done next."""
+    """Do it, and say what is to be done next. `address`: yard, listen, url; "" for as before."""
+    from gpuyard_daemon.yard.clients import write_client
     from gpuyard_daemon.yard.keys import YardKeys
+    from gpuyard_daemon.yard.server_files import write_server_config
 
     directory.mkdir(parents=True, exist_ok=True)
-    _check_owner(directory)
+    check_owner(directory)
     keys = YardKeys.load_or_create(directory / "keys")
-    settings = _Settings.settle(directory / "nats", listen, url)
+    server = _settle(directory, *address)
     made = [("node", name, keys.add_node(name)) for name in nodes]
     made += [("operator", name, keys.add_operator(name)) for name in operators]
+    made += [("viewer", name, keys.add_viewer(name)) for name in viewers]
     made += [("user", f"{tenant}/{name}", keys.add_user(tenant, name)) for tenant, name in users]
-    config = _write_server_config(directory / "nats", yard, settings, keys)
+    config = write_server_config(server.settings, keys)
     for tenant, name in users:
-        _write_client(directory / "clients" / f"{tenant}.{name}", yard, settings.url, tenant, name, keys)
-    budget_mib = settings.store_bytes * STREAMS_PERCENT // 100 // 2**20
-    lines = [f"{config}: NATS server on {settings.listen}, reached as {settings.url}"]
+        write_client(directory, server, tenant, name, keys)
+    budget_mib = server.settings.store_bytes * STREAMS_PERCENT // 100 // 2**20
+    lines = [f"{config}: NATS server on {server.settings.host}:{server.settings.port}, reached as {server.url}"]
+    if server.settings.tls is not None:
+        lines.append(f'{server.settings.tls.ca}: whom to trust; the daemon needs: tls_ca = "{server.settings.tls.ca}"')
+        lines.append(f'daemon.toml: nats = "{server.local_url}"')
     lines += [f"{path}: key of {kind} {name}" for kind, name, path in made]
     lines += [f"{directory / 'clients' / f'{tenant}.{name}'}: for {name} of {tenant}" for tenant, name in users]
     lines += [
@@ -106,7 +116,7 @@ def _initialise(
     return lines
 
 
-def _check_owner(directory: Path) -> None:
+def check_owner(directory: Path) -> None:
     owner = directory.stat().st_uid
     if owner != os.geteuid():
         import pwd
@@ -114,63 +124,62 @@ def _check_owner(directory: Path) -> None:
         name = pwd.getpwuid(owner).pw_name
         raise GpuyardError(
             f"{directory} belongs to {name}: run this as that account, so that the daemon can read the keys "
-            f"(runuser -u {name} -- gpuyard init …)"
+            f"(runuser -u {name} -- gpuyard …)"
         )
 
 
-class _Settings:
-    """Address and size of the NATS server, remembered beside its store: the size must not shrink under the streams."""
+def _settle(state: Path, yard: str, listen: str, url: str) -> Server:
+    """Address, size and certificate of the NATS server; what is not said is as the last time."""
+    import msgspec
 
-    def __init__(self, listen: str, url: str, store_bytes: int) -> None:
-        self.listen = listen
-        self.url = url
-        self.store_bytes = store_bytes
-        self.host, _, port = listen.rpartition(":")
-        if not self.host or not port.isdigit() or not 0 < int(port) < 65536:
-            raise typer.BadParameter(f"found {listen!r}; expected HOST:PORT", param_hint="--listen")
-        self.port = int(port)
+    from gpuyard_daemon.yard.certificates import ensure_certificates
+    from gpuyard_daemon.yard.nats_server import store_budget
+    from gpuyard_daemon.yard.server_files import KeptByInit, is_loopback, read_server
 
-    @classmethod
-    def settle(cls, directory: Path, listen: str, url: str) -> _Settings:
-        import msgspec
-
-        from gpuyard_daemon.yard.nats_server import store_budget
-
-        directory.mkdir(mode=0o700, exist_ok=True)
-        path = directory / "init.json"
-        kept = msgspec.json.decode(path.read_bytes(), type=dict[str, str]) if path.exists() else {}
-        listen = listen or kept.get("listen", DEFAULT_LISTEN)
-        url = url or kept.get("url", f"nats://{listen}")
-        settings = cls(listen, url, int(kept.get("store_bytes", "0")) or store_budget(directory))
-        draft = path.with_suffix(".new")
-        draft.write_bytes(msgspec.json.encode({"listen": listen, "url": url, "store_bytes": str(settings.store_bytes)}))
-        draft.replace(path)
-        return settings
-
-
-def _write_server_config(directory: Path, yard: str, settings: _Settings, keys: YardKeys) -> Path:
-    """Put a checked configuration in place; one that the server would refuse never gets there."""
-    from gpuyard_daemon.yard.accounts import ServerSettings, server_config
-    from gpuyard_daemon.yard.nats_server import find_server
-
-    path = directory / "nats.conf"
-    draft = path.with_suffix(".draft")
-    host = settings.host.strip("[]")
-    draft.write_text(server_config(ServerSettings(yard, directory, settings.store_bytes, host, settings.port), keys))
-    verdict = subprocess.run(
-        [find_server(), "-t", "-c", draft], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
-    )
-    if verdict.returncode != 0:
-        raise GpuyardError(f"the NATS server refuses {draft}: {verdict.stdout.strip()[-2000:]}")
+    directory = state / "nats"
+    directory.mkdir(mode=0o700, exist_ok=True)
+    path = directory / "init.json"
+    kept = msgspec.json.decode(path.read_bytes(), type=KeptByInit) if path.exists() else KeptByInit()
+    if listen:
+        _check_listen(listen)
+        kept.listen = listen
+    kept.yard = yard or kept.yard
+    scheme = "nats" if is_loopback(kept.host) else "tls"
+    kept.url = _with_scheme(scheme, url or kept.url or f"{_own_name(kept.host)}:{kept.port}")
+    if not int(kept.store_bytes):
+        kept.store_bytes = str(store_budget(directory))
+    draft = path.with_suffix(".new")
+    draft.write_bytes(msgspec.json.encode(kept))
     draft.replace(path)
-    return path
+    if scheme == "tls":
+        ensure_certificates(state, kept.yard, _names(kept))
+    return read_server(state)
 
 
-def _write_client(directory: Path, yard: str, url: str, tenant: str, user: str, keys: YardKeys) -> None:
-    """What a user copies to `~/.config/gpuyard/`."""
-    directory.mkdir(parents=True, mode=0o700, exist_ok=True)
-    context = Context(yard=yard, url=url, tenant=tenant, user=user, key="user.seed")
-    for name, text in (("user.seed", keys.user(tenant, user).read_text()), ("context.toml", render_context(context))):
-        path = directory / name
-        path.touch(mode=0o600)
-        path.write_text(text)
+def _check_listen(listen: str) -> None:
+    host, _, port = listen.rpartition(":")
+    if not host or not port.isdigit() or not 0 < int(port) < 65536:
+        raise typer.BadParameter(f"found {listen!r}; expected HOST:PORT", param_hint="--listen")
+
+
+def _own_name(host: str) -> str:
+    """Where others find a server that listens on `host`."""
+    import socket
+
+    return socket.getfqdn() if host in ANY_ADDRESS else f"[{host}]" if ":" in host else host
+
+
+def _with_scheme(scheme: str, url: str) -> str:
+    """Whatever an address says, the server decides whether it is spoken to under TLS."""
+    parts = [part.strip().rpartition("://")[2] for part in url.split(",")]
+    return ",".join(f"{scheme}://{part}" for part in parts)
+
+
+def _names(kept: KeptByInit) -> list[str]:
+    """What this server is called by those who connect: by its addresses, and by the names of this machine."""
+    import socket
+    from urllib.parse import urlsplit
+
+    reached = [urlsplit(part).hostname or "" for part in kept.url.split(",")]
+    names = [*reached, kept.host, socket.gethostname(), socket.getfqdn()]
+    return [name for name in names if name not in ANY_ADDRESS]

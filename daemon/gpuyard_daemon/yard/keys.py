@@ -7,8 +7,8 @@ public key.
 Layout of the directory:
 
     daemon.seed  api.seed  sys.seed
-    operator-<name>.seed            node-<node>.seed | node-<node>.pub
-    tenants/<tenant>/<user>.seed | <user>.pub
+    operator-<name>.seed  viewer-<name>.seed      node-<node>.seed | node-<node>.pub
+    tenants/<tenant>/<user>.seed | <user>.pub      join/<node>.json: see `gpuyard_daemon.yard.tokens`
 
 What a key may do is decided in `gpuyard_daemon.yard.accounts`; names are checked here because they become subject
 tokens and file names.
@@ -19,11 +19,13 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import nkeys
 
+from gpuyard_daemon.yard.tokens import JoinTokens
 from gpuyard_protocol.bus.base import BusError
 from gpuyard_protocol.bus.credentials import read_public_key
 from gpuyard_protocol.names import NAME_EXPECTED, NodeId, Tenant, User, is_name
@@ -46,7 +48,7 @@ class YardKeys:
         _make_private_directory(directory)
         _make_private_directory(directory / "tenants")
         for role in _ROLES:
-            _make_seed(directory / f"{role}.seed")
+            make_seed(directory / f"{role}.seed")
         return keys
 
     @property
@@ -64,37 +66,69 @@ class YardKeys:
     def operator(self, name: User) -> Path:
         return self._directory / f"operator-{_checked(name)}.seed"
 
+    def viewer(self, name: User) -> Path:
+        return self._directory / f"viewer-{_checked(name)}.seed"
+
     def node(self, node: NodeId) -> Path:
         return self._directory / f"node-{_checked(node)}.seed"
 
     def user(self, tenant: Tenant, user: User) -> Path:
         return self._directory / "tenants" / _checked(tenant) / f"{_checked(user)}.seed"
 
+    @property
+    def tokens(self) -> JoinTokens:
+        """Leave for nodes to bring a key of their own."""
+        return JoinTokens(self._directory / "join")
+
     # -- adding and removing; the server learns of it by a reload ---------------------------------------------
 
     def add_operator(self, name: User) -> Path:
         """The operator's seed file, made if there is none. The same holds for the other `add_*`."""
-        return _make_seed(self.operator(name))
+        self._check_not_both(name, self.viewer(name), "a viewer")
+        return make_seed(self.operator(name))
+
+    def add_viewer(self, name: User) -> Path:
+        self._check_not_both(name, self.operator(name), "an operator")
+        return make_seed(self.viewer(name))
+
+    @staticmethod
+    def _check_not_both(name: User, other: Path, what: str) -> None:
+        """Both speak on `adm.<name>.`: one name is one person with one set of rights."""
+        if other.exists():
+            raise BusError(f"{name} is {what} already: remove {other} first, or choose another name")
 
     def add_node(self, node: NodeId) -> Path:
-        return _make_seed(self.node(node))
+        return make_seed(self.node(node))
 
     def add_user(self, tenant: Tenant, user: User) -> Path:
         seed = self.user(tenant, user)
         _make_private_directory(seed.parent)
-        return _make_seed(seed)
+        return make_seed(seed)
 
     def trust_node(self, node: NodeId, public_key: str) -> None:
-        """Let in a node that made its own key; only its public half is known here."""
-        _write_private(self.node(node).with_suffix(".pub"), _checked_key(public_key) + "\n")
+        """Let in a node that made its own key; only its public half is known here. The node's earlier key goes."""
+        _trust(self.node(node), public_key)
 
     def trust_user(self, tenant: Tenant, user: User, public_key: str) -> None:
-        path = self.user(tenant, user).with_suffix(".pub")
-        _make_private_directory(path.parent)
-        _write_private(path, _checked_key(public_key) + "\n")
+        _make_private_directory(self.user(tenant, user).parent)
+        _trust(self.user(tenant, user), public_key)
+
+    def renew_user(self, tenant: Tenant, user: User) -> Path:
+        """A new key in the place of the user's old one."""
+        seed = self.user(tenant, user)
+        _write_private(seed, _new_seed())
+        seed.with_suffix(".pub").unlink(missing_ok=True)
+        return seed
+
+    def add_tenant(self, tenant: Tenant) -> None:
+        """An account without users, as yet."""
+        _make_private_directory(self._directory / "tenants" / _checked(tenant))
 
     def remove_operator(self, name: User) -> None:
         _remove(self.operator(name))
+
+    def remove_viewer(self, name: User) -> None:
+        _remove(self.viewer(name))
 
     def remove_node(self, node: NodeId) -> None:
         _remove(self.node(node))
@@ -102,6 +136,10 @@ class YardKeys:
     def remove_user(self, tenant: Tenant, user: User) -> None:
         """A tenant without users keeps its account, so that its events and jobs stay its own."""
         _remove(self.user(tenant, user))
+
+    def remove_tenant(self, tenant: Tenant) -> None:
+        """Its account and all keys of its users."""
+        shutil.rmtree(self._directory / "tenants" / _checked(tenant), ignore_errors=True)
 
     # -- public halves ----------------------------------------------------------------------------------------
 
@@ -111,6 +149,9 @@ class YardKeys:
 
     def public_operators(self) -> dict[User, str]:
         return dict(_public_keys(self._directory, "operator-"))
+
+    def public_viewers(self) -> dict[User, str]:
+        return dict(_public_keys(self._directory, "viewer-"))
 
     def public_nodes(self) -> dict[NodeId, str]:
         return dict(_public_keys(self._directory, "node-"))
@@ -131,7 +172,7 @@ def _public_keys(directory: Path, prefix: str) -> Iterator[tuple[str, str]]:
         if path.suffix == ".seed":
             yield name, read_public_key(str(path))
         elif not path.with_suffix(".seed").exists():
-            yield name, _checked_key(path.read_text().strip())
+            yield name, checked_key(path.read_text().strip())
 
 
 def _checked(name: str) -> str:
@@ -140,18 +181,27 @@ def _checked(name: str) -> str:
     return name
 
 
-def _checked_key(public_key: str) -> str:
+def checked_key(public_key: str) -> str:
     is_base32 = all(letter.isupper() or letter in "234567" for letter in public_key)
     if not public_key.startswith("U") or len(public_key) != _PUBLIC_KEY_LENGTH or not is_base32:
         raise BusError(f"{public_key[:60]!r} is no public user key: expected U and 55 more characters of base32")
     return public_key
 
 
-def _make_seed(path: Path) -> Path:
+def _trust(seed: Path, public_key: str) -> None:
+    _write_private(seed.with_suffix(".pub"), checked_key(public_key) + "\n")
+    seed.unlink(missing_ok=True)
+
+
+def _new_seed() -> str:
+    seed: str = nkeys.encode_seed(secrets.token_bytes(32), nkeys.PREFIX_BYTE_USER).decode()
+    return seed + "\n"
+
+
+def make_seed(path: Path) -> Path:
     """Create a key unless there is one; two who try at once end up with the same."""
     if not path.exists():
-        seed = nkeys.encode_seed(secrets.token_bytes(32), nkeys.PREFIX_BYTE_USER).decode()
-        _write_private(path, seed + "\n", is_new=True)
+        _write_private(path, _new_seed(), is_new=True)
     return path
 
 

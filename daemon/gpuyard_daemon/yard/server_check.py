@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-from gpuyard_daemon.yard.nats_server import ConfigurationError
+from gpuyard_daemon.yard.server_files import ConfigurationError
 from gpuyard_protocol.bus.base import BusError, NoResponders, PermissionDenied
 from gpuyard_protocol.bus.nats import NatsBus
 from gpuyard_protocol.subjects import streams

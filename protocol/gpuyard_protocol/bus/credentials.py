@@ -32,3 +32,11 @@ def tls_context(ca: str | None, cert: str | None, key: str | None) -> ssl.SSLCon
     except OSError as error:
         raise BusError(f"cannot use the TLS files {ca}, {cert}, {key}: {error}") from None
     return context
+
+
+def untrusted(where: str, error: ssl.SSLCertVerificationError) -> BusError:
+    """Asking again would not change it."""
+    return BusError(
+        f"the certificate of {where} is not to be believed ({error.verify_message}): the authority in tls_ca did not "
+        "sign it, or not for that name"
+    )

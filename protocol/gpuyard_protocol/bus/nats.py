@@ -44,7 +44,7 @@ from gpuyard_protocol.bus.base import (
 )
 from gpuyard_protocol.bus.calls import Decode, PendingCalls, T
 from gpuyard_protocol.bus.client import Connection, Route
-from gpuyard_protocol.bus.credentials import read_public_key, tls_context
+from gpuyard_protocol.bus.credentials import read_public_key, tls_context, untrusted
 from gpuyard_protocol.bus.reader import StreamReader
 from gpuyard_protocol.bus.wire import (
     MalformedMessage,
@@ -167,6 +167,8 @@ class NatsBus:
             except _OPEN_FAILURES as error:
                 if _is_refused_key(error):
                     raise PermissionDenied(self._refused_key_text(where)) from error
+                if isinstance(error, ssl.SSLCertVerificationError):
+                    raise untrusted(where, error) from error
                 if self._loop.time() >= deadline:
                     raise Disconnected(
                         f"no NATS server answers at {where} within {timeout_s:g} s ({_describe(error)}): "

@@ -1,0 +1,94 @@
+"""Progress, not existence: what counts as alive and as ready, and what systemd is told."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+
+import pytest
+
+from gpuyard_daemon.health import BEAT_LATE_S, BEAT_S, STALLED_AFTER_S, Health
+from gpuyard_daemon.measures import Histogram
+from gpuyard_daemon.notify import Notifier
+
+
+class World:
+    def __init__(self) -> None:
+        self.now = 1000.0
+        self.health = Health(lambda: self.now)
+        self.is_connected = True
+        self.health.is_connected = lambda: self.is_connected
+        self.health.is_serving = True
+
+    def pass_s(self, seconds: float) -> None:
+        """Time passes and the loop runs."""
+        self.now += seconds
+        self.health.beat()
+
+
+def test_a_loop_that_stands_still_is_stalled() -> None:
+    world = World()
+    world.now += BEAT_S + BEAT_LATE_S + 0.1
+    assert "the loop has not run" in world.health.stalled_because()
+
+
+def test_a_turn_that_does_not_end_is_stalled() -> None:
+    world = World()
+    world.health.turn_since = world.now
+    world.pass_s(STALLED_AFTER_S - 1)
+    assert world.health.stalled_because() == ""
+    world.pass_s(2)
+    assert "a turn has been under way" in world.health.stalled_because()
+
+
+def test_waiting_for_a_server_that_is_away_is_no_stall_but_not_ready() -> None:
+    world = World()
+    world.health.turn_since = world.now
+    world.is_connected = False
+    world.pass_s(STALLED_AFTER_S * 10)
+    assert world.health.stalled_because() == ""
+    assert world.health.unready_because() == "no connection to NATS"
+    world.is_connected = True
+    world.health.reconnected()
+    world.pass_s(1)
+    assert world.health.stalled_because() == ""
+    assert world.health.unready_because() == ""
+
+
+def test_the_largest_delay_of_the_loop_is_told_once() -> None:
+    world = World()
+    world.pass_s(BEAT_S)
+    world.pass_s(BEAT_S + 0.25)
+    assert world.health.take_loop_delay_s() == pytest.approx(0.25)
+    assert world.health.take_loop_delay_s() == 0
+
+
+@pytest.mark.parametrize("kind", ["path", "abstract"])
+def test_systemd_hears_what_it_is_told(tmp_path: Path, kind: str) -> None:
+    name = str(tmp_path / "notify") if kind == "path" else f"@gpuyard-test-{os.getpid()}"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind("\0" + name[1:] if kind == "abstract" else name)
+        notifier = Notifier({"NOTIFY_SOCKET": name, "WATCHDOG_USEC": "30000000", "WATCHDOG_PID": str(os.getpid())})
+        assert notifier.watchdog_interval_s == 15
+        notifier.ready("scheduling")
+        notifier.alive()
+        notifier.stopping("told to")
+        heard = [manager.recv(1000) for _ in range(3)]
+    assert heard == [b"READY=1\nSTATUS=scheduling", b"WATCHDOG=1", b"STOPPING=1\nSTATUS=told to"]
+
+
+def test_without_systemd_nothing_happens(tmp_path: Path) -> None:
+    notifier = Notifier({})
+    assert notifier.watchdog_interval_s is None
+    notifier.ready("scheduling")
+    Notifier({"NOTIFY_SOCKET": str(tmp_path / "nobody")}).alive()
+    assert Notifier({"NOTIFY_SOCKET": "x", "WATCHDOG_USEC": "5", "WATCHDOG_PID": "1"}).watchdog_interval_s is None
+
+
+def test_a_histogram_counts_up_to_each_bound() -> None:
+    histogram = Histogram((1.0, 2.0))
+    for value in (0.5, 1.0, 1.5, 9.0):
+        histogram.observe(value)
+    assert histogram.cumulative() == [("1.0", 2), ("2.0", 3), ("+Inf", 4)]
+    assert histogram.sum == 12
