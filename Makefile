@@ -20,7 +20,7 @@ help:
 	@echo "make machine the tests on a booted machine with a real systemd; needs root and systemd-container"
 	@echo "make check   format, lint, types, import contracts, freshness of docs/, all tests: what CI runs"
 	@echo "make bench   the figures of README.md"
-	@echo "make soak    the whole suite again and again, SOAK_RUNS=5 times"
+	@echo "make soak    what tries to break it, for an hour: SOAK_SEEDS=1000 SOAK_KILLS=1000 SOAK_SEED=date"
 	@echo "make docs    write docs/asyncapi.yaml from the message types"
 	@echo "make format  let ruff write the code its way"
 	@echo "make clean   remove .venv, caches and build output"
@@ -73,9 +73,24 @@ docs: $(READY)
 bench: $(READY)
 	@for name in $(BENCHES); do echo "== bench.$$name"; $(BIN)/python -m bench.$$name $(ARGS) || exit 1; done
 
-SOAK_RUNS ?= 5
+SOAK_SEED ?= $(shell date +%Y%m%d)
+SOAK_SEEDS ?= 1000
+SOAK_KILLS ?= 1000
+SOAK_CUTS ?= 10
+SOAK_EXAMPLES ?= 2000
+SOAK_RUNS ?= 1
+soak: export PYTHONPATH := tests
 soak: $(READY)
-	@for run in $$(seq $(SOAK_RUNS)); do echo "== run $$run of $(SOAK_RUNS)"; $(BIN)/python -m pytest -q $(ARGS) || exit 1; done
+	@echo "== $(SOAK_SEEDS) simulated yards, from seed $(SOAK_SEED) on"
+	@$(BIN)/python -m faults.simulate --seed $(SOAK_SEED) --count $(SOAK_SEEDS) --steps 120
+	@echo "== $(SOAK_KILLS) kills of a real yard, seed $(SOAK_SEED)"
+	@$(BIN)/python -m bench.kills --kills $(SOAK_KILLS) --seed $(SOAK_SEED)
+	@echo "== every decoder, $(SOAK_EXAMPLES) examples each"
+	@FUZZ_EXAMPLES=$(SOAK_EXAMPLES) $(BIN)/python -m pytest -q tests/faults/test_fuzz.py
+	@echo "== $(SOAK_CUTS) power cuts, seed $(SOAK_SEED); a full disk (both as root)"
+	@$(BIN)/python -m soak.power_loss --rounds $(SOAK_CUTS) --seed $(SOAK_SEED)
+	@$(BIN)/python -m soak.full_disk
+	@for run in $$(seq $(SOAK_RUNS)); do echo "== suite $$run of $(SOAK_RUNS)"; $(BIN)/python -m pytest -q $(ARGS) || exit 1; done
 
 clean:
 	@rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache dist build

@@ -7,6 +7,7 @@ yard says in the end: its answers, the journal's final states, the agents' ledge
 
 from __future__ import annotations
 
+import itertools
 import json
 import sqlite3
 from collections import Counter
@@ -125,7 +126,7 @@ def held_twice(processes: Iterable[Process]) -> list[tuple[Process, Process]]:
     pairs = []
     for on_card in by_card.values():
         on_card.sort(key=lambda process: process.start_ns)
-        pairs += [(one, other) for one, other in zip(on_card, on_card[1:], strict=False) if other.start_ns < one.end_ns]
+        pairs += [(one, other) for one, other in itertools.pairwise(on_card) if other.start_ns < one.end_ns]
     return pairs
 
 

@@ -29,3 +29,18 @@ def test_a_journal_of_version_1_leads_to_the_states_it_led_to_then() -> None:
     found = {str(number): [job.state, job.attempt, job.exit_code] for number, job in core.cluster.jobs.items()}
     assert found == expected
     assert core.turn == len(lines)
+
+
+def test_a_snapshot_of_before_limits_holds_and_arrays_is_read() -> None:
+    decoder = msgspec.json.Decoder(Record)
+    core = Scheduler()
+    for line in (HERE / "journal-v1.jsonl").read_bytes().splitlines():
+        core.apply(decoder.decode(line))
+    plain = msgspec.msgpack.decode(core.snapshot())
+    for later in ("policy", "usage", "arrays"):
+        del plain[later]
+    since_then = len(("held_by", "array", "array_index"))
+    plain["jobs"] = [job[:-since_then] for job in plain["jobs"]]
+    restored = Scheduler.restore(msgspec.msgpack.encode(plain))
+    check(restored.cluster)
+    assert {job.state for job in restored.cluster.jobs.values()} == {job.state for job in core.cluster.jobs.values()}

@@ -1,0 +1,349 @@
+"""A whole yard in simulated time: production cores on modelled hosts and a bad network, and everything that goes wrong.
+
+Two halves. While faults happen, only safety is demanded (`witness`): nothing is lost, run twice or given twice. Then
+everything heals, and liveness is: every job ends, nothing is left behind, and the daemon's view is the world.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable
+
+from faults import head as heads
+from faults import node as nodes
+from faults.head import Head, HeadDisk
+from faults.host import WALL_START_MS, Host
+from faults.network import FaultyBroker, Weather
+from faults.node import AgentProcess
+from faults.tenants import SERVICES, TENANTS, Tenants
+from faults.virtual_time import SimulatedLoop
+from faults.witness import Witness
+from gpuyard_daemon.core.inputs import LoadReported
+from gpuyard_daemon.core.invariants import check
+from gpuyard_daemon.core.scheduler import Scheduler
+from gpuyard_protocol.jobs import FINAL_STATES
+from support.builders import node as inventory
+
+#: After the faults, everything must come to its end within this much simulated time.
+HEALED_MAX_S = 3600.0
+JOBS_MAX = 80
+
+
+class LivenessViolated(Exception):
+    """All is well again, and still something does not come to its end."""
+
+
+class World:
+    """One simulation. Everything random comes from `seed`."""
+
+    def __init__(self, seed: int) -> None:
+        self.rng = random.Random(seed)
+        self._loop = asyncio.get_running_loop()
+        self.witness = Witness()
+        self.broker = FaultyBroker(self.rng, lambda: WALL_START_MS + int(self._loop.time() * 1000))
+        self.broker.on_stored = self.witness.stored
+        self.disk = HeadDisk()
+        self.heads: list[Head] = []
+        self.hosts = [
+            Host(inventory(f"n-{number}", self.rng.choice((2, 4))), self.witness, self.rng)
+            for number in range(1, self.rng.randint(3, 6))
+        ]
+        self.agents: dict[str, AgentProcess] = {}
+        self.weather = {name: Weather() for name in ("tenants", *(host.name for host in self.hosts))}
+        #: Hosts and cards refuse now and then.
+        self.has_trouble = False
+        #: No process starts anew by itself: the simulation is over.
+        self.is_over = False
+        self.failure: BaseException | None = None
+        self._processes = 0
+        self.tenants = Tenants(self.broker, self.weather["tenants"], self.rng, self._fail)
+        self._log: list[str] = []
+
+    def note(self, what: str) -> None:
+        self._log.append(f"{self._loop.time():9.3f}  {what}")
+
+    @property
+    def log(self) -> list[str]:
+        return self._log
+
+    def _fail(self, error: BaseException) -> None:
+        if self.failure is None:
+            self.failure = error
+            self.note(f"FAILED: {error!r}")
+
+    def raise_failure(self) -> None:
+        if self.failure is not None:
+            raise self.failure
+        assert isinstance(self._loop, SimulatedLoop)
+        for message, error in self._loop.failures:
+            raise AssertionError(f"nobody expected this: {message}: {error!r}") from error
+
+    # --- processes ---
+
+    def start(self) -> None:
+        self.start_head()
+        for host in self.hosts:
+            self.start_agent(host)
+
+    def start_head(self) -> Head:
+        self._processes += 1
+        head = Head(
+            self._processes,
+            self.broker,
+            Weather(),
+            self.disk,
+            self.witness,
+            on_failure=self._fail,
+            on_death=self._head_died,
+        )
+        self.heads.append(head)
+        self.note(f"head {head.number} starts")
+        return head
+
+    @property
+    def head(self) -> Head:
+        """The newest."""
+        return self.heads[-1]
+
+    def _head_died(self, head: Head) -> None:
+        self.note(f"head {head.number} died")
+        if head is self.head:
+            self._later(self.rng.uniform(0.1, 5.0), lambda: self._replace_head(head))
+
+    def _replace_head(self, dead: Head) -> None:
+        if self.head is dead:
+            self.start_head()
+
+    def start_agent(self, host: Host) -> None:
+        self._processes += 1
+        self.agents[host.name] = AgentProcess(
+            host,
+            self._processes,
+            self.broker,
+            self.weather[host.name],
+            has_trouble=lambda: self.has_trouble,
+            on_failure=self._fail,
+            on_death=self._agent_died,
+        )
+        self.note(f"agent {self.agents[host.name].instance} starts")
+
+    def _agent_died(self, host: Host) -> None:
+        self.note(f"agent {self.agents[host.name].instance} died")
+        self._later(self.rng.uniform(0.1, 8.0), lambda: self._replace_agent(host))
+
+    def _replace_agent(self, host: Host) -> None:
+        if not self.agents[host.name].is_alive:
+            self.start_agent(host)
+
+    def _later(self, seconds: float, action: Callable[[], None]) -> None:
+        if not self.is_over:
+            self._loop.call_later(seconds, action)
+
+    # --- faults ---
+
+    async def suffer(self, steps: int) -> None:
+        """So many things happen, good and bad."""
+        things: list[tuple[int, Callable[[], None]]] = [
+            (30, self._submit),
+            (6, self._cancel),
+            (3, self.tenants.apply_service),
+            (4, self._load),
+            (8, self._head_dies),
+            (3, self._second_head),
+            (10, self._agent_dies),
+            (4, self._reboot),
+            (10, self._weather_changes),
+            (4, self._server_dies),
+            (4, self._line_breaks),
+            (3, self._clock_steps),
+            (3, self._trouble_changes),
+        ]
+        weights = [weight for weight, _ in things]
+        for _ in range(steps):
+            thing = self.rng.choices(things, weights)[0][1]
+            self.note(thing.__name__.strip("_"))
+            thing()
+            await asyncio.sleep(self.rng.choice((0.0, 0.01, 0.3, 1.0, 3.0)))
+            self.raise_failure()
+
+    def _submit(self) -> None:
+        for _ in range(self.rng.randint(1, 4)):
+            if len(self.tenants.submissions) < JOBS_MAX:
+                self.tenants.submit_job()
+
+    def _cancel(self) -> None:
+        jobs = [job for job in self.witness.twin.cluster.jobs.values() if not job.is_final and not job.service]
+        if jobs:
+            job = self.rng.choice(jobs)
+            self.tenants.cancel(job.tenant, job.id)
+
+    def _load(self) -> None:
+        tenant, _ = self.rng.choice(TENANTS)
+        load = LoadReported(tenant=tenant, service=self.rng.choice(SERVICES), concurrency=self.rng.randint(0, 12))
+        if self.head.core is not None and self.head.core.has_service(tenant, load.service):
+            self.head.add_fact(load)
+
+    def _head_dies(self) -> None:
+        if self.rng.random() < 0.3:
+            self.head.kill()
+        else:
+            self.head.doomed_at = self.rng.choice(heads.POINTS)
+            self.note(f"  doomed {self.head.doomed_at}")
+
+    def _second_head(self) -> None:
+        """The leader is cut off, and another takes over while the old one still believes in itself."""
+        old = self.head
+        if not old.leads:
+            return
+        old.weather.deaf = self.rng.random() < 0.8
+        old.weather.mute = not old.weather.deaf or self.rng.random() < 0.5
+        self._later(self.rng.uniform(0.0, 20.0), lambda: self._open_line(old))
+        self.start_head()
+
+    def _open_line(self, head: Head) -> None:
+        head.weather.deaf = head.weather.mute = False
+        if head.bus is not None:
+            head.bus.hear_again()
+
+    def _agent_dies(self) -> None:
+        agent = self.agents[self.rng.choice(self.hosts).name]
+        if self.rng.random() < 0.3:
+            agent.kill()
+        else:
+            agent.doomed_at = self.rng.choice(nodes.POINTS)
+            self.note(f"  {agent.instance} doomed {agent.doomed_at}")
+
+    def _reboot(self) -> None:
+        host = self.rng.choice(self.hosts)
+        self.note(f"  {host.name}")
+        host.reboot()
+        if not self.agents[host.name].is_alive:
+            return
+        self.agents[host.name].kill()
+
+    def _weather_changes(self) -> None:
+        rng = self.rng
+        lines = [*self.weather.values(), self.head.weather]
+        for weather in rng.sample(lines, rng.randint(1, len(lines))):
+            is_bad = rng.random() < 0.6
+            weather.loss = rng.choice((0.0, 0.02, 0.2)) if is_bad else 0.0
+            weather.duplicate = rng.choice((0.0, 0.1, 0.3)) if is_bad else 0.0
+            weather.reorder = is_bad and rng.random() < 0.5
+            weather.straggle = rng.choice((0.0, 0.05, 0.2)) if is_bad else 0.0
+            weather.delay_max_s = rng.choice((0.002, 0.05, 1.5)) if is_bad else 0.002
+            weather.mute = is_bad and rng.random() < 0.15
+            weather.deaf = is_bad and rng.random() < 0.15
+        self._hear_again()
+
+    def _hear_again(self) -> None:
+        for party in [*self.heads, *self.agents.values()]:
+            if party.bus is not None:
+                party.bus.hear_again()
+
+    def _server_dies(self) -> None:
+        if self.broker.is_running:
+            self.broker.stop()
+            self._later(self.rng.uniform(0.01, 10.0), self.broker.start)
+
+    def _line_breaks(self) -> None:
+        party = self.rng.choice([self.head, self.tenants, *self.agents.values()])
+        bus = party.bus
+        if bus is not None and party.is_alive:
+            bus.cut()
+            self._later(self.rng.uniform(0.01, 40.0), bus.heal)
+
+    def _clock_steps(self) -> None:
+        step_ms = self.rng.choice((-3_600_000, -5_000, 5_000, 3_600_000))
+        if self.rng.random() < 0.5:
+            self.disk.wall_error_ms += step_ms
+        else:
+            self.rng.choice(self.hosts).wall_error_ms += step_ms
+
+    def _trouble_changes(self) -> None:
+        self.has_trouble = not self.has_trouble
+
+    # --- healing ---
+
+    async def heal(self) -> None:
+        """No more faults, and every service is deleted. Everything must come to its end."""
+        self.note("heal")
+        self.has_trouble = False
+        for weather in [*self.weather.values(), *(head.weather for head in self.heads)]:
+            weather.loss = weather.duplicate = weather.straggle = 0.0
+            weather.mute = weather.deaf = weather.reorder = False
+            weather.delay_max_s = 0.002
+        for party in [*self.heads, *self.agents.values()]:
+            party.doomed_at = ""
+        self._hear_again()
+        deadline = self._loop.time() + HEALED_MAX_S
+        await asyncio.sleep(45.0)  # until every cut line is open and every process runs again
+        self.tenants.delete_services()
+        while (problem := self.unfinished()) and self._loop.time() < deadline:
+            await asyncio.sleep(5.0)
+            self.raise_failure()
+        self.raise_failure()
+        if problem:
+            raise LivenessViolated(problem)
+        self._check_end()
+
+    def unfinished(self) -> str:
+        """What has not come to its end; "" if all is quiet."""
+        core = self.head.core
+        if core is None or not self.head.leads:
+            return "no daemon leads"
+        if self.tenants.under_way:
+            return f"{self.tenants.under_way} requests are under way"
+        if core.turn != self.witness.records:
+            return f"the daemon is at turn {core.turn}, its journal at {self.witness.records}"
+        for job in core.cluster.jobs.values():
+            if job.state not in FINAL_STATES:
+                return f"job {job.id} is {job.state}: {job.story}"
+        for host in self.hosts:
+            if problem := self._unfinished_on(host, core):
+                return f"{host.name}: {problem}"
+        for sent in self.tenants.submissions:
+            if sent.is_acknowledged and core.submission(sent.tenant, sent.submission_id) is None:
+                return f"submission {sent.submission_id} was acknowledged and has no answer"
+        return ""
+
+    def _unfinished_on(self, host: Host, core: Scheduler) -> str:
+        agent = self.agents[host.name]
+        if not agent.is_alive or agent.core is None:
+            return "its agent does not run"
+        if host.running:
+            return f"{[process.key for process in host.running]} run"
+        if host.processes:
+            return f"the launcher still keeps {sorted(host.processes)}"
+        if host.made:
+            return f"partitions of {sorted(host.made)} are left"
+        if agent.core.live or host.ledger.rows:
+            return f"its ledger holds {sorted(host.ledger.rows)}"
+        if host.ledger.outbox:
+            return f"{len(host.ledger.outbox)} reports are not delivered"
+        if core.desired(host.name)[1]:
+            return f"the daemon wants {core.desired(host.name)[1]} there"
+        if core.node_state(host.name) != "ready":
+            return f"the daemon takes it for {core.node_state(host.name)}"
+        return ""
+
+    def _check_end(self) -> None:
+        """The daemon's view is the world."""
+        core = self.head.core
+        assert core is not None
+        check(core.cluster)
+        assert core.digest() == self.witness.twin.digest(), "the leader's state is not what its journal says"
+        assert core.cluster.pool.held_milli == 0, "cards are held for nobody"
+        assert not any(run.is_running for run in self.witness.runs.values()), "a process was left behind"
+        for job in core.cluster.jobs.values():
+            assert self.witness.ended[job.id] == job.state, f"job {job.id}"
+            runs = [self.witness.runs.get(assignment.key) for assignment in job.assignments]
+            if job.state == "succeeded":
+                ends = [(run.exit_code, run.signal) if run is not None else None for run in runs]
+                assert ends == [(0, 0)] * job.spec.replicas, f"job {job.id} succeeded with {ends}"
+        for sent in self.tenants.submissions:
+            answer = core.submission(sent.tenant, sent.submission_id)
+            accepted = self.witness.accepted.get((sent.tenant, sent.submission_id), 0)
+            if sent.is_acknowledged:
+                assert answer is not None
+                assert answer.job == accepted, f"{sent} was told {answer}, and became job {accepted}"
