@@ -24,6 +24,7 @@ nothing was reported. Jobs go on; the next agent that can write takes them over 
 from __future__ import annotations
 
 import asyncio
+import secrets
 import sqlite3
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -96,6 +97,8 @@ class Ledger:
         """Made on first use. Raises `LedgerUnusable`, also for the ledger of another node."""
         self._path = path
         self._db = self._open(path)
+        #: Made at random with the file: under another one, reports are numbered from 1 again.
+        self.id = ""
         self._claim(node)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="ledger")
         self._written = Counters()
@@ -124,6 +127,8 @@ class Ledger:
         try:
             self._db.execute("INSERT OR IGNORE INTO meta VALUES ('node', ?)", (node,))
             (owner,) = self._db.execute("SELECT value FROM meta WHERE name = 'node'").fetchone()
+            self._db.execute("INSERT OR IGNORE INTO meta VALUES ('ledger', ?)", (secrets.token_hex(8),))
+            (self.id,) = self._db.execute("SELECT value FROM meta WHERE name = 'ledger'").fetchone()
         except sqlite3.Error as error:
             raise LedgerUnusable(f"{self._path}: {error}") from error
         if owner != node:

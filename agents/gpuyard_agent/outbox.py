@@ -38,6 +38,7 @@ class _EncodedBatch(msgspec.Struct, frozen=True, kw_only=True):
     boot_id: str
     first: int
     reports: list[msgspec.Raw]
+    ledger: str
     v: int = 1
 
 
@@ -51,8 +52,12 @@ class Outbox:
         boot_id: str,
         waiting: Iterable[tuple[int, bytes]],
         on_delivered: Callable[[int], None],
+        *,
+        ledger: str = "",
     ) -> None:
+        """`ledger`: identity of the ledger that the numbers belong to."""
         self._node = node
+        self._ledger = ledger
         self._instance = instance
         self._boot_id = boot_id
         self._waiting = deque(waiting)
@@ -91,7 +96,12 @@ class Outbox:
                 break
             reports.append(msgspec.Raw(body))
         batch = _EncodedBatch(
-            node=self._node, instance=self._instance, boot_id=self._boot_id, first=first, reports=reports
+            node=self._node,
+            instance=self._instance,
+            boot_id=self._boot_id,
+            first=first,
+            reports=reports,
+            ledger=self._ledger,
         )
         return first, len(reports), encode(batch)
 

@@ -119,7 +119,9 @@ class Runtime:
         content = ledger.load(host.node_clock_ms())
         counters, live, closed = content.counters, content.live, content.closed
         self._core = AgentCore(identity.node, identity.instance, boot_id, counters=counters, live=live, closed=closed)
-        self._outbox = Outbox(identity.node, identity.instance, boot_id, content.outbox, self._on_delivered)
+        self._outbox = Outbox(
+            identity.node, identity.instance, boot_id, content.outbox, self._on_delivered, ledger=ledger.id
+        )
         self.metrics = Metrics(lambda: self._core.live, lambda: self._outbox.depth)
         self._store = LogStore(rules.jobs, lambda key: key in self._core.live)
         self._hands = Hands(

@@ -321,5 +321,10 @@ def decode_report(message: StoredMessage, counts: Counter[str]) -> NodeReported 
         log.warning("poison.report", sequence=message.sequence, subject=message.subject[:120], error=str(error))
         return None
     return NodeReported(
-        node=batch.node, instance=batch.instance, boot_id=batch.boot_id, first=batch.first, reports=batch.reports
+        node=batch.node,
+        instance=batch.instance,
+        boot_id=batch.boot_id,
+        first=batch.first,
+        reports=batch.reports,
+        ledger=batch.ledger,
     )

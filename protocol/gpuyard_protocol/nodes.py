@@ -271,6 +271,8 @@ class ReportBatch(msgspec.Struct, frozen=True, kw_only=True):
     boot_id: str
     first: int
     reports: tuple[Report, ...]
+    #: Made at random with the ledger: under another one the numbers have begun again. "": an agent that does not say.
+    ledger: str = ""
     v: int = 1
 
 

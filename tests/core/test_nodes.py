@@ -271,3 +271,23 @@ def test_reports_of_nodes_that_never_joined_make_them_known_but_not_usable() -> 
     answer = h.core.why(number)
     assert answer is not None
     assert answer.reasons[0].reason.code == "NodeNotJoined"
+
+
+def _from_ledger(ledger: str, instance: str, first: int, count: int) -> NodeReported:
+    reports = (Joined(inventory=node("n-2", 2)),) * count
+    return NodeReported(node="n-2", instance=instance, boot_id="boot-1", first=first, reports=reports, ledger=ledger)
+
+
+def test_the_first_batch_of_all_that_comes_last_is_no_new_ledger(yard: CoreHarness) -> None:
+    """Sent by the agent's first process and stored late, behind what its third one sent: same ledger, seen numbers."""
+    yard.turn(_from_ledger("one", "process-3", 1, 3))
+    yard.turn(_from_ledger("one", "process-1", 1, 1))
+    assert yard.new_facts(LedgerReplaced) == []
+    assert yard.core.node_instance("n-2") == "process-3"
+
+
+def test_another_ledger_begins_anew_however_long_it_is(yard: CoreHarness) -> None:
+    yard.turn(_from_ledger("one", "process-1", 1, 2))
+    yard.turn(_from_ledger("two", "process-2", 1, 5))
+    assert yard.new_facts(LedgerReplaced) == [LedgerReplaced("n-2")]
+    assert yard.core.cluster.nodes["n-2"].reports_seen == 5

@@ -106,7 +106,9 @@ class AgentProcess(Party):
         counters, live, closed = host.ledger.load(host.clock_ms())
         self.core = AgentCore(host.name, self.instance, host.boot_id, counters=counters, live=live, closed=closed)
         waiting = sorted(host.ledger.outbox.items())
-        self._outbox = Outbox(host.name, self.instance, host.boot_id, waiting, self._delivered)
+        self._outbox = Outbox(
+            host.name, self.instance, host.boot_id, waiting, self._delivered, ledger=f"ledger-{host.name}"
+        )
         await self._resume(self.core)
         self.spawn(self._turns(self.core))
         self.spawn(self._tick())

@@ -203,6 +203,8 @@ class NodeJoined(_Fact, frozen=True, tag="joined"):
     instance: str
     boot_id: str
     inventory: Inventory
+    #: Identity of its ledger; "": not told.
+    ledger: str = ""
 
 
 class NodeChanged(_Fact, frozen=True, tag="node"):

@@ -110,6 +110,8 @@ class NodeReported(msgspec.Struct, frozen=True, kw_only=True):
     boot_id: str
     first: int
     reports: tuple[Report, ...]
+    #: Identity of the node's ledger; "": not told.
+    ledger: str = ""
 
 
 class NodeSuspected(msgspec.Struct, frozen=True, kw_only=True):

@@ -162,6 +162,8 @@ class Node(_Record):
     orders_issued: int = 0
     #: By mode.
     avoided: dict[str, Avoidance] = {}
+    #: Identity of its ledger, whose reports are numbered through; "": never told.
+    ledger: str = ""
 
 
 class Service(_Record):

@@ -38,6 +38,7 @@ def joined(cluster: Cluster, fact: f.NodeJoined, now_ms: int, effects: Effects) 
         node.former_instances.append(node.instance)
         del node.former_instances[:-_FORMER_INSTANCES_MAX]
     node.instance, node.boot_id = fact.instance, fact.boot_id
+    node.ledger = fact.ledger or node.ledger
     node.state, node.reason = "ready", ""
     space = cluster.pool.spaces[node.id]
     if fact.inventory != node.inventory:

@@ -53,10 +53,13 @@ def take_reports(draft: Draft, batch: NodeReported) -> None:
 
 
 def _is_new_ledger(node: Node, batch: NodeReported) -> bool:
-    """A node that lost its ledger numbers from 1 again, beginning with `Joined`, from a process not seen before.
+    """A node that lost its ledger numbers from 1 again, under another identity of the ledger.
 
-    A repetition of everything since the beginning would reach at least as far as what was seen.
+    An agent that does not tell the identity is guessed at: from 1, beginning with `Joined`, from a process not seen
+    before. A repetition of everything since the beginning would reach at least as far as what was seen.
     """
+    if batch.ledger and node.ledger:
+        return batch.ledger != node.ledger
     return (
         batch.first == 1
         and bool(batch.reports)
@@ -89,7 +92,7 @@ def _take_report(draft: Draft, batch: NodeReported, report: Report) -> None:
 
 
 def _take_joined(draft: Draft, batch: NodeReported, report: Joined) -> None:
-    draft.add(f.NodeJoined(batch.node, batch.instance, batch.boot_id, report.inventory))
+    draft.add(f.NodeJoined(batch.node, batch.instance, batch.boot_id, report.inventory, batch.ledger))
     # What the node had confirmed and no longer holds will never report: its ledger lost it.
     held = frozenset(report.held)
     space = draft.cluster.pool.spaces[batch.node]
