@@ -333,7 +333,8 @@ async def test_no_job_is_lost_or_runs_twice_when_the_agent_is_killed_at_random_m
     await ordering
     assert (await commander.sync(*unfinished())).status == "ok"
     for key in starts:
-        assert (await commander.ended(key)).exit_code == 0, f"seed {seed}"
+        end = await commander.ended(key)
+        assert (end.outcome, end.exit_code) == ("exited", 0), f"seed {seed}: {end}"
     names = [str(job) for job in range(1, 41)]
     assert lines_of(room.scratch, names) == dict.fromkeys(names, 1), f"seed {seed}"
 
