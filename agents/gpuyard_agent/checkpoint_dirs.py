@@ -14,12 +14,12 @@ import os
 import stat
 from pathlib import Path
 
+from gpuyard_agent.directories import make_own_directory, make_passage
 from gpuyard_agent.launch.base import Account
 from gpuyard_protocol.names import JobId, Tenant
 
 LOCAL_NAME = "checkpoint"
 _MODE = 0o700
-_PARENT_MODE = 0o711
 
 
 class CheckpointDirectories:
@@ -44,22 +44,12 @@ class CheckpointDirectories:
 
 
 def _make(path: Path, account: Account) -> None:
-    parent = path.parent
-    if not parent.is_dir():
-        parent.mkdir(parents=True, exist_ok=True)
-        parent.chmod(_PARENT_MODE)
-    try:
-        path.mkdir(_MODE)
-    except FileExistsError:
-        status = path.lstat()
-        if not stat.S_ISDIR(status.st_mode):
-            raise NotADirectoryError(f"{path} is there and is no directory") from None
-        if os.geteuid() == 0 and status.st_uid != account.uid:
-            _hand_over(path, account)
-    else:
-        path.chmod(_MODE)  # whatever the umask
-        if os.geteuid() == 0:
-            os.chown(path, account.uid, account.gid)
+    path.parent.parent.mkdir(parents=True, exist_ok=True)
+    make_passage(path.parent)
+    if make_own_directory(path, _MODE, account.uid, account.gid):
+        return
+    if os.geteuid() == 0 and path.lstat().st_uid != account.uid:
+        _hand_over(path, account)
 
 
 def _hand_over(path: Path, account: Account) -> None:

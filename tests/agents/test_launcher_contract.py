@@ -68,6 +68,18 @@ async def test_output_belongs_to_the_account_and_is_appended_to(launch: LaunchYa
     assert stat.S_IMODE(launch.job_dir(1).parent.stat().st_mode) == 0o711
 
 
+async def test_directories_left_half_made_by_a_kill_are_made_whole(launch: LaunchYard) -> None:
+    launch.job_dir(1).mkdir(parents=True)
+    for directory in (launch.job_dir(1).parent, launch.job_dir(1)):
+        directory.chmod(0o700)
+    launcher = await launch.agent()
+    assert (await launch.run(launcher, launch.shell(1, "echo run"))).exit_code == 0
+    assert launch.output(1) == "run\n"
+    assert stat.S_IMODE(launch.job_dir(1).parent.stat().st_mode) == 0o711
+    directory = launch.job_dir(1).stat()
+    assert (directory.st_uid, stat.S_IMODE(directory.st_mode)) == (launch.account.uid, 0o750)
+
+
 @pytest.mark.parametrize(
     ("script", "said"),
     [

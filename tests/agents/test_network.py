@@ -6,6 +6,8 @@ import os
 import time
 from pathlib import Path
 
+import pytest
+
 from gpuyard_agent import host, network
 from gpuyard_agent.checkpoint_dirs import CheckpointDirectories
 from gpuyard_agent.launch.base import Account
@@ -84,6 +86,18 @@ async def test_a_job_has_one_directory_for_all_its_attempts(tmp_path: Path) -> N
     assert path == tmp_path / "17" / "checkpoint"
     assert [entry.name for entry in path.iterdir()] == ["step-100"]
     assert path.stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.parametrize("made", ["17", "17/checkpoint"])
+async def test_a_directory_left_half_made_by_a_kill_is_made_whole(tmp_path: Path, made: str) -> None:
+    (tmp_path / made).mkdir(0o700, parents=True)
+    (tmp_path / "17").chmod(0o700)
+    account = Account(name="one", uid=60_001, gid=60_001) if os.geteuid() == 0 else ME
+    directories = CheckpointDirectories(tmp_path)
+    await directories.make("acme", 17, account)
+    path = directories.path("acme", 17)
+    assert path.parent.stat().st_mode & 0o777 == 0o711
+    assert (path.stat().st_uid, path.stat().st_mode & 0o777) == (account.uid, 0o700)
 
 
 async def test_on_shared_storage_tenants_are_apart(tmp_path: Path) -> None:

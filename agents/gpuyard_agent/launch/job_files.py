@@ -13,9 +13,9 @@ import contextlib
 import os
 import stat
 
+from gpuyard_agent.directories import make_own_directory, make_passage
 from gpuyard_agent.launch.base import Account, ProcessSpec
 
-_PARENT_MODE = 0o711
 _JOB_DIR_MODE = 0o750
 _OUTPUT_MODE = 0o640
 _SCRIPT_MODE = 0o700
@@ -42,32 +42,25 @@ def check_account(account: Account) -> None:
 
 
 def make_job_dir(spec: ProcessSpec) -> None:
+    """The job's directory and those above its output, however far an earlier try came."""
+    account = spec.account
     try:
-        _make_parents(spec.job_dir)
-        try:
-            os.mkdir(spec.job_dir, _JOB_DIR_MODE)
-        except FileExistsError:
-            if not stat.S_ISDIR(os.lstat(spec.job_dir).st_mode):
-                raise StartRefused("OutputUnavailable", f"{spec.job_dir} is there and is no directory") from None
-        else:
-            os.chmod(spec.job_dir, _JOB_DIR_MODE)
-            _give(spec.job_dir, spec.account)
-        _make_parents(spec.stdout)
-        _make_parents(spec.stderr)
+        for path in (spec.job_dir, spec.stdout, spec.stderr):
+            _make_parents(path)
+        make_own_directory(spec.job_dir, _JOB_DIR_MODE, account.uid, account.gid)
+    except NotADirectoryError as error:
+        raise StartRefused("OutputUnavailable", str(error)) from None
     except OSError as error:
         raise StartRefused("OutputUnavailable", f"cannot make {spec.job_dir}: {error.strerror}") from None
 
 
 def _make_parents(path: str) -> None:
-    missing = []
-    parent = os.path.dirname(path)
-    while not os.path.isdir(parent):
-        missing.append(parent)
-        parent = os.path.dirname(parent)
-    for directory in reversed(missing):
-        with contextlib.suppress(FileExistsError):
-            os.mkdir(directory, _PARENT_MODE)
-            os.chmod(directory, _PARENT_MODE)
+    """The two directories above it, the attempt's and the job's, are the agent's."""
+    attempt = os.path.dirname(path)
+    job = os.path.dirname(attempt)
+    os.makedirs(os.path.dirname(job), exist_ok=True)
+    make_passage(job)
+    make_passage(attempt)
 
 
 def _give(path: str | int, account: Account) -> None:
