@@ -4,9 +4,9 @@
 checks that each move is legal, keeps the derived indexes in step, and fills `Effects` with the orders and notices that
 follow. It decides nothing and reads no settings: what a fact does not say, and the state does not imply, it cannot do.
 
-Rules of this file: no policy; every change of a job's or an assignment's state goes through `_move_job` or
-`_move_assignment`; resources are taken in `_on_placed` and given back in `_on_replica_ended`, nowhere else. What facts
-about nodes and services do is written in `node_facts` and `service_facts`.
+Rules of this file: no policy; every change of a job's or an assignment's state goes through `move_job` or
+`move_assignment`. What each kind of fact does is written in `request_facts`, `job_facts`, `node_facts` and
+`service_facts`, whose functions are called from the table at the end, and from nowhere that decides.
 """
 
 from __future__ import annotations
@@ -16,15 +16,13 @@ from collections.abc import Callable
 from typing import Any, TypeAlias
 
 from gpuyard_daemon.core import facts as f
-from gpuyard_daemon.core import node_facts, service_facts
-from gpuyard_daemon.core.arrays import LIVE_STATES, Arrays, elements
+from gpuyard_daemon.core import job_facts, node_facts, request_facts, service_facts
+from gpuyard_daemon.core.arrays import LIVE_STATES, Arrays
 from gpuyard_daemon.core.capacity import ANY_MODE, NodeSpace, Pool
-from gpuyard_daemon.core.effects import Effects, start_order
+from gpuyard_daemon.core.effects import Effects
 from gpuyard_daemon.core.gates import Gates
 from gpuyard_daemon.core.listing import JobList
 from gpuyard_daemon.core.model import (
-    EARLIER_ATTEMPTS_MAX,
-    Array,
     Assignment,
     AssignmentState,
     Job,
@@ -34,11 +32,10 @@ from gpuyard_daemon.core.model import (
     Totals,
     Verdict,
 )
-from gpuyard_daemon.core.partitions import mode_of
 from gpuyard_daemon.core.states import InvariantViolated, check_assignment_move, check_job_move
-from gpuyard_daemon.core.tenancy import Tenancy, held_by
+from gpuyard_daemon.core.tenancy import Tenancy
 from gpuyard_daemon.core.timers import Timer, Timers
-from gpuyard_protocol.jobs import JobSpec, JobState, SubmissionAnswer, Why
+from gpuyard_protocol.jobs import JobState, SubmissionAnswer, Why
 from gpuyard_protocol.names import AssignmentKey, JobId, NodeId, ServiceName, SubmissionId, Tenant
 from gpuyard_protocol.nodes import Go, Stop
 from gpuyard_protocol.resources import devices_of
@@ -123,63 +120,6 @@ class Cluster:
         totals.capacity_milli_ms += passed * self.pool.capacity_milli
         totals.summed_to_ms = now_ms
 
-    # requests
-
-    def _on_accepted(self, fact: f.JobAccepted, now_ms: int, effects: Effects) -> None:
-        self.take_number(fact.job)
-        job = Job(
-            id=fact.job,
-            tenant=fact.tenant,
-            user=fact.user,
-            submission_id=fact.submission_id,
-            spec=fact.spec,
-            submitted_ms=now_ms,
-            retries_left=fact.spec.retries,
-            not_before_ms=_begin_ms(fact.spec, now_ms),
-            held_by=fact.user if fact.spec.hold else "",
-            story=[(now_ms, "accepted")],
-        )
-        self.index_job(job)
-        answer = SubmissionAnswer(submission_id=fact.submission_id, accepted=True, job=fact.job, at_ms=now_ms)
-        self._keep_answer(fact.tenant, answer, fact.answer_until_ms, chosen=fact.chosen)
-        effects.answer(fact.tenant, answer)
-        effects.tell_fresh(job, now_ms)
-
-    def _on_array(self, fact: f.ArrayAccepted, now_ms: int, effects: Effects) -> None:
-        """One answer, and no event for each of so many jobs until something happens to it."""
-        assert fact.spec.array is not None
-        count = fact.spec.array.count
-        array = Array(fact.first, fact.tenant, count, fact.spec, count, count)
-        self.arrays.add(array)
-        begin_ms, holder = _begin_ms(fact.spec, now_ms), fact.user if fact.spec.hold else ""
-        for number, index in elements(array):
-            self.take_number(number)
-            self.index_job(
-                Job(
-                    id=number,
-                    tenant=fact.tenant,
-                    user=fact.user,
-                    submission_id=fact.submission_id,
-                    spec=fact.spec,
-                    submitted_ms=now_ms,
-                    retries_left=fact.spec.retries,
-                    not_before_ms=begin_ms,
-                    held_by=holder,
-                    array=fact.first,
-                    array_index=index,
-                    story=[(now_ms, f"accepted as element {index} of array {fact.first}")],
-                )
-            )
-        answer = SubmissionAnswer(
-            submission_id=fact.submission_id, accepted=True, job=fact.first, elements=count, at_ms=now_ms
-        )
-        self._keep_answer(fact.tenant, answer, fact.answer_until_ms, chosen=fact.chosen)
-        effects.answer(fact.tenant, answer)
-
-    def _on_array_cancelled(self, fact: f.ArrayCancelled, now_ms: int, effects: Effects) -> None:
-        for job in self.pending_elements(fact.array):
-            self._on_ended(f.JobEnded(job.id, "cancelled", fact.why), now_ms, effects)
-
     def pending_elements(self, array: JobId) -> list[Job]:
         """Elements of an array that wait, by number."""
         numbers = range(array, array + self.arrays.records[array].count)
@@ -190,215 +130,6 @@ class Cluster:
             raise InvariantViolated(f"job {job} does not follow job {self.last_job}")
         self.last_job = job
 
-    def _on_answered(self, fact: f.RequestAnswered, now_ms: int, effects: Effects) -> None:
-        self._keep_answer(fact.tenant, fact.answer, fact.until_ms, chosen=fact.chosen)
-        if not fact.answer.accepted:
-            self.totals.rejected += 1
-        effects.answer(fact.tenant, fact.answer)
-
-    def _keep_answer(self, tenant: Tenant, answer: SubmissionAnswer, until_ms: int, *, chosen: bool) -> None:
-        answers = self.chosen_answers if chosen else self.given_answers
-        key = (tenant, answer.submission_id)
-        answers[key] = KeptAnswer(until_ms, answer)
-        answers.move_to_end(key)
-
-    def _on_repeated(self, fact: f.AnswerRepeated, now_ms: int, effects: Effects) -> None:
-        answer = self.answer(fact.tenant, fact.submission_id)
-        if answer is None:
-            raise InvariantViolated(f"no answer {fact.submission_id!r} of {fact.tenant!r} to repeat")
-        effects.answer(fact.tenant, answer)
-
-    def _on_forgotten(self, fact: f.AnswersForgotten, now_ms: int, effects: Effects) -> None:
-        for _ in range(fact.chosen):
-            self.chosen_answers.popitem(last=False)
-        for _ in range(fact.given):
-            self.given_answers.popitem(last=False)
-
-    # jobs
-
-    def _on_placed(self, fact: f.JobPlaced, now_ms: int, effects: Effects) -> None:
-        job = self.job(fact.job)
-        spec = job.spec
-        if len(fact.placements) != spec.replicas:
-            raise InvariantViolated(f"job {job.id}: {len(fact.placements)} places for {spec.replicas} replicas")
-        self._move_job(job, "starting")
-        if job.assignments:
-            job.earlier.append((job.attempt, tuple([a.node for a in job.assignments])))
-            del job.earlier[:-EARLIER_ATTEMPTS_MAX]
-        job.attempt += 1
-        job.prepare_until_ms = fact.prepare_until_ms
-        job.exit_code = None
-        job.started_ms = 0
-        job.why = None
-        job.assignments = []
-        for replica, placement in enumerate(fact.placements):
-            key = AssignmentKey(job.id, job.attempt, replica)
-            assignment = Assignment(key, placement.node, placement.partition)
-            space = self.pool.spaces[placement.node]
-            self.pool.take(space, assignment, job.tenant, spec.need.cpu_milli, spec.need.memory_mib)
-            self.tenancy.take(job.tenant, job.user, held_by(space, placement.partition), now_ms)
-            job.assignments.append(assignment)
-            effects.order(space.node, start_order(job, assignment))
-        job.live = spec.replicas
-        if job.prepare_until_ms:
-            self.timers.set_job(job.prepare_until_ms, Timer.PREPARE, job.id)
-        job.note(now_ms, f"attempt {job.attempt} placed on {_node_names(job)}")
-        effects.tell(job, now_ms)
-
-    def _on_released(self, fact: f.GangReleased, now_ms: int, effects: Effects) -> None:
-        job = self.job(fact.job)
-        job.prepare_until_ms = 0
-        for assignment in job.assignments:
-            self._move_assignment(job, assignment, "released")
-            effects.order(self.nodes[assignment.node], self.go_order(job, assignment))
-        job.note(now_ms, "all replicas prepared: go")
-
-    def _on_stopping(self, fact: f.JobStopping, now_ms: int, effects: Effects) -> None:
-        job = self.job(fact.job)
-        self._stop(job, Verdict(fact.verdict, fact.why, fact.order_reason, fact.exit_code), now_ms, effects)
-
-    def _stop(self, job: Job, verdict: Verdict, now_ms: int, effects: Effects) -> None:
-        job.verdict = verdict
-        job.prepare_until_ms = 0
-        for assignment in job.assignments:
-            if assignment.state not in ("stopping", "ended"):
-                self._move_assignment(job, assignment, "stopping")
-                effects.order(self.nodes[assignment.node], self.stop_order(job, assignment))
-        job.note(now_ms, f"stopping: {verdict.why.text}")
-        if job.state != "stopping":
-            self._move_job(job, "stopping")
-            effects.tell(job, now_ms)
-        if job.service:
-            self.unsettle(job)
-
-    def _on_requeued(self, fact: f.JobRequeued, now_ms: int, effects: Effects) -> None:
-        job = self.job(fact.job)
-        if job.live:
-            raise InvariantViolated(f"job {job.id} was requeued while {job.live} of its replicas live")
-        job.verdict = None
-        job.prepare_until_ms = 0
-        job.retries_left -= fact.charged
-        job.uncharged = fact.uncharged
-        job.not_before_ms = fact.not_before_ms
-        job.why = fact.why
-        job.exit_code = fact.exit_code
-        self.totals.requeued += 1
-        self._move_job(job, "pending")
-        job.note(now_ms, f"waits again: {fact.why.text}")
-        effects.tell(job, now_ms)
-
-    def _on_woken(self, fact: f.JobWoken, now_ms: int, effects: Effects) -> None:
-        job = self.job(fact.job)
-        if job.state != "pending" or not job.not_before_ms:
-            raise InvariantViolated(f"job {job.id} was woken, but it is {job.state} and not asleep")
-        job.not_before_ms = 0
-        self._await(job)
-
-    def _on_held(self, fact: f.JobHeld, now_ms: int, effects: Effects) -> None:
-        for job in self._meant(fact):
-            if not job.held_by:
-                job.held_by = fact.by
-                self._park(job)
-                self._settle_array(job)
-                job.note(now_ms, f"held by {fact.by}")
-
-    def _on_let_go(self, fact: f.JobReleased, now_ms: int, effects: Effects) -> None:
-        for job in self._meant(fact):
-            if job.held_by:
-                job.held_by = ""
-                job.note(now_ms, "released")
-                if job.state == "pending":
-                    self._await(job)
-
-    def _meant(self, fact: f.JobHeld | f.JobReleased) -> list[Job]:
-        job = self.job(fact.job)
-        return self.pending_elements(job.array) if fact.whole_array else [job]
-
-    def _on_ended(self, fact: f.JobEnded, now_ms: int, effects: Effects) -> None:
-        job = self.job(fact.job)
-        if job.live:
-            raise InvariantViolated(f"job {job.id} ended while {job.live} of its replicas live")
-        job.verdict = None
-        job.prepare_until_ms = job.not_before_ms = 0
-        job.why, job.exit_code, job.ended_ms = fact.why, fact.exit_code, now_ms
-        self._move_job(job, fact.state)
-        self.arrays.ended(job)
-        for freed in self.gates.leave(job, self.jobs, self.arrays):
-            if self.jobs[freed].state == "pending":
-                self._await(self.jobs[freed])
-        self.finished[job.id] = None
-        totals = self.totals
-        totals.finished += 1
-        if job.first_started_ms:
-            totals.wait_sum_ms += job.first_started_ms - job.submitted_ms
-        job.note(now_ms, f"{fact.state}: {fact.why.text}" if fact.why else fact.state)
-        effects.tell(job, now_ms)
-        if job.service:
-            self.unsettle(job)
-            self.service_jobs[job.tenant, job.service].pop(job.id, None)
-
-    def _on_retired(self, fact: f.JobRetired, now_ms: int, effects: Effects) -> None:
-        job = self.job(fact.job)
-        if not job.is_final:
-            raise InvariantViolated(f"job {job.id} was retired while {job.state}")
-        del self.jobs[job.id]
-        self.arrays.retired(job)
-        self.finished.pop(job.id, None)
-        for owner in (job.tenant, ""):
-            jobs = self.lists[owner]
-            jobs.counts[job.state] -= 1
-            jobs.remove(job.id)
-
-    # replicas
-
-    def _on_prepared(self, fact: f.ReplicaPrepared, now_ms: int, effects: Effects) -> None:
-        job, assignment = self._live(fact.key)
-        assignment.port = fact.port
-        if assignment.state == "ordered":
-            self._move_assignment(job, assignment, "prepared")
-
-    def _on_started(self, fact: f.ReplicaStarted, now_ms: int, effects: Effects) -> None:
-        job, assignment = self._live(fact.key)
-        assignment.started_ms = now_ms
-        assignment.port = fact.port or assignment.port
-        self.totals.started += 1
-        if assignment.state != "stopping":
-            self._move_assignment(job, assignment, "running")
-        node = self.nodes[assignment.node]
-        if node.avoided:
-            node_facts.forget_avoidance(self, node, mode_of(assignment.partition))
-        if not job.first_started_ms:
-            job.first_started_ms = now_ms
-        if job.state == "starting" and not any(a.state in ("ordered", "prepared", "released") for a in job.assignments):
-            job.started_ms = now_ms
-            self._move_job(job, "running")
-            job.note(now_ms, "running")
-            effects.tell(job, now_ms)
-            if job.service:
-                self.unsettle(job)
-
-    def _on_replica_ended(self, fact: f.ReplicaEnded, now_ms: int, effects: Effects) -> None:
-        job, assignment = self._live(fact.key)
-        self._move_assignment(job, assignment, "ended")
-        assignment.outcome, assignment.exit_code, assignment.signal = fact.outcome, fact.exit_code, fact.signal
-        assignment.code, assignment.detail = fact.code, fact.detail
-        job.live -= 1
-        space = self.pool.spaces[assignment.node]
-        need = job.spec.need
-        self.tenancy.give(job.tenant, job.user, held_by(space, assignment.partition), now_ms)
-        self.pool.give(space, assignment, need.cpu_milli, need.memory_mib)
-        if space.node.absent:
-            self._drop_absent(space)
-        if len(job.assignments) > 1 or fact.outcome != "exited":
-            what = fact.detail or fact.code or (f"exit code {fact.exit_code}" if fact.outcome == "exited" else "")
-            job.note(now_ms, f"replica {fact.key.replica} {fact.outcome}" + (f": {what}" if what else ""))
-
-    def _live(self, key: AssignmentKey) -> tuple[Job, Assignment]:
-        assignment = self.assignment(key)
-        if assignment is None or not assignment.is_live:
-            raise InvariantViolated(f"a fact names assignment {key}, which is not alive")
-        return self.jobs[key.job], assignment
-
     # nodes
 
     def refit(self, space: NodeSpace) -> None:
@@ -406,7 +137,7 @@ class Cluster:
         needs = [self.jobs[key.job].spec.need for key in space.assignments]
         self.pool.refit(space, sum(n.cpu_milli for n in needs), sum(n.memory_mib for n in needs))
 
-    def _drop_absent(self, space: NodeSpace) -> None:
+    def drop_absent(self, space: NodeSpace) -> None:
         """Forget cards that are gone, once nothing holds them any more."""
         held = {uuid for a in space.assignments.values() for uuid in devices_of(a.partition)}
         remaining = [device for device in space.node.absent if device.uuid in held]
@@ -430,7 +161,7 @@ class Cluster:
         why = Why("Shutdown", "the yard was stopped")
         for job in self.jobs.values():
             if job.live and job.verdict is None:
-                self._stop(job, Verdict("requeue", why, "shutdown"), now_ms, effects)
+                job_facts.stop_job(self, job, Verdict("requeue", why, "shutdown"), now_ms, effects)
 
     def _on_resumed(self, fact: f.YardResumed, now_ms: int, effects: Effects) -> None:
         self.draining = False
@@ -442,25 +173,25 @@ class Cluster:
 
     # --- moves and indexes -------------------------------------------------------------------------------------------
 
-    def _move_job(self, job: Job, to: JobState) -> None:
+    def move_job(self, job: Job, to: JobState) -> None:
         check_job_move(job, to)
         for owner in (job.tenant, ""):
             counts = self.lists[owner].counts
             counts[job.state] -= 1
             counts[to] += 1
-        self._park(job)
+        self.park(job)
         if (throttle := self.arrays.throttle(job)) is not None:
             throttle.lives((to in LIVE_STATES) - (job.state in LIVE_STATES))
         job.state = to
         if to == "pending":
-            self._await(job)
-        self._settle_array(job)
+            self.queue_up(job)
+        self.settle_array(job)
 
-    def _move_assignment(self, job: Job, assignment: Assignment, to: AssignmentState) -> None:
+    def move_assignment(self, job: Job, assignment: Assignment, to: AssignmentState) -> None:
         check_assignment_move(job, assignment, to)
         assignment.state = to
 
-    def _park(self, job: Job) -> None:
+    def park(self, job: Job) -> None:
         """It may not start for now."""
         if (throttle := self.arrays.throttle(job)) is not None:
             throttle.cannot(job.id)
@@ -470,7 +201,7 @@ class Cluster:
         if job in self.waiting:
             del self.waiting[job], self.waiting_keys[job]
 
-    def _settle_array(self, job: Job) -> None:
+    def settle_array(self, job: Job) -> None:
         """Let as many elements of a job's array look for a place as may go at once."""
         if (throttle := self.arrays.throttle(job)) is not None:
             come, go = throttle.settle()
@@ -484,7 +215,7 @@ class Cluster:
         is_due = job.state == "pending" and not job.not_before_ms and not job.held_by
         return is_due and self.gates.is_open(job)
 
-    def _await(self, job: Job) -> None:
+    def queue_up(self, job: Job) -> None:
         """A pending job waits for a place, or first for its time, its release, or other jobs."""
         if job.not_before_ms:
             self.timers.set_job(job.not_before_ms, Timer.WAKE, job.id)
@@ -494,7 +225,7 @@ class Cluster:
         if (throttle := self.arrays.throttle(job)) is not None:
             if throttle.could(job.id):
                 self._join_line(job)
-            self._settle_array(job)
+            self.settle_array(job)
         else:
             self._join_line(job)
 
@@ -530,9 +261,9 @@ class Cluster:
             self.gates.enter(job, self.jobs, self.arrays)
         if job.state in LIVE_STATES and (throttle := self.arrays.throttle(job)) is not None:
             throttle.lives(1)
-            self._settle_array(job)
+            self.settle_array(job)
         if job.state == "pending":
-            self._await(job)
+            self.queue_up(job)
 
     def stop_order(self, job: Job, assignment: Assignment) -> Stop:
         """The order that ends one replica; the same whenever it is asked for."""
@@ -549,43 +280,32 @@ class Cluster:
         return inventory.address if inventory else ""
 
 
-def _begin_ms(spec: JobSpec, now_ms: int) -> int:
-    """When a job may start first; 0: at once."""
-    at_ms = spec.begin_ms or (now_ms + spec.begin_after_ms if spec.begin_after_ms else 0)
-    return at_ms if at_ms > now_ms else 0
-
-
-def _node_names(job: Job) -> str:
-    names = list(dict.fromkeys([a.node for a in job.assignments]))
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more nodes" if len(names) > 4 else "")
-
-
 #: Each handler takes exactly the fact it is listed with; the types cannot say so for a table.
 _HANDLERS: dict[type, Callable[[Cluster, Any, int, Effects], None]] = {
-    f.JobAccepted: Cluster._on_accepted,
-    f.ArrayAccepted: Cluster._on_array,
-    f.ArrayCancelled: Cluster._on_array_cancelled,
-    f.RequestAnswered: Cluster._on_answered,
-    f.AnswerRepeated: Cluster._on_repeated,
-    f.AnswersForgotten: Cluster._on_forgotten,
-    f.JobPlaced: Cluster._on_placed,
-    f.GangReleased: Cluster._on_released,
-    f.JobStopping: Cluster._on_stopping,
-    f.JobRequeued: Cluster._on_requeued,
-    f.JobWoken: Cluster._on_woken,
-    f.JobHeld: Cluster._on_held,
-    f.JobReleased: Cluster._on_let_go,
-    f.JobEnded: Cluster._on_ended,
-    f.JobRetired: Cluster._on_retired,
+    f.JobAccepted: request_facts.accepted,
+    f.ArrayAccepted: request_facts.array_accepted,
+    f.ArrayCancelled: request_facts.array_cancelled,
+    f.RequestAnswered: request_facts.answered,
+    f.AnswerRepeated: request_facts.repeated,
+    f.AnswersForgotten: request_facts.forgotten,
+    f.JobPlaced: job_facts.placed,
+    f.GangReleased: job_facts.gang_released,
+    f.JobStopping: job_facts.stopping,
+    f.JobRequeued: job_facts.requeued,
+    f.JobWoken: job_facts.woken,
+    f.JobHeld: job_facts.held,
+    f.JobReleased: job_facts.let_go,
+    f.JobEnded: job_facts.ended,
+    f.JobRetired: job_facts.retired,
     f.ReportsTaken: node_facts.reports,
     f.LedgerReplaced: node_facts.new_ledger,
     f.NodeJoined: node_facts.joined,
     f.NodeChanged: node_facts.node_changed,
     f.NodeAvoided: node_facts.avoided,
     f.NodeForgiven: node_facts.forgiven,
-    f.ReplicaPrepared: Cluster._on_prepared,
-    f.ReplicaStarted: Cluster._on_started,
-    f.ReplicaEnded: Cluster._on_replica_ended,
+    f.ReplicaPrepared: job_facts.prepared,
+    f.ReplicaStarted: job_facts.started,
+    f.ReplicaEnded: job_facts.replica_ended,
     f.ServiceSet: service_facts.service,
     f.ServiceRemoved: service_facts.service_removed,
     f.LoadTaken: service_facts.load,
