@@ -16,10 +16,13 @@ import signal
 import sys
 from pathlib import Path
 
+import msgspec
 import structlog
 import uvloop
 
 from gpuyard_agent import host, identity, network
+from gpuyard_agent.checkpoint import CheckpointBackend
+from gpuyard_agent.checkpoint_worker import CheckpointWorker
 from gpuyard_agent.config import EXIT_BAD_CONFIG, AgentConfig, BadConfig, parse_arguments
 from gpuyard_agent.core.model import InvariantViolated
 from gpuyard_agent.devices.base import DeviceBackend, DeviceTrouble, NoDriver
@@ -27,10 +30,11 @@ from gpuyard_agent.devices.nvml import NvmlBackend
 from gpuyard_agent.devices.simulated import SimulatedBackend, parse_cards, simulated_host
 from gpuyard_agent.drill import FAULTS_FILE, FaultDrill
 from gpuyard_agent.http import HttpDoor
-from gpuyard_agent.idle import IdlePolicy
 from gpuyard_agent.launch.accounts import AccountPolicy
 from gpuyard_agent.launch.base import LauncherGone
 from gpuyard_agent.launch.choose import choose
+from gpuyard_agent.launch.limits import Enforceable, probe_supervisor, probe_systemd
+from gpuyard_agent.launch.systemd import SystemdLauncher
 from gpuyard_agent.launch.turn_taking import TurnTakingLauncher
 from gpuyard_agent.ledger import Ledger, LedgerUnusable
 from gpuyard_agent.notify import Notifier
@@ -38,11 +42,12 @@ from gpuyard_agent.partitions.maker import CardPartitions
 from gpuyard_agent.partitions.timeslice import DriverSlices, TimeSliceMaker
 from gpuyard_agent.partitions.turns import TurnSettings
 from gpuyard_agent.runtime import NodeRules, Runtime
+from gpuyard_agent.simulated_checkpoint import SimulatedCheckpoint
 from gpuyard_agent.telemetry import agent_version
 from gpuyard_agent.twin import NameTaken
 from gpuyard_protocol.bus.base import Bus
 from gpuyard_protocol.bus.nats import connect
-from gpuyard_protocol.nodes import Inventory
+from gpuyard_protocol.nodes import IdleGpu, Inventory
 
 EXIT_INVARIANT = 70
 EXIT_TEMPORARY = 75
@@ -85,22 +90,34 @@ async def _run(config: AgentConfig) -> int:
 async def _run_as(config: AgentConfig, state: Path, who: identity.Identity) -> None:
     accounts = AccountPolicy(config.run_as, config.run_shares_as)
     backend, inventory = await _open_cards(config, who, accounts)
-    launcher = await _open_launcher(config, state, who)
+    checkpoint, inventory = await _open_checkpoint(config, inventory)
+    launcher, limits = await _open_launcher(config, state, who)
+    inventory = msgspec.structs.replace(inventory, launcher=limits.launcher, enforces=limits.names(), keeps_leases=True)
     runtime = Runtime(
         identity=who,
         boot_id=host.boot_id(),
         rules=NodeRules(
             jobs=state / "jobs",
             checkpoints=Path(config.checkpoints) if config.checkpoints else None,
-            idle=IdlePolicy(warn_ms=int(config.idle_gpu_warn), release_ms=int(config.idle_gpu_release)),
+            idle=IdleGpu(
+                warn_ms=int(config.idle_gpu_warn),
+                suspend_ms=int(config.idle_gpu_suspend),
+                release_ms=int(config.idle_gpu_release),
+            ),
             must_be_forwarded=bool(config.key),
         ),
         inventory=inventory,
         ledger=Ledger(state / "ledger.sqlite", who.node),
         backend=backend,
-        partitions=CardPartitions(backend, state / "run", time_slice=_time_slicing(config, launcher)),
+        partitions=CardPartitions(
+            backend,
+            state / "run",
+            mps_exclusive=config.mps_exclusive,
+            time_slice=_time_slicing(config, launcher),
+        ),
         launcher=launcher,
         accounts=accounts,
+        checkpoint=checkpoint,
         connector=functools.partial(_connect, config, who),
         drill=FaultDrill(state / FAULTS_FILE, backend) if isinstance(backend, SimulatedBackend) else None,
     )
@@ -118,17 +135,22 @@ async def _run_as(config: AgentConfig, state: Path, who: identity.Identity) -> N
             await door.close()
 
 
-async def _open_launcher(config: AgentConfig, state: Path, who: identity.Identity) -> TurnTakingLauncher:
+async def _open_launcher(
+    config: AgentConfig, state: Path, who: identity.Identity
+) -> tuple[TurnTakingLauncher, Enforceable]:
+    """What starts processes, and what it was found to enforce here."""
     chosen = await choose(config.launcher, who.node, state)
-    _log.info("launcher", kind=type(chosen).__name__)
+    limits = probe_systemd() if isinstance(chosen, SystemdLauncher) else probe_supervisor()
+    _log.info("launcher", kind=limits.launcher, enforces=limits.names(), lacking=limits.lacking)
     quantum_ms = int(config.quantum)
-    return TurnTakingLauncher(
+    launcher = TurnTakingLauncher(
         chosen,
         TurnSettings(quantum_ms=quantum_ms, shortest_ms=quantum_ms // 5),
         book=state / "turns.json",
         clock_ms=host.node_clock_ms,
         wall_ms=host.wall_clock_ms,
     )
+    return launcher, limits
 
 
 def _time_slicing(config: AgentConfig, launcher: TurnTakingLauncher) -> TimeSliceMaker:
@@ -162,7 +184,7 @@ async def _open_cards(
         claimed = simulated_host(cards)
         cpu_milli, memory_mib = claimed.cpu_milli, claimed.memory_mib
     else:
-        backend = NvmlBackend()
+        backend = NvmlBackend(may_switch_mig=config.mig_switching)
     try:
         await backend.open()
         driver = await backend.driver()
@@ -185,6 +207,20 @@ async def _open_cards(
     return backend, inventory
 
 
+async def _open_checkpoint(config: AgentConfig, inventory: Inventory) -> tuple[CheckpointBackend, Inventory]:
+    """What suspends jobs, and what the node can say of that: found out by asking the driver."""
+    checkpoint: CheckpointBackend = SimulatedCheckpoint() if config.simulate else CheckpointWorker()
+    budget_mib = inventory.memory_mib // 2 if config.suspend_memory is None else int(config.suspend_memory)
+    if not budget_mib:
+        problem = "this node gives no memory for it (suspend_memory)"
+    elif not inventory.driver:
+        problem = "there are no cards here"
+    else:
+        problem = await checkpoint.problem()
+    offered = msgspec.structs.replace(inventory, suspend_mib=0 if problem else budget_mib, suspend_problem=problem)
+    return checkpoint, offered
+
+
 async def _connect(config: AgentConfig, who: identity.Identity) -> Bus:
     return await connect(
         config.nats,
@@ -202,7 +238,7 @@ async def _open_http(config: AgentConfig, runtime: Runtime) -> HttpDoor | None:
     address = config.http_address()
     if address is None:
         return None
-    door = HttpDoor(*address, runtime.metrics, runtime.health)
+    door = HttpDoor(*address, runtime.metrics, runtime.health, config.http_guard())
     try:
         _log.info("http", url=await door.open())
     except OSError as error:

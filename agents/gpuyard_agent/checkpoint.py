@@ -8,9 +8,11 @@ Every failure leaves the job in one of two states. Either it runs as before (`Ca
 suspended, to be tried again), or it is lost (`JobBroken`): the driver promises no way back from a failed checkpoint,
 so it is to be killed and started anew. The caller goes one rung down: signal and grace, requeue, kill.
 
+Both begin by asking the driver how far each process has come, so that they can be asked again after an agent that died
+on the way: what is done is not done twice.
+
 What a job held on its cards lies in the host's memory while it is suspended; `RamLedger` keeps it within what the node
-gives for that. No order asks for any of this yet: the protocol has no word for it, and a job that asks for preemption
-by suspension is refused.
+gives for that.
 """
 
 from __future__ import annotations
@@ -38,6 +40,10 @@ class CannotSuspend(Exception):
     """The job runs on as before."""
 
 
+class NoHostMemory(CannotSuspend):
+    """There is no room for what it holds."""
+
+
 class CannotResume(Exception):
     """The job is suspended as before."""
 
@@ -49,7 +55,7 @@ class JobBroken(Exception):
 class CheckpointBackend(Protocol):
     """The driver's four steps, each for one process. All raise `CheckpointTrouble`; none is undone by failing."""
 
-    def problem(self) -> str:
+    async def problem(self) -> str:
         """Why this host cannot suspend anything, in words; "" if it can. Asks the driver, and changes nothing."""
         ...
 
@@ -69,6 +75,8 @@ class CheckpointBackend(Protocol):
 
     async def unlock(self, pid: int) -> None: ...
 
+    async def close(self) -> None: ...
+
 
 class RamLedger:
     """Host memory given to suspended jobs, MiB."""
@@ -87,10 +95,15 @@ class RamLedger:
 
     def reserve(self, key: AssignmentKey, mib: int) -> bool:
         """False: there is not so much left, and nothing changes. Again for one key: the new figure holds."""
-        if mib > self.free_mib + self._held.get(key, 0):
+        held = self._held.get(key, 0)
+        if mib > held and mib > self.free_mib + held:
             return False
         self._held[key] = mib
         return True
+
+    def hold(self, key: AssignmentKey, mib: int) -> None:
+        """It takes so much already, whatever is left."""
+        self._held[key] = mib
 
     def release(self, key: AssignmentKey) -> None:
         self._held.pop(key, None)
@@ -109,19 +122,26 @@ class Suspender:
 
     async def suspend(self, key: AssignmentKey, pids: Sequence[int], held_mib: int) -> None:
         """`pids`: those of its processes that have something on a card; `held_mib`: how much. Raises `CannotSuspend`,
-        `JobBroken`."""
-        if problem := self._backend.problem():
+        `NoHostMemory`, `JobBroken`."""
+        if problem := await self._backend.problem():
             raise CannotSuspend(problem)
         if not pids:
             raise CannotSuspend("none of its processes has anything on a card")
         if not self._ram.reserve(key, held_mib):
-            raise CannotSuspend(f"{held_mib} MiB are more than the {self._ram.free_mib} MiB left for suspended jobs")
+            raise NoHostMemory(f"{held_mib} MiB are more than the {self._ram.free_mib} MiB left for suspended jobs")
         deadline_s = _deadline_s(held_mib)
         try:
             for pid in pids:
-                await self._backend.lock(pid, LOCK_MS)
+                match await self._backend.standing(pid):
+                    case "running":
+                        await self._backend.lock(pid, LOCK_MS)
+                    case "failed" | "none" as standing:
+                        raise CheckpointTrouble(f"process {pid} is {standing}")
+                    case _:
+                        pass
             for pid in pids:
-                await self._backend.checkpoint(pid, deadline_s)
+                if await self._backend.standing(pid) == "locked":
+                    await self._backend.checkpoint(pid, deadline_s)
         except CheckpointTrouble as trouble:
             await self._go_back(key, pids, deadline_s, trouble)
             raise CannotSuspend(str(trouble)) from None
@@ -131,13 +151,17 @@ class Suspender:
         """As `suspend` was asked. Raises `CannotResume` (no room on the card yet), `JobBroken`."""
         await self._freeze(key, False)
         deadline_s = _deadline_s(held_mib)
-        restored: list[int] = []
         try:
             for pid in pids:
-                await self._backend.restore(pid, deadline_s)
-                restored.append(pid)
+                match await self._backend.standing(pid):
+                    case "checkpointed":
+                        await self._backend.restore(pid, deadline_s)
+                    case "failed" | "none" as standing:
+                        raise CheckpointTrouble(f"process {pid} is {standing}")
+                    case _:
+                        pass
         except CheckpointTrouble as trouble:
-            await self._suspend_again(key, pids, restored, deadline_s, trouble)
+            await self._suspend_again(key, pids, deadline_s, trouble)
             raise CannotResume(str(trouble)) from None
         await self._unlock(key, pids)
         self._ram.release(key)
@@ -171,14 +195,14 @@ class Suspender:
         self,
         key: AssignmentKey,
         pids: Sequence[int],
-        restored: Sequence[int],
         deadline_s: float,
         trouble: CheckpointTrouble,
     ) -> None:
         """Those that came back go again, so that all are where they were."""
         try:
-            for pid in restored:
-                await self._backend.checkpoint(pid, deadline_s)
+            for pid in pids:
+                if await self._backend.standing(pid) == "locked":
+                    await self._backend.checkpoint(pid, deadline_s)
             for pid in pids:
                 if (standing := await self._backend.standing(pid)) != "checkpointed":
                     raise CheckpointTrouble(f"process {pid} is {standing}")
@@ -190,7 +214,8 @@ class Suspender:
     async def _unlock(self, key: AssignmentKey, pids: Sequence[int]) -> None:
         try:
             for pid in pids:
-                await self._backend.unlock(pid)
+                if await self._backend.standing(pid) == "locked":
+                    await self._backend.unlock(pid)
         except CheckpointTrouble as trouble:
             self._ram.release(key)
             raise JobBroken(str(trouble)) from None

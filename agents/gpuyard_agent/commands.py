@@ -13,13 +13,25 @@ from typing import Any, cast
 
 import structlog
 
-from gpuyard_agent.core.events import OrdersReceived, SyncReceived
+from gpuyard_agent.core.events import OrdersReceived, RenewalReceived, SyncReceived
 from gpuyard_agent.inbox import Inbox
 from gpuyard_agent.logs import Followers, LogStore
 from gpuyard_agent.metrics import Metrics
+from gpuyard_agent.sync_parts import OutOfOrder, SyncParts
 from gpuyard_protocol.bus.base import Bus, BusError, Message
 from gpuyard_protocol.codec import Malformed, decode, encode
-from gpuyard_protocol.nodes import Command, FollowLog, Go, OrderAnswer, OrderBatch, ReadLog, Start, Sync
+from gpuyard_protocol.nodes import (
+    Command,
+    FollowLog,
+    Go,
+    OrderAnswer,
+    OrderBatch,
+    ReadLog,
+    Renew,
+    Start,
+    Sync,
+    SyncPart,
+)
 
 #: A `Sync` states the whole desired set of a node.
 COMMAND_BYTES_MAX = 8 * 1024 * 1024
@@ -52,6 +64,7 @@ class CommandDoor:
         self._metrics = metrics
         self._spawn = spawn
         self._must_be_forwarded = must_be_forwarded
+        self._parts = SyncParts()
         self._requests = 0
         #: Where the answer to each request that the core has goes.
         self._replies: dict[int, str] = {}
@@ -76,10 +89,26 @@ class CommandDoor:
                 self._inbox.put(OrdersReceived(self._request(message), command))
             case Sync():
                 self._inbox.put(SyncReceived(self._request(message), command))
+            case Renew():
+                self._inbox.put(RenewalReceived(self._request(message), command))
+            case SyncPart():
+                self._take_part(message, command)
             case ReadLog():
                 self._spawn(self._read_log(message.reply, command))
             case FollowLog():
                 self._reply(message.reply, self._followers.follow(command))
+
+    def _take_part(self, message: Message, part: SyncPart) -> None:
+        try:
+            whole = self._parts.take(part)
+        except OutOfOrder as error:
+            self._reply(message.reply, OrderAnswer(status="gap", detail=str(error)))
+            return
+        if whole is None:
+            # Kept, and not acted on.
+            self._reply(message.reply, OrderAnswer(status="ok"))
+        else:
+            self._inbox.put(SyncReceived(self._request(message), whole))
 
     def answer(self, request: int, answer: OrderAnswer) -> None:
         self._metrics.orders.labels(answer.status).inc()

@@ -22,8 +22,9 @@ from gpuyard_agent.launch.accounts import AccountPolicy
 from gpuyard_agent.launch.choose import LauncherChoice
 from gpuyard_agent.partitions.timeslice import Slice
 from gpuyard_protocol.codec import Malformed, from_plain
+from gpuyard_protocol.http_guard import OPEN, GuardRefused, HttpGuard, guard_for
 from gpuyard_protocol.names import NAME_EXPECTED, is_name
-from gpuyard_protocol.units import Duration
+from gpuyard_protocol.units import Duration, Memory
 
 #: What `sysexits.h` calls a configuration error; systemd is told not to restart on it.
 EXIT_BAD_CONFIG = 78
@@ -59,15 +60,22 @@ class AgentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     run_shares_as: str | dict[str, str] = ""
     #: HOST:PORT of metrics and health; port 0: any free one; "": none.
     http: str = ""
+    #: Beyond loopback: file with the token that readers must show (unset: `http.token` in `state`, made on first use),
+    #: and certificate and key in PEM form (`gpuyard node certificate` on the head makes them). Set, they hold on
+    #: loopback too.
+    http_token: str = ""
+    http_cert: str = ""
+    http_key: str = ""
     #: Where other nodes reach this one; "": the address of the route to the NATS server.
     address: str = ""
     #: A directory that all nodes share under this path, for the checkpoints of jobs; "": each node keeps its own.
     checkpoints: str = ""
     #: What jobs may ask nodes for.
     labels: dict[str, str] = {}
-    #: How long a job may hold cards that compute nothing before a warning, and before it is ended with `IdleGpu`; "0s":
-    #: never.
+    #: How long a job may hold cards that compute nothing before a warning, before the daemon is told that it might be
+    #: suspended, and before it is ended with `IdleGpu`; "0s": never. For jobs that bring no rule of their queue's.
     idle_gpu_warn: Duration = Duration(0)
+    idle_gpu_suspend: Duration = Duration(0)
     idle_gpu_release: Duration = Duration(0)
     log_level: str = "info"
     #: What starts jobs: `systemd`, `supervisor`, or `auto`: systemd where it is PID 1 and the agent is root.
@@ -78,6 +86,14 @@ class AgentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     driver_slice: Slice = "default"
     #: Mean length of a turn.
     quantum: Duration = Duration(5_000)
+    #: Host memory for jobs that are suspended, all together; "0Mi": nothing is suspended here; unset: half of what the
+    #: node has.
+    suspend_memory: Memory | None = None
+    #: Cards may change between MIG and other uses; false keeps each as it was found (older cards are reset to change).
+    mig_switching: bool = True
+    #: While MPS serves a card, the driver admits nobody beside it, so that a job that drops MPS fails instead of going
+    #: past its limits; false leaves the compute mode of cards alone. Needs root.
+    mps_exclusive: bool = True
 
     @property
     def state_directory(self) -> Path:
@@ -88,6 +104,20 @@ class AgentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
             return None
         host, _, port = self.http.rpartition(":")
         return host.strip("[]"), int(port)
+
+    def http_guard(self) -> HttpGuard:
+        """What readers of metrics must show; `BadConfig` if the address must not be opened so."""
+        address = self.http_address()
+        if address is None:
+            return OPEN
+        token = Path(self.http_token) if self.http_token else self.state_directory / "http.token"
+        cert, key = Path(self.http_cert or "http.pem"), Path(self.http_key or "http.key")
+        try:
+            return guard_for(
+                address[0], token, cert, key, wants_token=bool(self.http_token), wants_tls=bool(self.http_cert)
+            )
+        except GuardRefused as error:
+            raise BadConfig(f"http: {error}") from None
 
     def validate(self) -> None:
         """`BadConfig` with one sentence for the first thing wrong."""
@@ -101,6 +131,8 @@ class AgentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
             raise _bad("http", self.http, "HOST:PORT, such as '127.0.0.1:7791', or '' for none")
         if bool(self.tls_cert) != bool(self.tls_key):
             raise _bad("tls_key", self.tls_key, "'tls_cert' and 'tls_key' together")
+        if bool(self.http_cert) != bool(self.http_key):
+            raise _bad("http_key", self.http_key, "'http_cert' and 'http_key' together")
         if self.key and not Path(self.key).is_file():
             raise _bad("key", self.key, "a file that holds the seed of this node's key")
         if self.quantum < QUANTUM_MIN_MS:
@@ -111,8 +143,9 @@ class AgentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
             AccountPolicy(self.run_as, self.run_shares_as)
         except ValueError as error:
             raise BadConfig(str(error)) from None
-        if 0 < self.idle_gpu_release < self.idle_gpu_warn:
-            raise _bad("idle_gpu_release", str(self.idle_gpu_release), f"'0s', or {self.idle_gpu_warn} at least")
+        earlier = max(self.idle_gpu_warn, self.idle_gpu_suspend)
+        if 0 < self.idle_gpu_release < earlier:
+            raise _bad("idle_gpu_release", str(self.idle_gpu_release), f"'0s', or {earlier} at least")
         if self.checkpoints and not (Path(self.checkpoints).is_absolute() and Path(self.checkpoints).is_dir()):
             raise _bad("checkpoints", self.checkpoints, "the absolute path of a directory that is there")
         for name in self.labels:

@@ -22,8 +22,11 @@ from gpuyard_agent.core.actions import (
     ForgetProcess,
     HoldPort,
     PreparePartition,
+    RenewLeases,
+    ResumeProcess,
     StartProcess,
     StopProcess,
+    SuspendProcess,
     UndoPartition,
 )
 from gpuyard_agent.core.events import (
@@ -57,6 +60,7 @@ from gpuyard_agent.launch.base import (
 from gpuyard_agent.logs import LogStore
 from gpuyard_agent.metrics import Metrics
 from gpuyard_agent.partitions.base import PartitionGrant, PartitionMaker, PartitionRefused
+from gpuyard_agent.suspending import Suspending
 from gpuyard_protocol.names import AssignmentKey, NodeId
 from gpuyard_protocol.nodes import Launch, OrderAnswer
 from gpuyard_protocol.resources import MpsShare, Partition
@@ -90,6 +94,7 @@ class Hands:
         store: LogStore,
         checkpoints: CheckpointDirectories,
         metrics: Metrics,
+        suspending: Suspending,
         *,
         network: Mapping[str, str],
         emit: Callable[[Event], None],
@@ -104,6 +109,7 @@ class Hands:
         self._checkpoints = checkpoints
         self._network = network
         self._metrics = metrics
+        self._suspending = suspending
         self._emit = emit
         self._answer = answer
         self._spawn = spawn
@@ -122,10 +128,16 @@ class Hands:
                     self._emit((PortFree if host.can_bind(port) else PortTaken)(key, port))
                 case StopProcess(key=key, grace_ms=grace_ms, pid=pid):
                     self._spawn(self._stop(key, grace_ms, pid))
+                case SuspendProcess():
+                    self._spawn(self._suspending.suspend(action))
+                case ResumeProcess():
+                    self._spawn(self._suspending.resume(action, self._take_again))
                 case UndoPartition(key=key):
                     self._spawn(self._undo(key))
                 case ForgetProcess(key=key):
                     forgotten.append(key)
+                case RenewLeases(renewed_ms=renewed_ms):
+                    self._spawn(self._renew(renewed_ms))
                 case Answer(request=request, answer=answer):
                     self._answer(request, answer)
         if starts:
@@ -163,6 +175,10 @@ class Hands:
         self._places[key] = _Place(grant, account)
         return PartitionReady(key)
 
+    async def _take_again(self, action: ResumeProcess) -> Event:
+        """The partition of one that was suspended."""
+        return await self._take_place(action.key, action.partition, action.launch, adopting=False)
+
     async def _undo(self, key: AssignmentKey) -> None:
         try:
             await self._partitions.undo(key)
@@ -171,6 +187,7 @@ class Hands:
             self._emit(UndoFailed(key, str(error)))
             return
         self._places.pop(key, None)
+        self._suspending.forget(key)
         self._emit(PartitionUndone(key))
 
     def on_mig(self, mig_uuid: str) -> frozenset[AssignmentKey]:
@@ -220,6 +237,9 @@ class Hands:
             stdout=str(files.out),
             stderr=str(files.err),
             limits=limits_of(launch, place.grant),
+            lease_ms=launch.lease_ms,
+            lease_grace_ms=launch.stop_grace_ms if launch.lease_ms else 0,
+            renewed_ms=start.renewed_ms,
         )
 
     async def _stop(self, key: AssignmentKey, grace_ms: int, pid: int) -> None:
@@ -239,6 +259,12 @@ class Hands:
                 await self._launcher.stop(key, 0)
         except LauncherGone as error:
             _log.warning("launcher lost during a stop", assignment=str(key), why=str(error))
+
+    async def _renew(self, renewed_ms: int) -> None:
+        try:
+            await self._launcher.renew(renewed_ms)
+        except LauncherGone as error:
+            _log.warning("launcher lost while renewing leases", why=str(error))
 
     async def _forget(self, keys: Sequence[AssignmentKey]) -> None:
         try:
@@ -297,5 +323,6 @@ class Hands:
                 at_ms=ended.at_ms,
                 started_ms=ended.started_ms,
                 detail=ended.detail,
+                expired=ended.expired,
             )
         )

@@ -24,19 +24,21 @@ import structlog
 
 from gpuyard_agent import host
 from gpuyard_agent.cards import CardWatch
+from gpuyard_agent.checkpoint import CheckpointBackend
 from gpuyard_agent.checkpoint_dirs import CheckpointDirectories
 from gpuyard_agent.commands import CommandDoor
 from gpuyard_agent.core import AgentCore
 from gpuyard_agent.core.events import InventoryRead, ProcessesListed, ReportsDelivered, TimeHalted, TimePassed
+from gpuyard_agent.core.model import State
 from gpuyard_agent.devices.base import DeviceBackend, DeviceTrouble
 from gpuyard_agent.drill import FaultDrill
 from gpuyard_agent.hands import Hands
 from gpuyard_agent.health import Health
 from gpuyard_agent.identity import Identity
-from gpuyard_agent.idle import IdlePolicy, IdleWatch
+from gpuyard_agent.idle import IdleWatch
 from gpuyard_agent.inbox import Inbox
+from gpuyard_agent.job_use import JobUse
 from gpuyard_agent.launch.accounts import AccountPolicy
-from gpuyard_agent.launch.base import Launcher
 from gpuyard_agent.launch.turn_taking import TurnTakingLauncher
 from gpuyard_agent.ledger import Ledger
 from gpuyard_agent.logs import Followers, LogStore
@@ -44,19 +46,23 @@ from gpuyard_agent.metrics import Metrics
 from gpuyard_agent.network import training_environment
 from gpuyard_agent.outbox import Outbox
 from gpuyard_agent.partitions.maker import CardPartitions
+from gpuyard_agent.suspending import Suspending, SuspendRules
 from gpuyard_agent.telemetry import Pulse
 from gpuyard_agent.twin import Holder, claim
 from gpuyard_agent.watchdog import Watchdog
 from gpuyard_protocol import subjects
 from gpuyard_protocol.bus.base import Bus, BusError, Connector
 from gpuyard_protocol.codec import encode
-from gpuyard_protocol.nodes import Ended, Inventory, OrderAnswer, Prepared, Report, Started
+from gpuyard_protocol.nodes import Ended, IdleGpu, Inventory, OrderAnswer, Prepared, Report, Started
 
 #: The beat by which health is judged, and by which deletions are written that nothing waits for.
 TICK_S = 1.0
 CONNECT_PAUSE_S = 1.0
 #: Between two looks for output to rotate or remove.
 TIDY_S = 60.0
+
+#: States in which nothing is to be taken over on the cards.
+_WITHOUT_PARTITION: frozenset[State] = frozenset({"suspended", "resuming", "ending"})
 
 _log = structlog.get_logger("gpuyard_agent")
 
@@ -73,7 +79,8 @@ class NodeRules:
     jobs: Path
     #: For checkpoints, shared by all nodes; None: there is none, they stay on the node.
     checkpoints: Path | None
-    idle: IdlePolicy
+    #: For jobs that bring no rule of their own.
+    idle: IdleGpu
     #: See `commands`.
     must_be_forwarded: bool
 
@@ -91,8 +98,9 @@ class Runtime:
         ledger: Ledger,
         backend: DeviceBackend,
         partitions: CardPartitions,
-        launcher: Launcher,
+        launcher: TurnTakingLauncher,
         accounts: AccountPolicy,
+        checkpoint: CheckpointBackend,
         connector: Connector,
         drill: FaultDrill | None = None,
     ) -> None:
@@ -124,21 +132,12 @@ class Runtime:
         )
         self.metrics = Metrics(lambda: self._core.live, lambda: self._outbox.depth)
         self._store = LogStore(rules.jobs, lambda key: key in self._core.live)
-        self._hands = Hands(
-            identity.node,
-            partitions,
-            launcher,
-            accounts,
-            self._store,
-            CheckpointDirectories(rules.jobs, rules.checkpoints),
-            self.metrics,
-            network=training_environment(inventory.address, inventory.interfaces, inventory.rdma),
-            emit=self._inbox.put,
-            answer=self._answer,
-            spawn=self._spawn,
-        )
-        if isinstance(launcher, TurnTakingLauncher):
-            launcher.on_halted = lambda key, total_ms: self._inbox.put(TimeHalted(key, total_ms))
+        self._suspending = self._make_suspending(checkpoint)
+        self._suspending.restore(live)
+        self._hands = self._make_hands(rules, accounts)
+        launcher.on_halted = lambda key, total_ms: self._inbox.put(TimeHalted(key, total_ms))
+        self._use = JobUse(backend)
+        launcher.is_busy = self._use.is_busy
         self._idle = IdleWatch(rules.idle)
         self._watchdog = Watchdog(backend, self._store, emit=self._inbox.put, live=lambda: self._core.live)
         self._cards = CardWatch(
@@ -149,6 +148,33 @@ class Runtime:
             emit=self._inbox.put,
             live=lambda: self._core.live,
             on_mig=self._hands.on_mig,
+        )
+
+    def _make_suspending(self, checkpoint: CheckpointBackend) -> Suspending:
+        return Suspending(
+            self._backend,
+            self._partitions,
+            self._launcher,
+            checkpoint,
+            SuspendRules(budget_mib=self._inventory.suspend_mib, problem=self._inventory.suspend_problem),
+            emit=self._inbox.put,
+        )
+
+    def _make_hands(self, rules: NodeRules, accounts: AccountPolicy) -> Hands:
+        inventory = self._inventory
+        return Hands(
+            self._identity.node,
+            self._partitions,
+            self._launcher,
+            accounts,
+            self._store,
+            CheckpointDirectories(rules.jobs, rules.checkpoints),
+            self.metrics,
+            self._suspending,
+            network=training_environment(inventory.address, inventory.interfaces, inventory.rdma),
+            emit=self._inbox.put,
+            answer=self._answer,
+            spawn=self._spawn,
         )
 
     def stop(self) -> None:
@@ -182,6 +208,7 @@ class Runtime:
         if self._bus is not None:
             await self._bus.close()
         await self._launcher.close()
+        await self._suspending.close()
         await self._partitions.close()
         await self._backend.close()
         self._ledger.close()
@@ -198,7 +225,7 @@ class Runtime:
         self._inbox.put(ProcessesListed(found, at_start=True))
         held = [assignment for assignment in self._core.live.values() if assignment.boot_id == self._boot_id]
         for assignment in held:
-            if assignment.state != "ending":
+            if assignment.state not in _WITHOUT_PARTITION:
                 self._inbox.put(await self._hands.adopt(assignment))
         try:
             for removed in await self._partitions.sweep():
@@ -328,6 +355,7 @@ class Runtime:
             self._core,
             self._backend,
             self.metrics,
+            self._use,
             self._idle,
             self._inbox.put,
         )

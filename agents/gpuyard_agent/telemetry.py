@@ -14,9 +14,10 @@ import structlog
 
 from gpuyard_agent import host
 from gpuyard_agent.core import AgentCore
-from gpuyard_agent.core.events import Event, MustEnd
+from gpuyard_agent.core.events import Event, MustEnd, SeenIdle
 from gpuyard_agent.devices.base import DeviceBackend, DeviceTrouble
 from gpuyard_agent.idle import IdleWatch
+from gpuyard_agent.job_use import JobUse
 from gpuyard_agent.metrics import Metrics
 from gpuyard_protocol import subjects
 from gpuyard_protocol.bus.base import Bus, BusError
@@ -50,6 +51,7 @@ class Pulse:
         core: AgentCore,
         backend: DeviceBackend,
         metrics: Metrics,
+        use: JobUse,
         idle: IdleWatch,
         emit: Callable[[Event], None],
     ) -> None:
@@ -59,6 +61,7 @@ class Pulse:
         self._core = core
         self._backend = backend
         self._metrics = metrics
+        self._use = use
         self._idle = idle
         self._emit = emit
 
@@ -73,6 +76,7 @@ class Pulse:
                 applied=counters.applied,
                 reported=counters.reported,
                 running=self._core.running,
+                clock_ms=host.node_clock_ms(),
             )
             if await _send(bus, subject, encode(beat)):
                 self._metrics.heartbeats.inc()
@@ -87,7 +91,8 @@ class Pulse:
             except DeviceTrouble as error:
                 _log.warning("cards not measured", why=str(error))
                 samples = ()
-            self._metrics.sampled(samples)
+            await self._use.look(self._core.live)
+            self._metrics.samples, self._metrics.uses = samples, self._use.samples
             self._look_for_idle(samples)
             report = Telemetry(
                 node=self._node,
@@ -95,6 +100,7 @@ class Pulse:
                 devices=samples,
                 cpu_pct=host.cpu_pct(),
                 memory_used_mib=host.memory_used_mib(),
+                jobs=self._use.samples,
             )
             await _send(bus, subject, encode(report))
             await asyncio.sleep(TELEMETRY_S)
@@ -103,10 +109,11 @@ class Pulse:
         if not samples:
             return
         live = self._core.live
-        warnings, verdicts = self._idle.look(samples, live, host.node_clock_ms())
+        steps, verdicts = self._idle.look(samples, live, host.node_clock_ms(), self._use.samples)
         self._metrics.idle_assignments.set(self._idle.idle)
-        for key, idle_ms in warnings:
-            _log.warning("holds cards and computes nothing", assignment=str(key), idle=format_ms(idle_ms))
+        for key, idle_ms, stage in steps:
+            _log.warning("holds cards and computes nothing", assignment=str(key), idle=format_ms(idle_ms), stage=stage)
+            self._emit(SeenIdle(key, idle_ms, stage))
         for key, verdict in verdicts.items():
             self._emit(MustEnd(key, verdict, live[key].start.launch.stop_grace_ms))
 

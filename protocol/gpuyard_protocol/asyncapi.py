@@ -38,6 +38,7 @@ _PARAMETERS = {
     "submission": "The submission id: the one in the payload, or `s<sequence>` from the PubAck.",
     "node": "Id of the node.",
     "replica": "Number of the replica, from 0.",
+    "holder": "A daemon process, as its claims in the journal name it.",
 }
 
 
@@ -74,6 +75,7 @@ _QUERIES: tuple[tuple[str, type[Any], type[Any], str, str], ...] = (
     ("jobs", queries.JobsQuery, queries.JobsPage, "List jobs, newest first.", "q adm"),
     ("job", queries.JobQuery, jobs.JobView, "Everything about one job.", "q adm"),
     ("why", queries.JobQuery, queries.WhyAnswer, "Why a job is where it is.", "q adm"),
+    ("plan", jobs.JobRequest, queries.DryRun, "What would become of a job if it were submitted now.", "q"),
     ("submission", queries.SubmissionQuery, queries.SubmissionStatus, "What became of a submission.", "q"),
     ("services", queries.ServicesQuery, queries.ServicesPage, "List services.", "q adm"),
     ("nodes", queries.NodesQuery, queries.NodesPage, "List nodes and their cards.", "q adm"),
@@ -82,6 +84,15 @@ _QUERIES: tuple[tuple[str, type[Any], type[Any], str, str], ...] = (
     ("usage", queries.UsageQuery, queries.UsageReport, "What tenants hold, have used, and may have.", "q adm"),
     ("ping", queries.PingQuery, queries.Ok, "Whether somebody answers.", "q adm"),
     ("shutdown", queries.ShutdownRequest, queries.Ok, "End every replica with grace and requeue its job.", "adm"),
+    ("handover", queries.HandOverRequest, queries.Ok, "Let a standby daemon lead, without a gap.", "adm"),
+    (
+        "declare-dead",
+        queries.NodeRequest,
+        queries.Ok,
+        "Take what a lost node had for gone: it may run elsewhere.",
+        "adm",
+    ),
+    ("remove-node", queries.NodeRequest, queries.Ok, "Take a lost node out of the yard, and its key.", "adm"),
     ("audit", audit.AuditQuery, audit.AuditPage, "Who did what, newest first.", "adm"),
 )
 _SUBMISSIONS: tuple[tuple[subjects.SubmitVerb, type[Any], str], ...] = (
@@ -153,6 +164,10 @@ def every_channel() -> Iterator[Channel]:
         ("jrn.snapshot", subjects.JOURNAL_SNAPSHOT, "Where the newest snapshot lies."),
     ):
         yield Channel(name, address, "send", f"{summary} Internal to the daemon.", (), stream="JRN")
+    yield Channel(
+        "lead", subjects.presence("{holder}"), "receive",
+        "A standby daemon asks the leader for a sign of life; the leader hands over. Internal to the daemon.", (),
+    )  # fmt: skip
 
 
 def document() -> dict[str, Any]:

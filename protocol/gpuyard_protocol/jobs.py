@@ -14,12 +14,14 @@ import msgspec
 
 from gpuyard_protocol.codec import Malformed, RequestVersion
 from gpuyard_protocol.names import (
+    NAME_EXPECTED,
     SUBMISSION_EXPECTED,
     JobId,
     ServiceName,
     SubmissionId,
     Tenant,
     User,
+    is_name,
     is_submission_id,
 )
 from gpuyard_protocol.resources import Isolation, ResourceNeed
@@ -56,6 +58,8 @@ RETRIES_MAX = 100
 #: What one card serves under MPS at once.
 GPU_PROCESSES_MAX = 48
 DEFAULT_STOP_GRACE_MS = 30_000
+#: A shorter lease would end jobs for every hiccup of the network.
+LEASE_MIN_MS, LEASE_MAX_MS = 10_000, 7 * 86_400_000
 #: Names that the yard sets itself in every job.
 _RESERVED_ENV = re.compile(r"^(GPUYARD_.*|CUDA_VISIBLE_DEVICES|CUDA_MPS_.*|LD_PRELOAD)$")
 _ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -102,8 +106,15 @@ class JobRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_
     env: dict[str, str] = {}
     #: Must exist on the node; without one the job starts in a directory of its own.
     cwd: str | None = None
+    #: How it gives way to others: `never`; `requeue`: it is stopped and starts anew; `checkpoint`: SIGTERM tells it to
+    #: save its state within `stop_grace`, and its next start goes on from there.
     preemption: Preemption = "requeue"
-    on_node_lost: OnNodeLost = "wait"
+    #: What a new start costs it before it goes on where it was: dear jobs are preempted more rarely.
+    restart_time: Duration | None = None
+    #: `wait` for a node that fell silent, or `restart` elsewhere once the lease has run out; default: as the yard says.
+    on_node_lost: OnNodeLost | None = None
+    #: With `restart`: how long the job runs on a node that hears nothing of the yard (default: as the yard says).
+    lease: Duration | None = None
     #: Wait even if no node of today could ever run it.
     allow_pending: bool = False
     #: Wait until released.
@@ -114,19 +125,21 @@ class JobRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_
     depends_on: list[str] = []
     #: The same job many times: `0-99`, `0-90:10`, `1,3,5`, and with `%8` at most 8 of them at once.
     array: str | None = None
+    #: A queue of the operator's configuration; default: the tenant's.
+    queue: str | None = None
+    #: About how long it will run: small jobs go first, and one of unknown length counts by what it has had.
+    estimate: Duration | None = None
+    #: When it should have ended, with an `estimate` or `time_limit` beside it: it rises in line as that comes near.
+    deadline: Moment | None = None
     # Known and not honoured yet: refused by name.
     min_replicas: int | None = None
     total_gpus: int | None = None
-    queue: str | None = None
     share_domain: str | None = None
-    estimate: Duration | None = None
-    deadline: str | None = None
     image: str | None = None
     launcher: str | None = None
     topology: str | None = None
     upload: str | None = None
     secrets: list[str] | None = None
-    lease: Duration | None = None
 
     def specify(self) -> JobSpec:
         """The job this means, or `Malformed` with the path of the first thing wrong."""
@@ -146,12 +159,19 @@ class JobRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_
             cwd=self.cwd or "",
             allow_pending=self.allow_pending,
             preemption=self.preemption,
+            restart_ms=int(self.restart_time or 0),
             hold=self.hold,
             begin_ms=self.begin.at_ms if self.begin else 0,
             begin_after_ms=self.begin.after_ms if self.begin else 0,
             depends_on=self._dependencies(),
             singleton="singleton" in self.depends_on,
             array=parse_array(self.array) if self.array is not None else None,
+            queue=self.queue or "",
+            estimate_ms=int(self.estimate or 0),
+            deadline_ms=self.deadline.at_ms if self.deadline else 0,
+            deadline_after_ms=self.deadline.after_ms if self.deadline else 0,
+            on_node_lost=self.on_node_lost or ("restart" if self.lease else ""),
+            lease_ms=int(self.lease or 0),
         )
 
     def _dependencies(self) -> tuple[tuple[DependencyKind, JobId], ...]:
@@ -175,10 +195,8 @@ class JobRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_
         for field in _NOT_HONOURED:
             if (value := getattr(self, field)) is not None:
                 raise Malformed(f"$.{field}", repr(value), "no value: this field is not honoured yet")
-        if self.preemption in ("checkpoint", "suspend"):
-            raise _malformed("preemption", self.preemption, "'requeue' or 'never': the others are not honoured yet")
-        if self.on_node_lost == "restart":
-            raise _malformed("on_node_lost", self.on_node_lost, "'wait': 'restart' is not honoured yet")
+        if self.preemption == "suspend":
+            raise _malformed("preemption", self.preemption, "'checkpoint', 'requeue' or 'never': not honoured yet")
 
     def _check(self) -> None:
         if self.submission_id is not None and not is_submission_id(self.submission_id):
@@ -196,8 +214,20 @@ class JobRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_
         ):
             if not low <= (value := getattr(self, name)) <= high:
                 raise _malformed(name, value, f"a number between {low} and {high}")
+        if self.lease is not None and self.on_node_lost == "wait":
+            raise _malformed("lease", str(self.lease), "no value beside 'on_node_lost: wait'")
+        if self.lease is not None and not LEASE_MIN_MS <= self.lease <= LEASE_MAX_MS:
+            raise _malformed("lease", str(self.lease), "between 10s and 7d")
         if self.time_limit is not None and self.time_limit <= 0:
             raise _malformed("time_limit", str(self.time_limit), "more than 0")
+        if self.estimate is not None and self.estimate <= 0:
+            raise _malformed("estimate", str(self.estimate), "more than 0")
+        if self.deadline is not None and self.estimate is None and self.time_limit is None:
+            raise _malformed("deadline", self.deadline, "'estimate' or 'time_limit' beside it: how long will it run?")
+        if self.queue is not None and not is_name(self.queue):
+            raise _malformed("queue", self.queue, NAME_EXPECTED)
+        if self.restart_time is not None and self.restart_time < 0:
+            raise _malformed("restart_time", str(self.restart_time), "0 or more")
         check_process(self._argv(), self.env, self.cwd)
         if "\0" in (self.script or ""):
             raise _malformed("script", self.script, "text without NUL")
@@ -209,8 +239,8 @@ class JobRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_
 
 
 _NOT_HONOURED = (
-    "min_replicas", "total_gpus", "queue", "share_domain", "estimate", "deadline",
-    "image", "launcher", "topology", "upload", "secrets", "lease",
+    "min_replicas", "total_gpus", "share_domain",
+    "image", "launcher", "topology", "upload", "secrets",
 )  # fmt: skip
 
 
@@ -332,6 +362,8 @@ class RequeueRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, o
     job: Count
     #: And hold it then.
     hold: bool = False
+    #: Every running element of the array that the job belongs to; with `hold`, those that wait are held as well.
+    array: bool = False
     v: RequestVersion = 1
     submission_id: str | None = None
 
@@ -398,6 +430,18 @@ class JobSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     singleton: bool = False
     #: Each element of an array has the whole array's spec.
     array: ArraySpec | None = None
+    #: "": as the yard says, until the job is accepted; with `restart`, `lease_ms` 0 means the same.
+    on_node_lost: Literal["", "wait", "restart"] = ""
+    lease_ms: int = 0
+    #: What a new start costs it; 0: as the yard's settings say for its kind of preemption.
+    restart_ms: int = 0
+    #: "": the tenant's.
+    queue: str = ""
+    #: Run time as its owner expects it; 0: unknown.
+    estimate_ms: int = 0
+    #: When it should have ended, Unix milliseconds, or so long after acceptance; 0: whenever.
+    deadline_ms: int = 0
+    deadline_after_ms: int = 0
 
 
 class Why(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -425,6 +469,8 @@ class SubmissionAnswer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=
     expected: str = ""
     nearest: str = ""
     at_ms: int = 0
+    #: Of a request that may be let in later: how long to wait before it is sent again. 0: nothing is known.
+    retry_after_ms: int = 0
 
 
 class JobEvent(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

@@ -61,9 +61,29 @@ class Inventory(msgspec.Struct, frozen=True, kw_only=True):
     agent_version: str = ""
     interfaces: tuple[NetworkInterface, ...] = ()
     rdma: tuple[RdmaPort, ...] = ()
+    #: A timer outside the agent ends replicas whose lease has run out (`Launch.lease_ms`).
+    keeps_leases: bool = False
+    #: Host memory that suspended jobs may take here in all; 0: nothing can be suspended, and why not.
+    suspend_mib: int = 0
+    suspend_problem: str = ""
+    #: What runs container images: `podman` or `docker`; "": nothing does, and why not.
+    container_engine: str = ""
+    container_problem: str = ""
+    #: What starts processes: `systemd` or `supervisor`; and which limits it was found to keep, out of `cpu`, `memory`,
+    #: `tasks`, `devices`, `accounts`. What is not named here is counted and not enforced.
+    launcher: str = ""
+    enforces: tuple[str, ...] = ()
 
 
 # --- orders: daemon → agent ------------------------------------------------------------------------------------------
+
+
+class IdleGpu(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """How long a replica may hold cards that compute nothing before each step; 0: never."""
+
+    warn_ms: int = 0
+    suspend_ms: int = 0
+    release_ms: int = 0
 
 
 class Launch(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -90,6 +110,14 @@ class Launch(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     array_job: JobId = 0
     array_index: int = 0
     array_count: int = 0
+    #: Its work may be taken off the card into the host's memory.
+    suspendable: bool = False
+    #: After so long without a `Renew` the replica must not run here any more, whatever becomes of the agent; 0: never.
+    lease_ms: int = 0
+    #: A container image to run the command in; "": the command runs on the host.
+    image: str = ""
+    #: None: as the node's own settings say.
+    idle: IdleGpu | None = None
 
 
 class Start(msgspec.Struct, frozen=True, tag="start", kw_only=True, omit_defaults=True):
@@ -121,7 +149,24 @@ class Stop(msgspec.Struct, frozen=True, tag="stop", kw_only=True, omit_defaults=
     reason: str = "cancelled"
 
 
-Order: TypeAlias = Start | Go | Stop
+class Suspend(msgspec.Struct, frozen=True, tag="suspend", kw_only=True):
+    """Take the replica's work off its card into the host's memory, and halt it. Answered by `Suspended` or
+    `SuspendFailed`."""
+
+    key: AssignmentKey
+    #: 1, 2, 3 … of one key, `Suspend` and `Resume` alike: each is taken once, and the newest holds.
+    step: int
+
+
+class Resume(msgspec.Struct, frozen=True, tag="resume", kw_only=True):
+    """Put the replica's work back on the card that it came from. Answered by `Resumed` or `ResumeFailed`."""
+
+    key: AssignmentKey
+    #: As in `Suspend`.
+    step: int
+
+
+Order: TypeAlias = Start | Go | Stop | Suspend | Resume
 
 
 class OrderBatch(msgspec.Struct, frozen=True, tag="orders", kw_only=True):
@@ -135,6 +180,8 @@ class OrderBatch(msgspec.Struct, frozen=True, tag="orders", kw_only=True):
     first: int
     orders: tuple[Order, ...]
     v: int = 1
+    #: As in `Renew`; 0: renews nothing.
+    clock_ms: int = 0
 
 
 class Desired(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -145,6 +192,8 @@ class Desired(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     go: Go | None = None
     #: Set once it must end.
     stop: Stop | None = None
+    #: The newest of the orders to suspend or resume it.
+    standing: Suspend | Resume | None = None
 
 
 class Sync(msgspec.Struct, frozen=True, tag="sync", kw_only=True):
@@ -155,6 +204,40 @@ class Sync(msgspec.Struct, frozen=True, tag="sync", kw_only=True):
     epoch: int
     n: int
     desired: tuple[Desired, ...]
+    v: int = 1
+    #: As in `Renew`; 0: renews nothing.
+    clock_ms: int = 0
+
+
+class SyncPart(msgspec.Struct, frozen=True, tag="sync-part", kw_only=True):
+    """A piece of a `Sync` that is too large for one message: `part` 1, 2, … of `parts`, all with the same `n`.
+
+    Sent in order, each after the answer to the one before. Nothing of it is done until the last has come: the pieces
+    together are the `Sync`. The answer to any but the last is `ok` with what was applied before.
+    """
+
+    node: NodeId
+    instance: str
+    epoch: int
+    n: int
+    part: int
+    parts: int
+    desired: tuple[Desired, ...]
+    v: int = 1
+    clock_ms: int = 0
+
+
+class Renew(msgspec.Struct, frozen=True, tag="renew", kw_only=True):
+    """Replicas under a lease may run on until `clock_ms` + their `lease_ms`, on the clock of the node.
+
+    `clock_ms` is what a heartbeat of this agent process said, sent back: however long this message was under way, the
+    lease counts from a moment before the daemon granted it. Not an order: it has no number.
+    """
+
+    node: NodeId
+    instance: str
+    epoch: int
+    clock_ms: int
     v: int = 1
 
 
@@ -180,7 +263,7 @@ class FollowLog(msgspec.Struct, frozen=True, tag="follow-log", kw_only=True, omi
     for_ms: int = 30_000
 
 
-Command: TypeAlias = OrderBatch | Sync | ReadLog | FollowLog
+Command: TypeAlias = OrderBatch | Sync | SyncPart | Renew | ReadLog | FollowLog
 
 
 class OrderAnswer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -241,6 +324,22 @@ class Started(msgspec.Struct, frozen=True, tag="started", kw_only=True, omit_def
     port: int = 0
 
 
+#: Codes of refusals for which the node is to blame: the job may well run elsewhere, and pays nothing. All others are
+#: the job's own: its command, its directory, what it may not execute.
+NODE_FAULTS: frozenset[str] = frozenset(
+    {
+        "PartitionUnavailable",
+        "PartitionLost",
+        "NoFreePort",
+        "OutputUnavailable",
+        "AccountMissing",
+        "LauncherFailed",
+        "LeaseExpired",
+        "ContainerEngineMissing",
+    }
+)
+
+
 class Ended(msgspec.Struct, frozen=True, tag="ended", kw_only=True, omit_defaults=True):
     """The replica is gone from this node and its partition is free again.
 
@@ -258,9 +357,63 @@ class Ended(msgspec.Struct, frozen=True, tag="ended", kw_only=True, omit_default
     code: str = ""
     detail: str = ""
     started_ms: int = 0
+    #: Of a refusal: the node is to blame and not the job (`NODE_FAULTS`, and what later agents may add).
+    node_fault: bool = False
 
 
-Report: TypeAlias = Joined | Prepared | Started | Ended
+class Suspended(msgspec.Struct, frozen=True, tag="suspended", kw_only=True, omit_defaults=True):
+    """The replica lies in the host's memory, halted, and its card is free of it."""
+
+    key: AssignmentKey
+    #: The newest step that this answers.
+    step: int
+    at_ms: int
+    #: Host memory that its work takes meanwhile.
+    image_mib: int = 0
+    took_ms: int = 0
+
+
+class Resumed(msgspec.Struct, frozen=True, tag="resumed", kw_only=True, omit_defaults=True):
+    """The replica is back on its card and goes on."""
+
+    key: AssignmentKey
+    step: int
+    at_ms: int
+    took_ms: int = 0
+
+
+class SuspendFailed(msgspec.Struct, frozen=True, tag="suspend-failed", kw_only=True, omit_defaults=True):
+    """The replica runs on as before. `code`: `NotSuspendable`, `NoHostMemory`, `NotRunning`, `DriverRefused`,
+    `Unsupported`. One that can neither be suspended nor go on is told by `Ended` (`SuspendBroken`)."""
+
+    key: AssignmentKey
+    step: int
+    at_ms: int
+    code: str = ""
+    detail: str = ""
+
+
+class ResumeFailed(msgspec.Struct, frozen=True, tag="resume-failed", kw_only=True, omit_defaults=True):
+    """The replica is suspended as before. `code`: `PartitionUnavailable`, `DriverRefused`."""
+
+    key: AssignmentKey
+    step: int
+    at_ms: int
+    code: str = ""
+    detail: str = ""
+
+
+class Idle(msgspec.Struct, frozen=True, tag="idle", kw_only=True, omit_defaults=True):
+    """The replica holds cards that compute nothing. `warn`: for people. `suspend`: it might be suspended now; the node
+    does nothing about it unless ordered."""
+
+    key: AssignmentKey
+    at_ms: int
+    idle_ms: int
+    stage: Literal["warn", "suspend"] = "warn"
+
+
+Report: TypeAlias = Joined | Prepared | Started | Ended | Suspended | Resumed | SuspendFailed | ResumeFailed | Idle
 
 
 class ReportBatch(msgspec.Struct, frozen=True, kw_only=True):
@@ -294,6 +447,8 @@ class Heartbeat(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     v_min: int = 1
     v_max: int = 1
     v: int = 1
+    #: The node's clock that counts from its boot and while it sleeps, as this was sent; `Renew` carries it back.
+    clock_ms: int = 0
 
 
 class InstanceSample(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -329,6 +484,16 @@ class DeviceSample(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     instances: tuple[InstanceSample, ...] = ()
 
 
+class JobSample(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What one replica does on its cards now, by the driver's list of processes."""
+
+    key: AssignmentKey
+    memory_mib: int = 0
+    #: None: the driver does not tell it by process (MIG, MPS).
+    utilization_pct: int | None = None
+    processes: int = 0
+
+
 class Telemetry(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """On `tel.<node>.devices`."""
 
@@ -338,3 +503,5 @@ class Telemetry(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     cpu_pct: int = 0
     memory_used_mib: int = 0
     v: int = 1
+    #: Replicas that run on cards.
+    jobs: tuple[JobSample, ...] = ()

@@ -11,7 +11,8 @@ from typing import Literal
 import msgspec
 
 from gpuyard_protocol.codec import RequestVersion
-from gpuyard_protocol.jobs import JobView, SubmissionAnswer, Why
+from gpuyard_protocol.explaining import CardReason, Holder, KeyTerm, Remedy, StartEstimate
+from gpuyard_protocol.jobs import JobView, ReplicaView, SubmissionAnswer, Why
 from gpuyard_protocol.nodes import DeviceSample
 from gpuyard_protocol.services import ServiceView
 from gpuyard_protocol.units import Count, Offset
@@ -58,6 +59,8 @@ class JobQuery(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_de
 
     job: Count
     v: RequestVersion = 1
+    #: Of `why`: the summary, the reasons and the place in line alone, which cost the yard least. For lists.
+    brief: bool = False
 
 
 class SubmissionQuery(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -90,13 +93,41 @@ class WhyAnswer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     summary: str
     #: The job's own history, oldest first.
     story: tuple[str, ...] = ()
-    #: For a waiting job: reasons by nodes, most frequent first.
+    #: For a waiting job: reasons by nodes; what may pass first (what others hold, how nodes are now), then what lasts;
+    #: of either, the most frequent first.
     reasons: tuple[NodeReason, ...] = ()
     #: 1 = next of those waiting.
     position: int = 0
     ahead: int = 0
     #: For a waiting job: what its tenant's limit has to do with it, whatever room the nodes have.
     limit: Why | None = None
+    #: For a waiting job: what each card says to it, most frequent first.
+    cards: tuple[CardReason, ...] = ()
+    #: For a waiting job: who holds what it could use, the largest first; on a large yard, on the nodes nearest to free.
+    holders: tuple[Holder, ...] = ()
+    #: What makes its place in line, term by term.
+    terms: tuple[KeyTerm, ...] = ()
+    #: Changes after each of which alone it would start now, the smallest first.
+    remedies: tuple[Remedy, ...] = ()
+    #: Of a job that has not started.
+    estimate: StartEstimate | None = None
+
+
+class DryRun(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """`q.….plan`, asked with what one would submit: what would become of the job now. Nothing was changed."""
+
+    #: `starts`: with the next turn.
+    verdict: Literal["starts", "waits", "rejected"]
+    #: One sentence.
+    summary: str
+    #: Where each replica would go, if it starts.
+    placed: tuple[ReplicaView, ...] = ()
+    #: If it waits: why, as the job itself would be answered (its number would be `job`).
+    why: WhyAnswer | None = None
+    #: The refusal, as the submission would be answered.
+    refusal: SubmissionAnswer | None = None
+    #: Of an array: how many jobs it is; what is said holds for the first of them.
+    elements: int = 0
 
 
 class ServicesQuery(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -198,6 +229,8 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     wait_sum_ms: int = 0
     started: int = 0
     turns: int = 0
+    #: What a person should do something about, in words.
+    alarms: tuple[str, ...] = ()
 
 
 class UsageQuery(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -249,6 +282,19 @@ class ShutdownRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, 
     """`adm.….shutdown` → `Ok` once every replica has ended and its job waits again; `QueryError` after the deadline."""
 
     deadline_ms: Count = 60_000
+    v: RequestVersion = 1
+
+
+class NodeRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """`adm.….declare-dead` and `adm.….remove-node` → `Ok`; `QueryError` for a node that is not lost."""
+
+    node: str
+    v: RequestVersion = 1
+
+
+class HandOverRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """`adm.….handover` → `Ok` once a standby leads; `QueryError` if none is there and up to date."""
+
     v: RequestVersion = 1
 
 

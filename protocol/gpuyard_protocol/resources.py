@@ -163,6 +163,13 @@ class Device(msgspec.Struct, frozen=True, kw_only=True):
     healthy: bool = True
     #: Why it is not, in words.
     fault: str = ""
+    #: Memory slices under MIG that somebody outside the yard holds, as (first, how many): nothing can be made there.
+    mig_taken: tuple[tuple[int, int], ...] = ()
+    #: What is special about it and no fault, in words.
+    note: str = ""
+    #: What lies between it and the node's other cards on PCIe, by UUID: `same-board`, `same-switch`, `switches`,
+    #: `host-bridge`, `numa-node` or `system`, from near to far.
+    pcie_peers: tuple[tuple[DeviceUuid, str], ...] = ()
 
     @property
     def short_model(self) -> str:

@@ -12,6 +12,7 @@
 | `hb.<node>`, `tel.<node>.<kind>` | agents | lossy |
 | `log.<tenant>.<job>.<replica>` | agents | output, while somebody follows |
 | `jrn.leader`, `jrn.e`, `jrn.snap` | daemon | the journal (stream JRN) |
+| `lead.<holder>` | daemons | a standby asks the leader for a sign of life |
 
 Who asks is read from the subject, never from the payload: the server lets each key publish under its own name alone.
 Tokens are names (`gpuyard_protocol.names`) or numbers; stream names carry the yard's name.
@@ -90,6 +91,11 @@ def log(tenant: Tenant, job: JobId, replica: int) -> str:
     return f"log.{tenant}.{job}.{replica}"
 
 
+def presence(holder: str) -> str:
+    """Of one daemon process, named as in its claims."""
+    return f"lead.{holder}"
+
+
 class Caller(NamedTuple):
     """Who asks for what, read from a subject."""
 
@@ -129,6 +135,10 @@ def parse_node_subject(subject: str) -> NodeId | None:
     if len(parts) != _NODE_SUBJECT_PARTS.get(parts[0]) or not all(is_name(part) for part in parts[1:]):
         return None
     return parts[1]
+
+
+#: Of the budget of the four streams, the journal's part.
+JOURNAL_PERCENT = 60
 
 
 class Streams(NamedTuple):
@@ -172,7 +182,7 @@ def streams(yard: str, budget_bytes: int, replicas: int = 1) -> Streams:
         journal=StreamSpec(
             name=stream_name("JRN", yard),
             subjects=("jrn.>",),
-            max_bytes=budget_bytes * 60 // 100,
+            max_bytes=budget_bytes * JOURNAL_PERCENT // 100,
             max_message_bytes=8 * 1024 * 1024,
             duplicate_window_s=120,
             replicas=replicas,

@@ -22,6 +22,7 @@ from gpuyard_protocol.nodes import (
     LogChunk,
     OrderAnswer,
     ReadLog,
+    Renew,
     Start,
     Started,
     Stop,
@@ -354,3 +355,30 @@ async def test_jobs_outlive_their_supervisor(room: AgentRoom, commander: Command
     go.touch()
     assert (await commander.ended(start.key)).outcome in ("exited", "lost")  # older kernels do not tell an orphan's end
     assert (room.scratch / "runs").read_text() == "run\n"
+
+
+async def test_a_lease_ends_a_job_whose_agent_is_dead_and_whose_daemon_is_not_heard(
+    room: AgentRoom, commander: Commander
+) -> None:
+    inventory = (await commander.joined()).inventory
+    assert inventory.keeps_leases
+    assert (inventory.launcher, "devices" in inventory.enforces) == ("supervisor", False)
+    leased, free = start_order(1, "sleep 1000", lease_ms=2_000, stop_grace_ms=0), start_order(2, "sleep 1000")
+    await commander.order(leased, free)
+    pid = (await commander.started(leased.key)).pid
+    await commander.started(free.key)
+    await commander.until(lambda: commander.heartbeat is not None and commander.heartbeat.clock_ms > 0)
+    for _ in range(8):  # twice as long as the lease is
+        assert commander.heartbeat is not None
+        renew = Renew(node="node-1", instance=commander.instance, epoch=7, clock_ms=commander.heartbeat.clock_ms)
+        assert (await commander.send(renew)).status == "ok"
+        await asyncio.sleep(0.5)
+    assert psutil.pid_exists(pid)
+    await room.agents[-1].kill()
+    async with asyncio.timeout(10):
+        while psutil.pid_exists(pid):
+            await asyncio.sleep(0.05)
+    await room.start_agent()
+    ended = await commander.ended(leased.key)
+    assert (ended.outcome, ended.code) == ("lost", "LeaseExpired")
+    assert commander.of(Ended, free.key) == []

@@ -19,7 +19,7 @@ def by_name(found: tuple[Capability, ...]) -> dict[str, Capability]:
 
 
 async def test_modelled_cards_claim_nothing() -> None:
-    (only,) = await probe(SimulatedBackend(parse_cards("2xA30"), "node-1"))
+    (only,) = await probe(SimulatedBackend(parse_cards("2xA30"), "node-1"), "")
     assert "nothing enforced" in only.detail
 
 
@@ -29,8 +29,8 @@ async def test_a_host_with_everything_says_so(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(capabilities, "sees_whole_host", lambda: True)
     async with fake_cards(tmp_path, count=2) as (driver, backend):
         monkeypatch.setenv("PATH", driver.bin)
-        found = by_name(await probe(backend))
-    for name in ("driver", "cards", "faults", "mig", "mps", "mps-exclusive", "memory-by-process"):
+        found = by_name(await probe(backend, ""))
+    for name in ("driver", "cards", "faults", "mig", "mps", "mps-exclusive", "memory-by-process", "checkpoint"):
         assert (found[name].state, found[name].remedy) == ("yes", ""), found[name]
 
 
@@ -42,9 +42,8 @@ async def test_what_is_missing_comes_with_a_remedy(tmp_path: Path, monkeypatch: 
     # The compiler is found by its own path: the fake driver is built on first use.
     monkeypatch.setenv("CC", "/usr/bin/gcc")
     async with fake_cards(tmp_path, ["A100-40GB", "L4-24GB"], privileged=0, mig_config=0) as (driver, backend):
-        driver.set_driver_version("535.54.03")
         driver.gpu(1).set(compute_mode=2)
-        found = by_name(await probe(backend))
+        found = by_name(await probe(backend, "the package cuda-bindings is not installed"))
     assert found["cards"] == Capability(
         name="cards", state="partly", detail="1 of 2 can be used; card 1: its compute mode is `prohibited`"
     )
@@ -52,4 +51,4 @@ async def test_what_is_missing_comes_with_a_remedy(tmp_path: Path, monkeypatch: 
         assert found[name].state == "no"
         assert found[name].remedy
     assert "card 0: no MIG: the driver does not let it read placements" in found["mig"].detail
-    assert "the driver is 535.54.03" in found["checkpoint"].detail
+    assert found["checkpoint"].detail == "the package cuda-bindings is not installed"

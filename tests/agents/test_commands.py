@@ -18,7 +18,7 @@ from gpuyard_protocol.bus.base import Message
 from gpuyard_protocol.bus.memory import MemoryBroker, MemoryBus
 from gpuyard_protocol.codec import decode, encode
 from gpuyard_protocol.names import AssignmentKey
-from gpuyard_protocol.nodes import FollowLog, LogChunk, OrderAnswer, OrderBatch, ReadLog, Sync
+from gpuyard_protocol.nodes import Desired, FollowLog, LogChunk, OrderAnswer, OrderBatch, ReadLog, Sync, SyncPart
 from support.agents import start_order
 
 BATCH = OrderBatch(node="node-1", instance="i", epoch=1, first=1, orders=(start_order(1, "true"),))
@@ -121,3 +121,43 @@ async def test_an_answer_that_cannot_be_sent_harms_nobody(desk: Desk) -> None:
     desk.bus.broker.start()
     desk.say(encode(ReadLog(job=17)))
     assert decode(LogChunk, (await desk.answered()).data).data == b"output"
+
+
+# --- a desired set in pieces ------------------------------------------------------------------------------------------
+
+
+def part(number: int, parts: int, *jobs: int, n: int = 5, instance: str = "i") -> SyncPart:
+    desired = tuple(Desired(start=start_order(job, "true")) for job in jobs)
+    return SyncPart(node="node-1", instance=instance, epoch=1, n=n, part=number, parts=parts, desired=desired)
+
+
+async def test_a_desired_set_in_pieces_is_acted_on_when_it_is_whole(desk: Desk) -> None:
+    for number in (1, 2):
+        desk.say(encode(part(number, 3, number)))
+        assert decode(OrderAnswer, (await desk.answered()).data) == OrderAnswer(status="ok")
+    desk.say(encode(part(3, 3, 3)))
+    (whole,) = await desk.inbox.take()
+    assert isinstance(whole, SyncReceived)
+    assert (whole.sync.n, [entry.start.key.job for entry in whole.sync.desired]) == (5, [1, 2, 3])
+
+
+@pytest.mark.parametrize(
+    "before",
+    [[], [part(1, 3, 1)], [part(1, 2, 1, n=4)], [part(1, 2, 1, instance="another")], [part(1, 2, 1), part(2, 2, 2)]],
+)
+async def test_a_piece_without_the_one_before_it_is_a_gap(desk: Desk, before: list[SyncPart]) -> None:
+    wrong = part(3, 3, 3) if before and before[0].parts == 3 else part(2, 2, 2)
+    for piece in before:
+        desk.say(encode(piece))
+        if piece.part < piece.parts:
+            await desk.answered()
+    desk.say(encode(wrong))
+    assert decode(OrderAnswer, (await desk.answered()).data).status == "gap"
+
+
+async def test_a_first_piece_begins_anew(desk: Desk) -> None:
+    for piece in (part(1, 2, 1), part(1, 2, 7), part(2, 2, 8)):
+        desk.say(encode(piece))
+    (whole,) = await desk.inbox.take()
+    assert isinstance(whole, SyncReceived)
+    assert [entry.start.key.job for entry in whole.sync.desired] == [7, 8]

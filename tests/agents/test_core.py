@@ -630,3 +630,34 @@ def test_late_and_unknown_events_change_nothing(core: CoreHarness) -> None:
     core.undo(KEY)
     for event in [*late, PartitionUndone(KEY), UndoFailed(KEY, "x"), PortTaken(KEY, 29_500)]:
         assert core.tell(event).actions == []
+
+
+# --- whose fault a refusal is ---
+
+
+@pytest.mark.parametrize(
+    ("code", "is_nodes"),
+    [
+        ("AccountMissing", True),
+        ("OutputUnavailable", True),
+        ("LauncherFailed", True),
+        ("WorkingDirectoryMissing", False),
+        ("CommandNotFound", False),
+        ("PermissionDenied", False),
+        ("StartFailed", False),
+    ],
+)
+def test_a_refusal_says_whether_the_node_is_to_blame(core: CoreHarness, code: str, is_nodes: bool) -> None:
+    core.order(START)
+    core.tell(PartitionReady(KEY), ProcessRefused(KEY, code, "in words"))
+    (report,) = core.undo(KEY).reports
+    assert isinstance(report, Ended)
+    assert (report.outcome, report.code, report.node_fault) == ("refused", code, is_nodes)
+
+
+def test_what_the_job_does_itself_is_never_the_nodes_fault(core: CoreHarness) -> None:
+    core.run(START)
+    core.tell(ProcessExited(KEY, exit_code=1))
+    (report,) = core.undo(KEY).reports
+    assert isinstance(report, Ended)
+    assert not report.node_fault

@@ -6,7 +6,8 @@ that are made and undone, a ledger that holds what a turn made durable. Whatever
 
 - a key is started once at most, and never after its end was reported;
 - an assignment that was taken ends in exactly one `Ended`;
-- what was refused or repeated changes nothing.
+- what was refused or repeated changes nothing;
+- what the core takes for suspended is off its card, what it takes for running is on it, and no step is answered twice.
 """
 
 from __future__ import annotations
@@ -21,8 +22,10 @@ from gpuyard_agent.core.actions import (
     ForgetProcess,
     HoldPort,
     PreparePartition,
+    ResumeProcess,
     StartProcess,
     StopProcess,
+    SuspendProcess,
     UndoPartition,
 )
 from gpuyard_agent.core.events import (
@@ -40,14 +43,35 @@ from gpuyard_agent.core.events import (
     ProcessExited,
     ProcessFound,
     ProcessRefused,
+    ProcessResumed,
     ProcessStarted,
+    ProcessSuspended,
     ReportsDelivered,
+    ResumeRefused,
+    SuspendRefused,
     SyncReceived,
     TimePassed,
     UndoFailed,
 )
 from gpuyard_protocol.names import AssignmentKey
-from gpuyard_protocol.nodes import Desired, Ended, Go, Inventory, Joined, Order, OrderBatch, Start, Stop, Sync
+from gpuyard_protocol.nodes import (
+    Desired,
+    Ended,
+    Go,
+    Inventory,
+    Joined,
+    Order,
+    OrderBatch,
+    Resume,
+    Resumed,
+    ResumeFailed,
+    Start,
+    Stop,
+    Suspend,
+    Suspended,
+    SuspendFailed,
+    Sync,
+)
 from gpuyard_protocol.resources import Device, NoGpu, WholeCards
 from support.agent_core import INSTANCE, NODE, CoreHarness
 from support.agents import start_order
@@ -79,6 +103,12 @@ class HostileWorld(RuleBasedStateMachine):
         #: Left out of a sync: the daemon never speaks of them again.
         self.dropped: set[AssignmentKey] = set()
         self.taken: set[AssignmentKey] = set()
+        #: Whose work lies in the host's memory.
+        self.off_card: set[AssignmentKey] = set()
+        #: The newest step that was answered by whoever carries it out, since the agent's start.
+        self.answered: dict[AssignmentKey, int] = {}
+        #: The last step of each key, and the order that it was.
+        self.standing: dict[AssignmentKey, Suspend | Resume] = {}
         self.attempts = 0
         self.epoch = 7
 
@@ -114,6 +144,7 @@ class HostileWorld(RuleBasedStateMachine):
             hold=is_gang,
             replicas=1 + is_gang,
             partition=place,
+            suspendable=True,
             **launch,
         )
         self.issued[start.key] = start
@@ -141,13 +172,44 @@ class HostileWorld(RuleBasedStateMachine):
         key = data.draw(st.sampled_from(self.known()))
         self.issue(Go(key=key, master_address="10.0.0.1", master_port=29_500))
 
+    @rule(moves=st.lists(st.tuples(st.booleans(), st.booleans(), st.booleans()), max_size=6))
+    def a_job_gets_under_way(self, moves: list[tuple[bool, bool, bool]]) -> None:
+        """Started without trouble, then sent to and fro: (down, carried out, in vain)."""
+        self.attempts += self.attempts % 2  # the next one has a card
+        self.a_card_returns()
+        self.order_a_start(is_gang=False, has_limit=False, is_lost=False)
+        key = max(self.issued, key=lambda key: key.attempt)
+        self.carry_out_all_of(key)
+        for is_down, is_done, fails in moves:
+            step = self.standing[key].step + 1 if key in self.standing else 1
+            order = self.standing[key] = Suspend(key=key, step=step) if is_down else Resume(key=key, step=step)
+            self.issue(order)
+            if is_done:
+                self.carry_out_all_of(key, fails=fails)
+
+    def carry_out_all_of(self, key: AssignmentKey, *, fails: bool = False) -> None:
+        while index := next((n for n, one in enumerate(self.pending, 1) if getattr(one, "key", None) == key), 0):
+            self.carry_out(self.pending.pop(index - 1), fails=fails)
+
+    @precondition(lambda self: self.known())
+    @rule(data=st.data(), is_down=st.booleans(), is_lost=st.booleans())
+    def order_a_step(self, data: st.DataObject, is_down: bool, is_lost: bool) -> None:
+        key = data.draw(st.sampled_from(self.known()))
+        last = self.standing.get(key)
+        step = last.step + 1 if last else 1
+        order = self.standing[key] = Suspend(key=key, step=step) if is_down else Resume(key=key, step=step)
+        if is_lost:
+            self.core.ordered += 1
+        else:
+            self.issue(order)
+
     @rule(data=st.data())
     def order_a_sync(self, data: st.DataObject) -> None:
         """What the daemon wants may include what has ended, if it has not read that yet."""
         known = self.known()
         wanted = data.draw(st.lists(st.sampled_from(known), unique=True)) if known else []
         self.dropped |= self.issued.keys() - set(wanted)
-        self.sync(*(Desired(start=self.issued[key]) for key in wanted))
+        self.sync(*(Desired(start=self.issued[key], standing=self.standing.get(key)) for key in wanted))
 
     def is_delivered(self, key: AssignmentKey) -> bool:
         delivered = self.core.core.counters.delivered
@@ -161,7 +223,8 @@ class HostileWorld(RuleBasedStateMachine):
         told = self.core.tell(again)
         last = again.batch.first + len(again.batch.orders) - 1 if isinstance(again, OrdersReceived) else again.sync.n
         if told.answers[0].status != "ok" or (last <= numbers and isinstance(again, OrdersReceived)):
-            assert (self.core.rows, self.core.ended) == (rows, ended)
+            assert self.core.rows == rows
+            assert self.core.ended.items() <= ended.items()  # old keys may be forgotten by the way
             assert told.others == []
         self.pending.extend(told.actions)
 
@@ -185,6 +248,12 @@ class HostileWorld(RuleBasedStateMachine):
     @rule(data=st.data(), fails=st.booleans())
     def an_action_is_carried_out(self, data: st.DataObject, fails: bool) -> None:
         index = data.draw(st.integers(0, min(len(self.pending) - 1, 5)))
+        if isinstance(chosen := self.pending[index], SuspendProcess | ResumeProcess):  # one way at a time, in order
+            index = next(
+                number
+                for number, action in enumerate(self.pending)
+                if isinstance(action, SuspendProcess | ResumeProcess) and action.key == chosen.key
+            )
         self.carry_out(self.pending.pop(index), fails=fails)
 
     def carry_out(self, action: Action, *, fails: bool = False) -> None:
@@ -195,9 +264,18 @@ class HostileWorld(RuleBasedStateMachine):
                 self.tell(PortTaken(key, port) if fails else PortFree(key, port))
             case StartProcess(key=key):
                 self.start(key, fails=fails)
-            case StopProcess(key=key):
+            case StopProcess(key=key, grace_ms=grace_ms):
+                assert grace_ms == 0 or key not in self.off_card, "a halted process was given a grace"
                 if self.processes.get(key):
                     self.exit(key)
+            case SuspendProcess(key=key, step=step, gpu_pids=gpu_pids):
+                if gpu_pids or step > self.answered.get(key, 0):
+                    self.answered[key] = step
+                    self.carry_over(key, down=True, fails=fails)
+            case ResumeProcess(key=key, step=step):
+                if step > self.answered.get(key, 0):
+                    self.answered[key] = step
+                    self.carry_over(key, down=False, fails=fails)
             case UndoPartition(key=key):
                 assert not self.processes.get(key), "undone under a running process"
                 self.tell(UndoFailed(key, "busy") if fails else PartitionUndone(key))
@@ -217,8 +295,23 @@ class HostileWorld(RuleBasedStateMachine):
             self.processes[key] = True
         self.tell(ProcessStarted(key, 100, self.core.wall_ms))
 
+    def carry_over(self, key: AssignmentKey, *, down: bool, fails: bool) -> None:
+        """What is off the card already is found there, however often it is asked for."""
+        fails = fails or not self.processes.get(key)
+        if down and fails and key not in self.off_card:
+            self.tell(SuspendRefused(key, "DriverRefused", "no"))
+        elif down:
+            self.off_card.add(key)
+            self.tell(ProcessSuspended(key, (100,), 1, 1))
+        elif fails and key in self.off_card:
+            self.tell(ResumeRefused(key, "PartitionUnavailable", "no"))
+        else:
+            self.off_card.discard(key)
+            self.tell(ProcessResumed(key, 1))
+
     def exit(self, key: AssignmentKey) -> None:
         self.processes[key] = False
+        self.off_card.discard(key)
         self.tell(ProcessExited(key, exit_code=1, at_ms=self.core.wall_ms, started_ms=self.core.wall_ms))
 
     @precondition(lambda self: any(self.processes.values()))
@@ -241,7 +334,11 @@ class HostileWorld(RuleBasedStateMachine):
         """From then on the daemon knows before it hears of any end on that card."""
         self.tell(InventoryRead(CARDS), CardBroke(CARD, "Xid 79"))
         joined = [report for report in self.core.reports if isinstance(report, Joined)][-1:]
-        on_card = [found for found in self.core.core.live.values() if found.start.partition != NoGpu()]
+        on_card = [
+            found
+            for found in self.core.core.live.values()
+            if found.start.partition != NoGpu() and found.state != "suspended"
+        ]
         assert not on_card or not joined[0].inventory.devices[0].healthy
 
     @rule()
@@ -251,7 +348,7 @@ class HostileWorld(RuleBasedStateMachine):
     @rule()
     def the_agent_is_killed(self) -> None:
         """What was asked and not carried out is gone; the launcher tells what it knows, then every end again."""
-        self.pending = []
+        self.pending, self.answered = [], {}
         self.pending.extend(self.core.restart(found=self.listing()).actions)
         self.retell()
 
@@ -279,6 +376,21 @@ class HostileWorld(RuleBasedStateMachine):
     @invariant()
     def nothing_starts_twice(self) -> None:
         assert all(count == 1 for count in self.made.values())
+
+    @invariant()
+    def everybody_is_where_the_core_takes_it_to_be(self) -> None:
+        for key, found in self.core.core.live.items():
+            if found.state in ("running", "suspended") and self.processes.get(key):
+                assert (key in self.off_card) == (found.state == "suspended"), f"{key} is {found.state}"
+
+    @invariant()
+    def no_step_is_answered_twice(self) -> None:
+        answers = [
+            (report.key, report.step)
+            for report in self.core.reports
+            if isinstance(report, Suspended | Resumed | SuspendFailed | ResumeFailed)
+        ]
+        assert len(answers) == len(set(answers))
 
     def teardown(self) -> None:
         """In a kind world everything that was taken comes to its end, once."""

@@ -6,6 +6,7 @@ transient services, chosen by GPUYARD_TEST_LAUNCHER.
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import stat
@@ -15,7 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from gpuyard_agent.launch.base import Account, Started
+from gpuyard_agent.launch.base import Account, ProcessSpec, Started
+from gpuyard_agent.launch.leases import boot_clock_ms
 from gpuyard_agent.launch.spawn import MARK
 from gpuyard_protocol.names import AssignmentKey
 from support.launch import SCATTER, LaunchYard, alive, all_ended, ended, key, launch_yard, refusal, start, until
@@ -345,3 +347,69 @@ async def test_what_an_agent_left_frozen_goes_on(launch: LaunchYard) -> None:
     await launch.abandon(first)
     await launch.agent()
     await until(lambda: not is_still(started.pid), "it goes on")
+
+
+# --- leases ---
+
+
+def leased(launch: LaunchYard, job: int, text: str, lease_ms: int, grace_ms: int = 0) -> ProcessSpec:
+    return launch.shell(job, text, lease_ms=lease_ms, lease_grace_ms=grace_ms, renewed_ms=boot_clock_ms())
+
+
+async def test_a_lease_that_runs_out_ends_the_job_with_its_grace(launch: LaunchYard) -> None:
+    launcher = await launch.agent()
+    text = "trap 'echo told; exit 3' TERM; echo up; while :; do sleep 0.02; done"
+    began_ms = boot_clock_ms()
+    await start(launcher, leased(launch, 1, text, 1_500, 10_000))
+    await start(launcher, launch.shell(2, "sleep 1000"))
+    told = await ended(launcher, key(1))
+    assert (told.exit_code, told.expired) == (3, True)
+    assert boot_clock_ms() - began_ms >= 1_500
+    assert launch.output(1).split() == ["up", "told"]
+    assert [state.key for state in await launcher.list() if state.exit is None] == [key(2)], "it has no lease"
+
+
+async def test_a_job_that_ignores_the_end_of_its_lease_is_killed(launch: LaunchYard) -> None:
+    launcher = await launch.agent()
+    await start(launcher, leased(launch, 1, "trap '' TERM; while :; do sleep 0.02; done", 500, 500))
+    told = await ended(launcher, key(1))
+    assert (told.signal, told.expired) == (signal.SIGKILL, True)
+
+
+async def test_a_lease_that_is_renewed_does_not_run_out(launch: LaunchYard) -> None:
+    launcher = await launch.agent()
+    await start(launcher, leased(launch, 1, "sleep 1000", 2_000))
+    until_ms = boot_clock_ms() + 5_000
+    while boot_clock_ms() < until_ms:
+        await launcher.renew(boot_clock_ms())
+        await launcher.renew(1)  # one that was long under way
+        await asyncio.sleep(0.25)
+    (state,) = await launcher.list()
+    assert state.exit is None
+    told = await ended(launcher, key(1))
+    assert told.expired
+    assert boot_clock_ms() - until_ms >= 1_500
+
+
+async def test_a_lease_runs_out_though_the_agent_is_gone(launch: LaunchYard) -> None:
+    launcher = await launch.agent()
+    started = await start(launcher, leased(launch, 1, "sleep 1000", 1_000))
+    await launch.abandon(launcher)
+    await until(lambda: not alive(started.pid), "its lease runs out")
+    again = await launch.agent()
+    told = await ended(again, key(1))
+    assert told.expired
+
+
+async def test_a_job_that_ends_by_itself_has_not_run_out(launch: LaunchYard) -> None:
+    launcher = await launch.agent()
+    await start(launcher, leased(launch, 1, "exit 4", 60_000))
+    told = await ended(launcher, key(1))
+    assert (told.exit_code, told.expired) == (4, False)
+
+
+async def test_limits_and_leases_of_nobody_are_no_error(launch: LaunchYard) -> None:
+    launcher = await launch.agent()
+    await launcher.limit_memory(key(9), 100)
+    await launcher.renew(boot_clock_ms())
+    assert (await launch.run(launcher, launch.shell(1, "exit 0"))).exit_code == 0

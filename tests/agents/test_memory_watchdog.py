@@ -9,11 +9,11 @@ import sys
 import pytest
 
 from gpuyard_agent.core.model import Assignment
-from gpuyard_agent.idle import IdlePolicy, IdleWatch
+from gpuyard_agent.idle import IdleWatch
 from gpuyard_agent.owners import owners_of
 from gpuyard_agent.watchdog import GRACE_MIB, Limit, MemoryWatch, Use
 from gpuyard_protocol.names import AssignmentKey
-from gpuyard_protocol.nodes import DeviceSample
+from gpuyard_protocol.nodes import DeviceSample, IdleGpu, JobSample
 from gpuyard_protocol.resources import MpsShare, NoGpu, Partition, TimeSliceShare, WholeCards
 from support.agents import Commander, agent_room, start_order
 
@@ -91,8 +91,8 @@ def test_a_process_is_its_ancestors_or_carries_the_mark() -> None:
 # --- idle cards ---
 
 
-def running(partition: Partition) -> dict[AssignmentKey, Assignment]:
-    start = start_order(1, "true", partition=partition)
+def running(partition: Partition, **launch: object) -> dict[AssignmentKey, Assignment]:
+    start = start_order(1, "true", partition=partition, **launch)
     return {ONE: Assignment(key=ONE, start=start, boot_id="b", state="running", pid=1)}
 
 
@@ -101,7 +101,7 @@ def samples(**load: int | None) -> list[DeviceSample]:
 
 
 def test_a_job_on_idle_cards_is_warned_of_once_and_then_ended() -> None:
-    watch = IdleWatch(IdlePolicy(warn_ms=4_000, release_ms=8_000))
+    watch = IdleWatch(IdleGpu(warn_ms=4_000, release_ms=8_000))
     live, told = running(WholeCards(("A", "B"))), []
     for now_ms in range(1_000, 11_000, 2_000):
         warnings, verdicts = watch.look(samples(A=0, B=1), live, now_ms)
@@ -115,20 +115,55 @@ def test_a_job_on_idle_cards_is_warned_of_once_and_then_ended() -> None:
     [(WholeCards(("A", "B")), {"A": 0, "B": 50}), (WholeCards(("A",)), {"A": None}), (NoGpu(), {})],
 )
 def test_a_job_that_computes_or_cannot_be_seen_is_not_idle(partition: Partition, load: dict[str, int | None]) -> None:
-    watch = IdleWatch(IdlePolicy(release_ms=1_000))
+    watch = IdleWatch(IdleGpu(release_ms=1_000))
     for now_ms in range(1_000, 60_000, 2_000):
         assert watch.look(samples(**load), running(partition), now_ms) == ([], {})
 
 
 def test_work_in_between_and_missing_samples_do_not_count_as_idle() -> None:
-    watch = IdleWatch(IdlePolicy(release_ms=30_000))
+    watch = IdleWatch(IdleGpu(release_ms=30_000))
     live = running(WholeCards(("A",)))
     for now_ms, pct in ((1_000, 0), (10_000, 0), (12_000, 90), (14_000, 0), (1_000_000, 0)):
         assert watch.look(samples(A=pct), live, now_ms) == ([], {})
 
 
+def test_a_job_is_told_of_stage_by_stage_each_once() -> None:
+    watch, told = IdleWatch(IdleGpu(warn_ms=2_000, suspend_ms=4_000)), []
+    for now_ms in range(1_000, 20_000, 2_000):
+        steps, verdicts = watch.look(samples(A=0), running(WholeCards(("A",))), now_ms)
+        told += steps
+        assert verdicts == {}
+    assert told == [(ONE, 2_000, "warn"), (ONE, 4_000, "suspend")]
+
+
+def test_the_rule_of_a_jobs_queue_goes_before_the_nodes() -> None:
+    watch = IdleWatch(IdleGpu(release_ms=4_000))
+    patient = running(WholeCards(("A",)), idle=IdleGpu(warn_ms=6_000))
+    for now_ms in range(1_000, 20_000, 2_000):
+        steps, verdicts = watch.look(samples(A=0), patient, now_ms)
+        assert verdicts == {}
+        assert [step.stage for step in steps] == (["warn"] if now_ms == 7_000 else [])
+
+
+def test_a_job_is_judged_by_its_own_processes_where_the_driver_tells_of_them() -> None:
+    live = running(TimeSliceShare("A", 500, 1_000))
+
+    def released(own_pct: int | None, card_pct: int, processes: int = 1) -> bool:
+        watch, ends = IdleWatch(IdleGpu(release_ms=4_000)), False
+        for now_ms in range(1_000, 9_000, 2_000):
+            use = JobSample(key=ONE, utilization_pct=own_pct, processes=processes)
+            ends = ends or bool(watch.look(samples(A=card_pct), live, now_ms, [use])[1])
+        return ends
+
+    assert released(0, 90), "its neighbour computes"
+    assert not released(80, 0), "the sample of the card came between two steps"
+    assert released(None, 0)
+    assert not released(None, 90)
+    assert not released(0, 90, processes=0), "what is not seen is judged by the card"
+
+
 def test_without_a_policy_nobody_is_idle() -> None:
-    watch = IdleWatch(IdlePolicy())
+    watch = IdleWatch(IdleGpu())
     for now_ms in (1_000, 10**9):
         assert watch.look(samples(A=0), running(WholeCards(("A",))), now_ms) == ([], {})
 

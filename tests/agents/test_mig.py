@@ -281,7 +281,9 @@ async def test_instances_of_others_are_left_alone_and_their_places_not_offered(h
         "3g.40gb": ((0,), 1),
         "4g.40gb": ((0,), 1),
     }
-    assert partitions.note(device.uuid) == ("MIG instances that were not made here and are left alone: 3g.40gb at 4")
+    assert device.note == partitions.note(device.uuid)
+    assert device.note == "MIG instances that were not made here and are left alone: 3g.40gb at 4"
+    assert device.mig_taken == ((4, 4),)
     assert await partitions.sweep() == ()
     await partitions.prepare(key(1), instance(device, "1g.10gb", 3), ALICE, "acme")
     with pytest.raises(PartitionRefused):

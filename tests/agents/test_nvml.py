@@ -95,7 +95,7 @@ async def test_links_are_counted_also_while_mig_hides_them(tmp_path: Path, topol
         assert first.nvlinks == wanted
         await backend.create_mig(first.uuid, "7g.80gb", 0)
         assert (await backend.inventory())[0].nvlinks == wanted
-        assert (await backend.pcie())[first.uuid] == ((second.uuid, "same-switch"),)
+        assert first.pcie_peers == ((second.uuid, "same-switch"),)
 
 
 async def test_samples_tell_what_a_working_card_shows(cards: Cards) -> None:

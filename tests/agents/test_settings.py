@@ -37,6 +37,8 @@ def test_a_misspelt_key_is_named_with_the_nearest(tmp_path: Path) -> None:
         ("tls_cert", "x.pem", "tls_key: found ''; expected 'tls_cert' and 'tls_key' together"),
         ("labels", {"a=b": "c"}, "labels: found 'a=b'"),
         ("state", 5, "state: found 5; expected"),
+        ("suspend_memory", "64", "suspend_memory: found '64'; expected an amount of memory with its unit"),
+        ("mps_exclusive", "no", 'mps_exclusive: found "no"; expected true or false'),
     ],
 )
 def test_a_wrong_value_is_named_with_what_is_allowed(setting: str, value: object, complaint: str) -> None:

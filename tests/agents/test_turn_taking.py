@@ -102,6 +102,21 @@ async def test_one_that_sleeps_gives_its_turn_away_and_is_not_halted(launch: Lau
     await launcher.close()
 
 
+async def test_one_that_computes_without_any_cpu_keeps_its_turn(launch: LaunchYard) -> None:
+    """It waits for its card in the driver, which alone knows that it works."""
+    launcher = await taking_turns(launch)
+    launcher.is_busy = lambda one: True if one == key(2) else None
+    pids = await spin(launch, launcher, {1: 500})
+    launcher.admit(key(2), "GPU-a", 500)
+    pids[2] = (await start(launcher, launch.shell(2, "sleep 1000"))).pid
+    await until(lambda: launcher.frozen_ms(key(1)) > 0, "the other had a turn")
+    halted_ms, began_ms = launcher.frozen_ms(key(1)), clock_ms()
+    await shares(pids, 450)
+    had = 1 - (launcher.frozen_ms(key(1)) - halted_ms) / (clock_ms() - began_ms)
+    assert 0.3 < had < 0.7, had
+    await launcher.close()
+
+
 async def test_time_halted_is_no_time_of_its_own_also_after_a_restart_of_the_agent(launch: LaunchYard) -> None:
     launcher = await taking_turns(launch)
     pids = await spin(launch, launcher, {1: 500, 2: 500})

@@ -11,6 +11,7 @@ import shlex
 import shutil
 import sys
 
+_SYSTEM = "/usr/bin/python3"
 _SCRIPTS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "bin")
 
 
@@ -25,6 +26,16 @@ def install(root: str, nvml: str, cuda: str) -> None:
         _write_wrapper(os.path.join(programs, name), root, os.path.join(_SCRIPTS, name))
 
 
+def _interpreter() -> str:
+    """This one, or the system's where this one lies in a home that the accounts of jobs may not enter."""
+    real = os.path.realpath(sys.executable)
+    folders = [os.path.dirname(real)]
+    while folders[-1] != "/":
+        folders.append(os.path.dirname(folders[-1]))
+    is_open = os.geteuid() != 0 or all(os.stat(folder).st_mode & 0o001 for folder in folders)
+    return sys.executable if is_open or not os.path.exists(_SYSTEM) else _SYSTEM
+
+
 def _write_wrapper(path: str, root: str, script: str) -> None:
     """A program of this driver: the script of bin/, told where its state is, in the same process."""
     settings = {
@@ -32,7 +43,7 @@ def _write_wrapper(path: str, root: str, script: str) -> None:
         "FAKENVML_LIBRARY": os.path.join(root, "lib", "libnvidia-ml.so.1"),
     }
     exports = "".join(f"export {name}={shlex.quote(value)}\n" for name, value in settings.items())
-    command = shlex.join([sys.executable, "-IS", script])
+    command = shlex.join([_interpreter(), "-IS", script])
     with open(path, "w", encoding="utf-8") as file:
         file.write(f'#!/bin/sh\n{exports}exec {command} "$@"\n')
     os.chmod(path, 0o755)

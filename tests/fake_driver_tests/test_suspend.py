@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -19,7 +18,8 @@ from gpuyard_agent.checkpoint import (
     RamLedger,
     Suspender,
 )
-from gpuyard_agent.cuda_checkpoint import CudaCheckpoint
+from gpuyard_agent.cuda_checkpoint import Answer, CudaCalls
+from gpuyard_agent.cuda_checkpoint import Request as Call
 from gpuyard_protocol.names import AssignmentKey
 
 KEY = AssignmentKey(1, 1, 0)
@@ -39,8 +39,11 @@ class DriverCheckpoint:
         self._driver = driver
         self.steps: list[str] = []
 
-    def problem(self) -> str:
+    async def problem(self) -> str:
         return ""
+
+    async def close(self) -> None:
+        return None
 
     async def standing(self, pid: int) -> ProcessStanding:
         return STANDINGS[self._driver.checkpoint_state(pid)]
@@ -206,26 +209,40 @@ class Bindings:
         return self._ask(pid, Request.UNLOCK)
 
 
-@pytest.fixture
-def cuda(driver: FakeDriver) -> Iterator[CudaCheckpoint]:
-    backend = CudaCheckpoint(Bindings(driver))
-    yield backend
-    backend.close()
-
-
-async def test_the_bindings_take_a_process_through_all_its_states(
-    cuda: CudaCheckpoint, driver: FakeDriver, bystander: Any
-) -> None:
+def test_the_bindings_take_a_process_through_all_its_states(driver: FakeDriver, bystander: Any) -> None:
     driver.gpu(0).allocate(bystander.pid, 500)
+    cuda, pid = CudaCalls(Bindings(driver)), bystander.pid
     assert cuda.problem() == ""
-    seen = [await cuda.standing(bystander.pid)]
-    await cuda.lock(bystander.pid, 1_000)
-    seen.append(await cuda.standing(bystander.pid))
-    await cuda.checkpoint(bystander.pid, 5)
-    seen.append(await cuda.standing(bystander.pid))
-    await cuda.restore(bystander.pid, 5)
-    await cuda.unlock(bystander.pid)
-    assert [*seen, await cuda.standing(bystander.pid)] == ["running", "locked", "checkpointed", "running"]
-    assert await cuda.standing(os.getpid()) == "none"
-    with pytest.raises(CheckpointTrouble, match=f"restore process {bystander.pid}"):
-        await cuda.restore(bystander.pid, 5)
+    seen = [cuda.standing(pid)]
+    cuda.lock(pid, 1_000)
+    seen.append(cuda.standing(pid))
+    cuda.checkpoint(pid)
+    seen.append(cuda.standing(pid))
+    cuda.restore(pid)
+    cuda.unlock(pid)
+    assert [*seen, cuda.standing(pid)] == ["running", "locked", "checkpointed", "running"]
+    assert cuda.standing(os.getpid()) == "none"
+    with pytest.raises(CheckpointTrouble, match=f"restore process {pid}"):
+        cuda.restore(pid)
+    assert cuda.answer(Call(do="restore", pid=pid)).trouble.startswith(f"restore process {pid}")
+    assert cuda.answer(Call(do="standing", pid=pid)) == Answer(said="running")
+
+
+# --- after an agent that died on the way ---
+
+
+async def test_what_was_done_before_is_not_done_twice(room: Room, start_job: Any) -> None:
+    """Both ways are asked for again at every point at which an agent can have died."""
+    job = start_job("--memory", "1000", "--context", "0", "--sleep", "--step-ms", "1")
+    job.until("ready")
+    await room.backend.lock(job.pid, 1_000)
+    room.backend.steps.clear()
+    await room.suspender.suspend(KEY, [job.pid], 1_000)
+    await room.suspender.suspend(KEY, [job.pid], 1_000)
+    assert room.backend.steps == ["checkpoint", "freeze", "freeze"]
+    await room.backend.restore(job.pid, 5)
+    room.backend.steps.clear()
+    await room.suspender.resume(KEY, [job.pid], 1_000)
+    await room.suspender.resume(KEY, [job.pid], 1_000)
+    assert room.backend.steps == ["thaw", "unlock", "thaw"]
+    assert room.driver.checkpoint_state(job.pid) is Checkpoint.RUNNING

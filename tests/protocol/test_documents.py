@@ -74,5 +74,4 @@ def test_every_honoured_field_of_a_job_is_in_the_table() -> None:
         for field in JobRequest.__struct_fields__
         if not notes.get(field, "").startswith("Not honoured") and field not in ("v", "submission_id", "name")
     }
-    # `on_node_lost` has one value yet.
-    assert table_fields() == honoured - {"on_node_lost"}
+    assert table_fields() == honoured

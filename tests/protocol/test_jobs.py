@@ -175,19 +175,13 @@ def test_what_makes_no_sense_is_refused_by_its_path(fields: dict[str, Any], path
     [
         ("min_replicas", 1),
         ("total_gpus", 12),
-        ("queue", "night"),
         ("share_domain", "team"),
-        ("estimate", "1h"),
-        ("deadline", "2030-01-01T00:00:00Z"),
         ("image", "busybox"),
         ("launcher", "torchrun"),
         ("topology", "rack"),
         ("upload", "sha256"),
         ("secrets", ["TOKEN"]),
-        ("lease", "10m"),
-        ("preemption", "checkpoint"),
         ("preemption", "suspend"),
-        ("on_node_lost", "restart"),
     ],
 )
 def test_a_field_that_is_not_honoured_yet_is_refused_by_name(field: str, value: Any) -> None:
@@ -204,15 +198,35 @@ def test_no_field_is_accepted_and_then_ignored() -> None:
         "cpus": 2, "memory": "2Gi", "node_labels": {"a": "b"}, "nodes": ["n"], "priority": 1, "time_limit": "1h",
         "stop_grace": "1s", "retries": 1, "env": {"A": "1"}, "cwd": "/", "preemption": "never", "allow_pending": True,
         "hold": True, "begin": "+2h", "depends_on": ["afterok:1"], "array": "0-9%2",
+        "on_node_lost": "restart", "lease": "10m",
+        "restart_time": "5m", "queue": "night", "estimate": "1h",
     }  # fmt: skip
-    only_names = {"v", "submission_id", "on_node_lost"}  # one value each, or read before the core
+    only_names = {"v", "submission_id"}  # one value, or read before the core
+    beside = {"deadline": {"estimate": "1h"}}  # makes no sense alone
+    samples["deadline"] = "+8h"
     for field in JobRequest.__struct_fields__:
         if field in only_names:
             continue
         if field in samples:
-            assert specify(**{field: samples[field]}) != specify(), field
+            others = beside.get(field, {})
+            assert specify(**{field: samples[field]}, **others) != specify(**others), field
         else:
             assert "not honoured yet" in refused(**{field: _any_value(field)}).expected
+
+
+def test_a_deadline_says_how_long_the_job_runs() -> None:
+    assert refused(deadline="+2h").path == "$.deadline"
+    assert specify(deadline="+2h", time_limit="1h").deadline_after_ms == 7_200_000
+    assert specify(deadline="2030-01-01T00:00:00Z", estimate="1h").deadline_ms == 1_893_456_000_000
+    assert refused(estimate="0s").path == "$.estimate"
+    assert refused(queue="Night shift").path == "$.queue"
+
+
+def test_a_lease_asks_for_a_restart_and_what_contradicts_it_is_refused() -> None:
+    assert (specify(lease="10m").on_node_lost, specify(lease="10m").lease_ms) == ("restart", 600_000)
+    assert (specify(on_node_lost="wait").on_node_lost, specify().on_node_lost) == ("wait", "")
+    assert refused(lease="10m", on_node_lost="wait").path == "$.lease"
+    assert "10s and 7d" in refused(lease="5s").expected
 
 
 def _any_value(field: str) -> Any:

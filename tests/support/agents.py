@@ -15,9 +15,9 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import TypeAlias, TypeVar, cast
 
 import psutil
 
@@ -44,8 +44,12 @@ from gpuyard_protocol.nodes import (
     ReadLog,
     Report,
     ReportBatch,
+    Resumed,
+    ResumeFailed,
     Start,
     Started,
+    Suspended,
+    SuspendFailed,
     Sync,
 )
 from gpuyard_protocol.resources import NoGpu, Partition
@@ -54,6 +58,7 @@ YARD = "test"
 NODE = "node-1"
 DEADLINE_S = 15.0
 R = TypeVar("R", bound=Report)
+Standing: TypeAlias = Suspended | Resumed | SuspendFailed | ResumeFailed
 
 
 def start_order(
@@ -117,7 +122,7 @@ class Commander:
                 assert number == len(self.reports) + 1, f"report {number} after {len(self.reports)}"
                 self.reports[number] = report
                 self._counts[type(report)] = self.count(type(report)) + 1
-                if not isinstance(report, Joined):
+                if isinstance(report, Prepared | Started | Ended):
                     assert (type(report), report.key) not in self._by_key, f"told twice: {report}"
                     self._by_key[type(report), report.key] = report
                 if isinstance(report, Joined):
@@ -160,6 +165,23 @@ class Commander:
 
     async def prepared(self, key: AssignmentKey, deadline_s: float = DEADLINE_S) -> Prepared:
         return await self._one(Prepared, key, deadline_s)
+
+    async def answer(self, key: AssignmentKey, step: int, deadline_s: float = DEADLINE_S) -> Standing:
+        """What came of an order to suspend or resume."""
+        found: list[Standing] = []
+
+        def has_come() -> bool:
+            found[:] = [
+                report
+                for report in self.reports.values()
+                if isinstance(report, Suspended | Resumed | SuspendFailed | ResumeFailed)
+                and (report.key, report.step) == (key, step)
+            ]
+            return bool(found)
+
+        await self.until(has_come, deadline_s)
+        (one,) = found
+        return one
 
     async def joined(self, count: int = 1) -> Joined:
         """The `count`-th time that a node joined."""
@@ -228,12 +250,20 @@ class AgentRoom:
         self.agents: list[AgentProcess] = []
         self._buses: list[Bus] = []
 
-    async def start_agent(self, *arguments: str, node: str = NODE, simulate: str = "2xH100-80GB") -> AgentProcess:
+    async def start_agent(
+        self,
+        *arguments: str,
+        node: str = NODE,
+        simulate: str = "2xH100-80GB",
+        environment: Mapping[str, str] = os.environ,
+    ) -> AgentProcess:
+        """`simulate`: "" for the cards that the driver in `environment` has."""
         log = self.root / f"{node}.log"
         roots = {str(Path(next(iter(package.__path__))).parent) for package in (gpuyard_agent, gpuyard_protocol)}
         command = [
             *(sys.executable, "-m", "gpuyard_agent", "--state", str(self.root / "agents" / node), "--node", node),
-            *("--nats", self.server.url, "--key", str(self.keys.node(node)), "--simulate", simulate),
+            *("--nats", self.server.url, "--key", str(self.keys.node(node))),
+            *(("--simulate", simulate) if simulate else ()),
         ]
         with log.open("ab") as output:
             process = await asyncio.create_subprocess_exec(
@@ -243,7 +273,7 @@ class AgentRoom:
                 stdout=output,
                 stderr=output,
                 # What an agent started from somebody's shell inside a job would inherit.
-                env={**os.environ, "PYTHONPATH": ":".join(sorted(roots)), "CUDA_VISIBLE_DEVICES": "9", "RANK": "9"},
+                env={**environment, "PYTHONPATH": ":".join(sorted(roots)), "CUDA_VISIBLE_DEVICES": "9", "RANK": "9"},
                 start_new_session=True,
             )
         agent = AgentProcess(process, log)

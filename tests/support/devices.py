@@ -17,6 +17,7 @@ import pytest
 from fake_driver.control import FakeDriver
 from gpuyard_agent.devices.base import DeviceBackend, DeviceNews, DeviceTrouble, PartitionRefused
 from gpuyard_agent.devices.nvml import NvmlBackend
+from gpuyard_agent.devices.nvml_topology import PCIE_LEVELS
 from gpuyard_protocol.names import AssignmentKey
 from gpuyard_protocol.resources import MODES, WholeCards
 
@@ -36,7 +37,13 @@ async def check_inventory_is_ordered_and_repeats_itself(backend: DeviceBackend) 
         assert device.fault == ""
         assert device.modes
         assert set(device.modes) <= set(MODES)
-        assert {peer for peer, _ in device.nvlinks} <= {other.uuid for other in devices} - {device.uuid}
+        others = {other.uuid for other in devices} - {device.uuid}
+        assert {peer for peer, _ in device.nvlinks} <= others
+        assert {peer for peer, _ in device.pcie_peers} <= others
+        for peer, level in device.pcie_peers:
+            assert level in PCIE_LEVELS.values()
+            back = next(other for other in devices if other.uuid == peer)
+            assert (device.uuid, level) in back.pcie_peers
     assert await backend.inventory() == devices
 
 

@@ -72,7 +72,7 @@ class LaunchYard:
     async def agent(self) -> SupervisorLauncher:
         """An agent that has just started."""
         if KIND == "systemd":
-            service = SystemdLauncher(self.node)
+            service = SystemdLauncher(self.node, leases=self.directory / "leases.json")
             await service.open()
             self.services.append(service)
             return cast("SupervisorLauncher", service)  # a `Launcher`: the tests of the contract use no more of it

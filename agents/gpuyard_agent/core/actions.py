@@ -41,6 +41,8 @@ class StartProcess:
     #: None for a replica that is no member of a gang.
     go: Go | None
     port: int
+    #: Node clock from which its lease counts, if it has one.
+    renewed_ms: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +53,37 @@ class StopProcess:
     grace_ms: int
     #: Of its first process; 0: it is none of ours.
     pid: int = field(default=0, compare=False)
+
+
+@dataclass(frozen=True, slots=True)
+class SuspendProcess:
+    """Take its work off the card, halt it, and undo its partition; of one that is suspended already: halt it again.
+    Answered by `ProcessSuspended`, `SuspendRefused` or `ProcessBroken`, once for each step."""
+
+    key: AssignmentKey
+    step: int
+    partition: Partition
+    #: Its first process.
+    pid: int
+    #: Of one that is suspended already; else empty and 0.
+    gpu_pids: tuple[int, ...] = ()
+    image_mib: int = 0
+    #: What it may use of the host by itself; 0: no limit.
+    memory_limit_mib: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ResumeProcess:
+    """Make its partition again and put its work back. Answered by `ProcessResumed`, `ResumeRefused` or
+    `ProcessBroken`, once for each step."""
+
+    key: AssignmentKey
+    step: int
+    partition: Partition
+    launch: Launch
+    pid: int
+    gpu_pids: tuple[int, ...]
+    image_mib: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +101,13 @@ class ForgetProcess:
 
 
 @dataclass(frozen=True, slots=True)
+class RenewLeases:
+    """Every lease counts from this time of the node's clock."""
+
+    renewed_ms: int
+
+
+@dataclass(frozen=True, slots=True)
 class Answer:
     """To the orders or the sync with this mark."""
 
@@ -75,7 +115,18 @@ class Answer:
     answer: OrderAnswer
 
 
-Action: TypeAlias = PreparePartition | HoldPort | StartProcess | StopProcess | UndoPartition | ForgetProcess | Answer
+Action: TypeAlias = (
+    PreparePartition
+    | HoldPort
+    | StartProcess
+    | StopProcess
+    | SuspendProcess
+    | ResumeProcess
+    | UndoPartition
+    | ForgetProcess
+    | RenewLeases
+    | Answer
+)
 
 
 @dataclass(slots=True)

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import assert_never
 
-from gpuyard_agent.core import cards, life, orders
+from gpuyard_agent.core import cards, life, orders, suspension
 from gpuyard_agent.core.actions import ForgetProcess, Turn
 from gpuyard_agent.core.book import Book, Counters
 from gpuyard_agent.core.events import (
@@ -28,18 +28,26 @@ from gpuyard_agent.core.events import (
     PartitionUndone,
     PortFree,
     PortTaken,
+    ProcessBroken,
     ProcessesListed,
     ProcessExited,
     ProcessRefused,
+    ProcessResumed,
     ProcessStarted,
+    ProcessSuspended,
+    RenewalReceived,
     ReportsDelivered,
+    ResumeRefused,
+    SeenIdle,
+    SuspendRefused,
     SyncReceived,
     TimeHalted,
     TimePassed,
     UndoFailed,
 )
-from gpuyard_agent.core.model import Assignment, Closed
+from gpuyard_agent.core.model import WITH_PROCESS, Assignment, Closed
 from gpuyard_protocol.names import AssignmentKey, NodeId
+from gpuyard_protocol.nodes import Idle
 
 
 class AgentCore:
@@ -77,7 +85,7 @@ class AgentCore:
     @property
     def running(self) -> int:
         """Assignments with a process."""
-        return sum(1 for assignment in self._book.live.values() if assignment.state in ("running", "stopping"))
+        return sum(1 for assignment in self._book.live.values() if assignment.state in WITH_PROCESS)
 
     def next_deadline_ms(self) -> int | None:
         """When `TimePassed` is due, in the node's clock; None: time changes nothing."""
@@ -90,6 +98,7 @@ class AgentCore:
         book = self._book
         book.turn = turn = Turn()
         book.now_ms = max(book.now_ms, now_ms)
+        book.renewed_ms = book.renewed_ms or book.now_ms
         book.wall_ms = wall_ms
         for event in events:
             self._handle_one(event)
@@ -102,6 +111,8 @@ class AgentCore:
                 orders.take_orders(book, event)
             case SyncReceived():
                 orders.take_sync(book, event)
+            case RenewalReceived():
+                orders.take_renewal(book, event)
             case ProcessesListed():
                 life.compare(book, event)
             case InventoryRead(inventory=inventory):
@@ -133,7 +144,13 @@ class AgentCore:
             | ProcessStarted
             | ProcessRefused
             | ProcessExited
+            | ProcessSuspended
+            | SuspendRefused
+            | ProcessResumed
+            | ResumeRefused
+            | ProcessBroken
             | MustEnd
+            | SeenIdle
             | TimeHalted
         ),
     ) -> None:
@@ -157,8 +174,20 @@ class AgentCore:
                 life.process_refused(book, assignment, event)
             case ProcessExited():
                 life.process_exited(book, assignment, event)
+            case ProcessSuspended():
+                suspension.suspended(book, assignment, event)
+            case SuspendRefused():
+                suspension.suspend_refused(book, assignment, event)
+            case ProcessResumed():
+                suspension.resumed(book, assignment, event)
+            case ResumeRefused():
+                suspension.resume_refused(book, assignment, event)
+            case ProcessBroken():
+                suspension.broken(book, assignment, event)
             case TimeHalted(total_ms=total_ms):
                 life.time_halted(book, assignment, total_ms)
+            case SeenIdle(idle_ms=idle_ms, stage=stage):
+                book.report(Idle(key=assignment.key, at_ms=book.wall_ms, idle_ms=idle_ms, stage=stage))
             case MustEnd(verdict=verdict, grace_ms=grace_ms):
                 life.stop(book, assignment, verdict, grace_ms)
             case _:

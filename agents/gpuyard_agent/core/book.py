@@ -64,6 +64,9 @@ class Book:
         self.now_ms = 0
         #: Wall clock: what reports say.
         self.wall_ms = 0
+        #: Node clock from which leases count, and the one that the launcher was last told.
+        self.renewed_ms = 0
+        self.renewal_told_ms = 0
         #: What the daemon was last told, and what was read since; equal while nothing has changed.
         self.inventory_told: Inventory | None = None
         self.inventory_read: Inventory | None = None

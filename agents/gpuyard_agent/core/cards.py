@@ -34,6 +34,7 @@ def broke(book: Book, event: CardBroke) -> None:
         assignment
         for key, assignment in sorted(book.live.items())
         if (event.device in devices_of(assignment.start.partition) if event.only is None else key in event.only)
+        and assignment.state != "suspended"  # nothing of it is there
     ]
     if book.inventory_read is not None:
         book.inventory_read = _with_faults(book, book.inventory_read)

@@ -6,11 +6,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 from gpuyard_agent.core.model import Verdict
 from gpuyard_protocol.names import AssignmentKey, DeviceUuid
-from gpuyard_protocol.nodes import Inventory, OrderBatch, Sync
+from gpuyard_protocol.nodes import Inventory, OrderBatch, Renew, Sync
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +23,12 @@ class OrdersReceived:
 class SyncReceived:
     request: int
     sync: Sync
+
+
+@dataclass(frozen=True, slots=True)
+class RenewalReceived:
+    request: int
+    renew: Renew
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +103,50 @@ class ProcessExited:
     at_ms: int = 0
     started_ms: int = 0
     detail: str = ""
+    #: Its lease had run out.
+    expired: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessSuspended:
+    """Its work lies in the host's memory, its processes are halted, its partition is undone."""
+
+    key: AssignmentKey
+    gpu_pids: tuple[int, ...]
+    image_mib: int
+    took_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class SuspendRefused:
+    """It runs on its card as before."""
+
+    key: AssignmentKey
+    code: str
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessResumed:
+    key: AssignmentKey
+    took_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class ResumeRefused:
+    """It is suspended as before."""
+
+    key: AssignmentKey
+    code: str
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessBroken:
+    """It can neither run nor be suspended."""
+
+    key: AssignmentKey
+    detail: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +202,15 @@ class MustEnd:
 
 
 @dataclass(frozen=True, slots=True)
+class SeenIdle:
+    """It has computed nothing on its cards for so long: to be told."""
+
+    key: AssignmentKey
+    idle_ms: int
+    stage: Literal["warn", "suspend"]
+
+
+@dataclass(frozen=True, slots=True)
 class TimeHalted:
     """The replica has been halted for the sake of others on its card: in all for so long, which is not its own time."""
 
@@ -174,6 +233,7 @@ class TimePassed:
 Event: TypeAlias = (
     OrdersReceived
     | SyncReceived
+    | RenewalReceived
     | PartitionReady
     | PartitionFailed
     | PartitionUndone
@@ -183,11 +243,17 @@ Event: TypeAlias = (
     | ProcessStarted
     | ProcessRefused
     | ProcessExited
+    | ProcessSuspended
+    | SuspendRefused
+    | ProcessResumed
+    | ResumeRefused
+    | ProcessBroken
     | ProcessesListed
     | InventoryRead
     | CardBroke
     | CardReturned
     | MustEnd
+    | SeenIdle
     | TimeHalted
     | ReportsDelivered
     | TimePassed

@@ -10,12 +10,15 @@ Rules of this file:
 
 from __future__ import annotations
 
+from gpuyard_agent.core import leases
 from gpuyard_agent.core.actions import (
     ForgetProcess,
     HoldPort,
     PreparePartition,
+    ResumeProcess,
     StartProcess,
     StopProcess,
+    SuspendProcess,
     UndoPartition,
 )
 from gpuyard_agent.core.book import Book
@@ -29,7 +32,7 @@ from gpuyard_agent.core.events import (
     UndoFailed,
 )
 from gpuyard_agent.core.model import Assignment, InvariantViolated, Verdict
-from gpuyard_protocol.nodes import Ended, Go, Prepared, Start, Started, Stop
+from gpuyard_protocol.nodes import NODE_FAULTS, Ended, Go, Prepared, Start, Started, Stop
 from gpuyard_protocol.resources import devices_of
 from gpuyard_protocol.units import format_ms
 
@@ -80,11 +83,34 @@ def stop(book: Book, assignment: Assignment, verdict: Verdict, grace_ms: int) ->
         case "prepared":
             _end(book, assignment, assignment.verdict)
         case "starting" | "running" | "stopping":
-            if assignment.state != "stopping":
-                book.move(assignment, "stopping")
-            _stop_process(book, assignment)
+            stop_now(book, assignment)
+        case "suspended":
+            kill(book, assignment)
+        case "suspending" | "resuming":  # a process in the middle of that cannot see a signal
+            assignment.kill_at_ms = book.now_ms + grace_ms
+            if grace_ms:
+                book.expect(assignment, assignment.kill_at_ms)
+            else:
+                kill(book, assignment)
         case _:  # intended: what is being made is undone once it is there
             _advance(book, assignment)
+
+
+def stop_now(book: Book, assignment: Assignment) -> None:
+    """SIGTERM, and SIGKILL at the end of what is left of its grace."""
+    if assignment.kill_at_ms and assignment.state != "stopping":
+        assignment.grace_ms = max(0, assignment.kill_at_ms - book.now_ms)
+    if assignment.state != "stopping":
+        book.move(assignment, "stopping")
+    _stop_process(book, assignment)
+
+
+def kill(book: Book, assignment: Assignment) -> None:
+    """At once: what is suspended, or on its way, can use no grace."""
+    assignment.grace_ms = 0
+    book.move(assignment, "stopping")
+    book.save(assignment)
+    _stop_process(book, assignment)
 
 
 def tombstone(book: Book, order: Stop) -> None:
@@ -157,7 +183,10 @@ def _advance(book: Book, assignment: Assignment) -> None:
     if assignment.state == "intended" and assignment.has_partition and assignment.verdict is not None:
         _end(book, assignment, assignment.verdict)
     elif assignment.state in ("intended", "prepared") and assignment.is_ready:
-        if assignment.may_start:
+        if assignment.may_start and leases.has_run_out(book, assignment):
+            detail = "the daemon was not heard for so long that the job may have been started elsewhere"
+            _end(book, assignment, Verdict(outcome="refused", code=leases.LEASE_EXPIRED, detail=detail))
+        elif assignment.may_start:
             book.move(assignment, "starting")
             _start_process(book, assignment)
         elif assignment.state == "intended":
@@ -172,7 +201,9 @@ def _advance(book: Book, assignment: Assignment) -> None:
 
 
 def _start_process(book: Book, assignment: Assignment) -> None:
-    book.act(StartProcess(assignment.key, assignment.start.launch, assignment.go, assignment.port))
+    launch = assignment.start.launch
+    renewed_ms = book.renewed_ms if launch.lease_ms else 0
+    book.act(StartProcess(assignment.key, launch, assignment.go, assignment.port, renewed_ms))
 
 
 def _stop_process(book: Book, assignment: Assignment) -> None:
@@ -180,6 +211,37 @@ def _stop_process(book: Book, assignment: Assignment) -> None:
     if assignment.pid:
         assignment.kill_at_ms = book.now_ms + assignment.grace_ms
         book.act(StopProcess(assignment.key, assignment.grace_ms, assignment.pid))
+
+
+def ask_to_suspend(book: Book, assignment: Assignment) -> None:
+    """Also to halt one again that is suspended: the shell looks how far it has come."""
+    start = assignment.start
+    book.act(
+        SuspendProcess(
+            assignment.key,
+            assignment.moving_step,
+            start.partition,
+            assignment.pid,
+            assignment.gpu_pids,
+            assignment.image_mib,
+            start.launch.memory_limit_mib,
+        )
+    )
+
+
+def ask_to_resume(book: Book, assignment: Assignment) -> None:
+    start = assignment.start
+    book.act(
+        ResumeProcess(
+            assignment.key,
+            assignment.moving_step,
+            start.partition,
+            start.launch,
+            assignment.pid,
+            assignment.gpu_pids,
+            assignment.image_mib,
+        )
+    )
 
 
 def process_started(book: Book, assignment: Assignment, pid: int, at_ms: int) -> None:
@@ -233,6 +295,9 @@ def process_exited(book: Book, assignment: Assignment, event: ProcessExited) -> 
     if cause is not None:
         code, detail = cause.code, cause.detail
         outcome = cause.outcome
+    elif event.expired:
+        outcome, code = "lost", leases.LEASE_EXPIRED
+        detail = "the daemon was not heard for as long as its lease is: it may run elsewhere"
     elif event.lost:
         outcome, code, detail = "lost", "SupervisorLost", event.detail or "nobody saw how it ended"
     else:
@@ -267,6 +332,7 @@ def partition_undone(book: Book, assignment: Assignment) -> None:
         code=verdict.code,
         detail=verdict.detail,
         started_ms=assignment.started_ms,
+        node_fault=verdict.outcome == "refused" and verdict.code in NODE_FAULTS,
     )
     book.close(assignment.key, ended)
     book.act(ForgetProcess(assignment.key))
@@ -293,6 +359,8 @@ def deadline_of(assignment: Assignment) -> int:
             return assignment.hold_until_ms
         case "running":
             return assignment.limit_at_ms
+        case "suspending" | "resuming" if assignment.verdict is not None:
+            return assignment.kill_at_ms
         case "ending":
             return assignment.undo_at_ms
         case _:
@@ -309,6 +377,8 @@ def time_passed(book: Book, assignment: Assignment) -> None:
         case "running":
             detail = f"reached its time limit of {format_ms(launch.time_limit_ms)}"
             stop(book, assignment, Verdict(outcome="stopped", code="TimeLimit", detail=detail), launch.stop_grace_ms)
+        case "suspending" | "resuming":
+            kill(book, assignment)
         case "ending":
             assignment.undo_at_ms = 0
             book.act(UndoPartition(assignment.key))
@@ -342,9 +412,13 @@ def _compare_one(book: Book, assignment: Assignment, found: ProcessFound | None,
         elif assignment.state == "stopping" and not found.has_ended:
             grace_ms = max(0, assignment.kill_at_ms - book.now_ms)
             book.act(StopProcess(assignment.key, grace_ms, assignment.pid))
+        elif assignment.state in ("suspending", "suspended") and not found.has_ended:
+            ask_to_suspend(book, assignment)
+        elif assignment.state == "resuming" and not found.has_ended:
+            ask_to_resume(book, assignment)
         return
     match assignment.state:
-        case "running" | "stopping" if assignment.pid:
+        case "running" | "stopping" | "suspending" | "suspended" | "resuming" if assignment.pid:
             verdict = Verdict(outcome="lost", code="SupervisorLost", detail="its supervisor knows nothing of it")
             _end(book, assignment, assignment.verdict or verdict)
         case "stopping":

@@ -5,8 +5,9 @@ exactly once: in one `Ended` report, made when its process is gone and its parti
 key stays for a while (`Closed`), so that an order repeated late starts nothing.
 
     intended ──▶ starting ──▶ running ──▶ stopping ──▶ ending ──▶ (closed)
-        └──▶ prepared ──▶┘                                ▲
-                                      every state may go ─┘
+        └──▶ prepared ──▶┘      ▲ └▶ suspending ─▶ suspended ┐   ▲
+                                └──── resuming ◀─────────────┘   │
+                                           every state may go ───┘
 
 `TRANSITIONS` is that picture as a table; a move that is not in it is a programmer's error.
 """
@@ -21,18 +22,27 @@ from gpuyard_protocol.names import AssignmentKey
 from gpuyard_protocol.nodes import Go, Start
 
 #: `intended`: recorded; the partition is being made. `prepared`: a member of a gang that waits for `Go`. `starting`:
-#: handed to the launcher. `running`: its process runs. `stopping`: told to end. `ending`: no process (any more); the
-#: partition is being undone.
-State: TypeAlias = Literal["intended", "prepared", "starting", "running", "stopping", "ending"]
+#: handed to the launcher. `running`: its process runs. `suspending`: its work is being taken off the card.
+#: `suspended`: it lies in the host's memory, halted, and holds no card. `resuming`: it is being put back. `stopping`:
+#: told to end. `ending`: no process (any more); the partition is being undone.
+State: TypeAlias = Literal[
+    "intended", "prepared", "starting", "running", "suspending", "suspended", "resuming", "stopping", "ending"
+]
 
 TRANSITIONS: dict[State, frozenset[State]] = {
     "intended": frozenset({"prepared", "starting", "running", "stopping", "ending"}),
     "prepared": frozenset({"starting", "running", "stopping", "ending"}),
     "starting": frozenset({"running", "stopping", "ending"}),
-    "running": frozenset({"stopping", "ending"}),
+    "running": frozenset({"suspending", "stopping", "ending"}),
+    "suspending": frozenset({"running", "suspended", "stopping", "ending"}),
+    "suspended": frozenset({"resuming", "stopping", "ending"}),
+    "resuming": frozenset({"running", "suspended", "stopping", "ending"}),
     "stopping": frozenset({"ending"}),
     "ending": frozenset(),
 }
+
+#: States in which a process is known to be there.
+WITH_PROCESS: frozenset[State] = frozenset({"running", "suspending", "suspended", "resuming", "stopping"})
 
 Outcome: TypeAlias = Literal["exited", "signalled", "stopped", "refused", "lost"]
 
@@ -90,6 +100,16 @@ class Assignment(msgspec.Struct, kw_only=True, omit_defaults=True):
     #: Node clock of the next try to undo a partition that would not go; 0: none is due.
     undo_at_ms: int = 0
     undo_tries: int = 0
+    #: The newest order to suspend or resume it, and which of the two that was.
+    step: int = 0
+    wants_suspended: bool = False
+    #: The step that the way under way, or the last one, was begun for.
+    moving_step: int = 0
+    #: Node clock since which it is off its card; 0: it is on it.
+    off_card_ms: int = 0
+    #: While it is suspended: those of its processes that were on the card, and the host memory that their work takes.
+    gpu_pids: tuple[int, ...] = ()
+    image_mib: int = 0
 
     @property
     def needs_port(self) -> bool:

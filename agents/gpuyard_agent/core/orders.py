@@ -14,17 +14,31 @@ not run.
 
 from __future__ import annotations
 
-from gpuyard_agent.core import life
+from gpuyard_agent.core import leases, life, suspension
 from gpuyard_agent.core.actions import Answer
 from gpuyard_agent.core.book import Book
-from gpuyard_agent.core.events import OrdersReceived, SyncReceived
+from gpuyard_agent.core.events import OrdersReceived, RenewalReceived, SyncReceived
 from gpuyard_agent.core.model import Verdict
-from gpuyard_protocol.nodes import Desired, Go, Order, OrderAnswer, OrderBatch, Start, Stop, Sync
+from gpuyard_protocol.nodes import (
+    Desired,
+    Go,
+    Order,
+    OrderAnswer,
+    OrderBatch,
+    Renew,
+    Resume,
+    Start,
+    Stop,
+    Suspend,
+    Sync,
+)
 
 
 def take_orders(book: Book, event: OrdersReceived) -> None:
     batch = event.batch
     refusal = _refuse(book, batch)
+    if refusal is None:
+        leases.renew(book, batch.clock_ms)
     if refusal is None and batch.first > book.counters.applied + 1:
         detail = f"orders from {batch.first} on, while {book.counters.applied + 1} is next"
         refusal = OrderAnswer(status="gap", applied=book.counters.applied, detail=detail)
@@ -40,6 +54,8 @@ def take_orders(book: Book, event: OrdersReceived) -> None:
 def take_sync(book: Book, event: SyncReceived) -> None:
     sync = event.sync
     refusal = _refuse(book, sync)
+    if refusal is None:
+        leases.renew(book, sync.clock_ms)
     if refusal is None and sync.n < book.counters.applied:
         detail = f"a sync at {sync.n}, while orders up to {book.counters.applied} were taken"
         refusal = OrderAnswer(status="stale", applied=book.counters.applied, detail=detail)
@@ -56,7 +72,16 @@ def take_sync(book: Book, event: SyncReceived) -> None:
     _taken(book, event.request, sync.epoch, sync.n)
 
 
-def _refuse(book: Book, message: OrderBatch | Sync) -> OrderAnswer | None:
+def take_renewal(book: Book, event: RenewalReceived) -> None:
+    """No order: it has no number, and changes nothing but the leases."""
+    answer = _refuse(book, event.renew)
+    if answer is None:
+        leases.renew(book, event.renew.clock_ms)
+        answer = OrderAnswer(status="ok", applied=book.counters.applied)
+    book.act(Answer(event.request, answer))
+
+
+def _refuse(book: Book, message: OrderBatch | Sync | Renew) -> OrderAnswer | None:
     applied = book.counters.applied
     if message.node != book.node or message.instance != book.instance:
         detail = f"this is {book.node}, instance {book.instance}"
@@ -85,6 +110,9 @@ def _take(book: Book, order: Order) -> None:
         case Go(key=key):
             if (assignment := book.live.get(key)) is not None:
                 life.let_go(book, assignment, order)
+        case Suspend(key=key) | Resume(key=key):
+            if (assignment := book.live.get(key)) is not None:
+                suspension.take(book, assignment, order)
         case Stop(key=key, grace_ms=grace_ms, reason=reason):
             if (assignment := book.live.get(key)) is None:
                 life.tombstone(book, order)
@@ -101,10 +129,14 @@ def _want(book: Book, entry: Desired) -> None:
         if entry.stop is not None:
             life.tombstone(book, entry.stop)
         else:
-            life.begin(book, entry.start, entry.go)
+            assignment = life.begin(book, entry.start, entry.go)
+            if entry.standing is not None:
+                suspension.take(book, assignment, entry.standing)
         return
     if entry.go is not None:
         life.let_go(book, assignment, entry.go)
+    if entry.standing is not None and entry.stop is None:
+        suspension.take(book, assignment, entry.standing)
     if entry.stop is not None:
         verdict = Verdict(outcome="stopped", detail=entry.stop.reason)
         life.stop(book, assignment, verdict, entry.stop.grace_ms)

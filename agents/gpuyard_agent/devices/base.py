@@ -53,6 +53,9 @@ class DeviceProcess(msgspec.Struct, frozen=True, kw_only=True):
     memory_mib: int | None = None
     #: The MIG instance it runs in, "" for the whole card.
     mig_uuid: str = ""
+    #: Share of the card's multiprocessors, most of what was seen since this was last asked; None: the driver does not
+    #: tell it by process (in MIG mode, under MPS).
+    utilization_pct: int | None = None
 
 
 class MigInstanceFound(msgspec.Struct, frozen=True, kw_only=True):

@@ -7,9 +7,7 @@ limits on processes (cgroups, systemd) are the launcher's to tell.
 
 from __future__ import annotations
 
-import importlib.util
 import os
-import platform
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -43,8 +41,9 @@ class Capability(msgspec.Struct, frozen=True, kw_only=True):
     remedy: str = ""
 
 
-async def probe(backend: DeviceBackend) -> tuple[Capability, ...]:
-    """Of an open backend. Raises `DeviceTrouble` when the driver does not even list its cards."""
+async def probe(backend: DeviceBackend, suspend_problem: str) -> tuple[Capability, ...]:
+    """Of an open backend; `suspend_problem`: why the driver cannot suspend jobs, "" if it can. Raises `DeviceTrouble`
+    when the driver does not even list its cards."""
     devices = await backend.inventory()
     driver = await backend.driver()
     if backend.simulated:
@@ -60,7 +59,7 @@ async def probe(backend: DeviceBackend) -> tuple[Capability, ...]:
         _mps(devices),
         _mps_exclusive(is_admin()),
         _memory_by_process(sees_whole_host()),
-        _checkpoint(driver),
+        _checkpoint(suspend_problem),
     )
 
 
@@ -161,28 +160,12 @@ def _memory_by_process(host: bool) -> Capability:
     )
 
 
-def _checkpoint(driver: str) -> Capability:
-    missing, remedy = [], []
-    major = driver.split(".", 1)[0]
-    if not major.isdigit() or int(major) < _CHECKPOINT_DRIVER:
-        missing.append(f"the driver is {driver}")
-        remedy.append(f"a driver from {_CHECKPOINT_DRIVER} on")
-    if platform.machine() != "x86_64":
-        missing.append(f"this is {platform.machine()}, and it exists for x86_64 alone")
-    if not _has_module("cuda.bindings"):
-        missing.append("the package cuda-bindings is not installed")
-        remedy.append("pip install cuda-bindings")
-    if not missing:
+def _checkpoint(problem: str) -> Capability:
+    if not problem:
         detail = "jobs of one process on one card can be suspended to the host's memory"
         return Capability(name="checkpoint", state="yes", detail=detail)
-    return Capability(name="checkpoint", state="no", detail="; ".join(missing), remedy=", ".join(remedy))
-
-
-def _has_module(name: str) -> bool:
-    try:
-        return importlib.util.find_spec(name) is not None
-    except ModuleNotFoundError:
-        return False
+    remedy = f"a driver from {_CHECKPOINT_DRIVER} on, and pip install 'gpuyard[suspend]'"
+    return Capability(name="checkpoint", state="no", detail=problem, remedy=remedy)
 
 
 def _saying(devices: tuple[Device, ...], limits: Mapping[DeviceUuid, tuple[str, ...]], *beginnings: str) -> list[str]:

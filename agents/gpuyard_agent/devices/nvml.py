@@ -85,6 +85,8 @@ class NvmlBackend:
         self._changing: set[DeviceUuid] = set()
         #: Readings that an event asked for.
         self._tasks: set[asyncio.Task[None]] = set()
+        #: What lies between each two cards on PCIe, and for which cards that was asked.
+        self._pcie: tuple[tuple[DeviceUuid, ...], dict[DeviceUuid, tuple[tuple[DeviceUuid, str], ...]]] | None = None
         #: Held while cards are looked up and while the session is begun anew.
         self._looking = asyncio.Lock()
 
@@ -123,9 +125,10 @@ class NvmlBackend:
             await self._look_up()
         await asyncio.gather(*(self._read(card) for card in self._cards.values()))
         present = [card for card in self._cards.values() if card.handle is not None]
+        pcie = await self._read_pcie(present)
         for uuid, peers in peers_of(present).items():
             card = self._cards[uuid]
-            card.device = msgspec.structs.replace(card.device, nvlinks=peers)
+            card.device = msgspec.structs.replace(card.device, nvlinks=peers, pcie_peers=pcie.get(uuid, ()))
         return tuple(self._shown(card) for card in self._ordered())
 
     async def samples(self) -> tuple[DeviceSample, ...]:
@@ -135,10 +138,16 @@ class NvmlBackend:
         card = self._card(device)
         return await self._ask(card, "processes", lambda: read_processes(card), SAMPLE_S)
 
-    async def pcie(self) -> dict[DeviceUuid, tuple[tuple[DeviceUuid, str], ...]]:
-        """What lies between each two cards on PCIe, in words of `nvml_topology.PCIE_LEVELS`."""
-        present = [card for card in self._ordered() if card.handle is not None]
-        return await self._session.call("topology", lambda: read_pcie(present), INVENTORY_S)
+    async def _read_pcie(self, present: list[Card]) -> dict[DeviceUuid, tuple[tuple[DeviceUuid, str], ...]]:
+        """Asked once for the same cards: it takes a call for each two, and never changes."""
+        uuids = tuple(sorted(card.facts.uuid for card in present))
+        if self._pcie is None or self._pcie[0] != uuids:
+            try:
+                found = await self._session.call("topology", lambda: read_pcie(present), INVENTORY_S)
+            except DeviceTrouble:
+                return {}
+            self._pcie = uuids, found
+        return self._pcie[1]
 
     async def limits(self) -> dict[DeviceUuid, tuple[str, ...]]:
         silent = self._session.events.silent

@@ -77,6 +77,11 @@ class Card(msgspec.Struct, kw_only=True):
     #: Active NVLinks, as (type of the other end, its PCI bus id in lower case). In MIG mode a card is off NVLink, and
     #: what it had before is kept: any use that needs the links has MIG mode off.
     links: tuple[tuple[int, str], ...] = ()
+    #: The driver's time of the newest sample of processes' load that was read; what the last reading gave, and when
+    #: (monotonic clock).
+    load_seen_us: int = 0
+    loads: dict[int, int] | None = None
+    loads_read_s: float = 0.0
 
 
 def read_facts(handle: Any) -> CardFacts:

@@ -14,7 +14,7 @@ import msgspec
 import pynvml
 
 from gpuyard_agent.devices.base import DeviceProcess, MigInstanceFound
-from gpuyard_agent.devices.nvml_calls import MIB, fields, optional
+from gpuyard_agent.devices.nvml_calls import MIB, checked, code_of, fields, optional
 from gpuyard_agent.devices.nvml_cards import Card, read_memory
 from gpuyard_protocol.nodes import DeviceSample, InstanceSample
 
@@ -35,6 +35,8 @@ _FIELDS = (
 )
 #: Two readings of a performance counter must be at least this far apart.
 _METER_S = 0.1
+#: So long one reading of the processes' load serves whoever asks.
+_LOADS_S = 1.0
 
 
 class _Reading(msgspec.Struct, kw_only=True):
@@ -148,6 +150,27 @@ def _whole(value: Any) -> int | None:
     return int(value) if value is not None else None
 
 
+def _read_loads(card: Card) -> dict[int, int] | None:
+    """By pid, the most of what was sampled since the last reading; None: the card does not tell. Raises `Lost`. Two who
+    ask one after the other are told the same: what the first has read is not there for the second."""
+    if time.monotonic() - card.loads_read_s >= _LOADS_S:
+        card.loads, card.loads_read_s = _read_fresh_loads(card), time.monotonic()
+    return card.loads
+
+
+def _read_fresh_loads(card: Card) -> dict[int, int] | None:
+    try:
+        samples = checked(pynvml.nvmlDeviceGetProcessUtilization, card.handle, card.load_seen_us)
+    except pynvml.NVMLError as error:
+        # Nothing new means that nobody computed. A driver may also report success while it finds nothing.
+        return {} if code_of(error) in (pynvml.NVML_ERROR_NOT_FOUND, pynvml.NVML_SUCCESS) else None
+    loads: dict[int, int] = {}
+    for sample in samples:
+        loads[int(sample.pid)] = max(loads.get(int(sample.pid), 0), min(100, int(sample.smUtil)))
+        card.load_seen_us = max(card.load_seen_us, int(sample.timeStamp))
+    return loads
+
+
 def read_processes(card: Card) -> tuple[DeviceProcess, ...]:
     """By pid. Clients of MPS are listed like any other. Raises `Lost`."""
     places = {(one.gpu_instance, one.compute_instance): one.mig_uuid for one in card.instances}
@@ -169,7 +192,14 @@ def read_processes(card: Card) -> tuple[DeviceProcess, ...]:
         used = process.usedGpuMemory
         mig_uuid = places.get((process.gpuInstanceId, process.computeInstanceId), "")
         found[int(process.pid), mig_uuid] = int(used) // MIB if used is not None else None
+    loads = _read_loads(card)
     return tuple(
-        DeviceProcess(device=card.facts.uuid, pid=pid, memory_mib=used, mig_uuid=mig_uuid)
+        DeviceProcess(
+            device=card.facts.uuid,
+            pid=pid,
+            memory_mib=used,
+            mig_uuid=mig_uuid,
+            utilization_pct=loads.get(pid, 0) if loads is not None else None,
+        )
         for (pid, mig_uuid), used in sorted(found.items())
     )

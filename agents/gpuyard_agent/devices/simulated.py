@@ -169,6 +169,7 @@ class SimulatedBackend:
                         pid=pid,
                         memory_mib=_memory_on(card, hold) * _MEMORY_USE_PCT // 100,
                         mig_uuid=instance.mig_uuid if instance else "",
+                        utilization_pct=_use_pct(card, hold) if isinstance(hold, WholeCards | TimeSliceShare) else None,
                     )
                 )
         return tuple(found)
@@ -339,9 +340,23 @@ def _describe(index: int, cards: tuple[CardModel, ...], uuids: list[str]) -> Dev
         mig_profiles=model.mig_profiles,
         mps_clients_max=model.mps_clients_max,
         pci_bus_id=f"00000000:{0x10 + index:02X}:00.0",
-        numa_node=index * 2 // len(cards),
+        numa_node=_numa_of(index, len(cards)),
         nvlinks=peers,
+        pcie_peers=tuple(
+            (uuids[other], _between(index, other, len(cards))) for other in range(len(cards)) if other != index
+        ),
     )
+
+
+def _numa_of(index: int, count: int) -> int:
+    return index * 2 // count
+
+
+def _between(one: int, other: int, count: int) -> str:
+    """As on most boards: two cards behind each switch, half of them at each socket."""
+    if _numa_of(one, count) != _numa_of(other, count):
+        return "system"
+    return "same-switch" if one // 2 == other // 2 else "numa-node"
 
 
 def _mode_of(partition: Partition) -> Mode:

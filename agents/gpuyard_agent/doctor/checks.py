@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 import msgspec
 
 from gpuyard_agent import host, network
+from gpuyard_agent.checkpoint_worker import CheckpointWorker
 from gpuyard_agent.config import AgentConfig
 from gpuyard_agent.devices.base import DeviceBackend, DeviceTrouble, NoDriver
 from gpuyard_agent.devices.capabilities import Capability, State, probe
@@ -75,7 +76,7 @@ async def cards(backend: DeviceBackend) -> list[Finding]:
         remedy = "install NVIDIA's driver; without one this node offers its CPUs alone"
         return [Finding(area="cards", name="driver", state="no", detail=str(error), remedy=remedy)]
     try:
-        found: tuple[Capability, ...] = await probe(backend)
+        found: tuple[Capability, ...] = await probe(backend, "" if backend.simulated else await _suspend_problem())
     except DeviceTrouble as error:
         return [Finding(area="cards", name="driver", state="no", detail=str(error))]
     finally:
@@ -83,6 +84,14 @@ async def cards(backend: DeviceBackend) -> list[Finding]:
     return [
         Finding(area="cards", name=one.name, state=one.state, detail=one.detail, remedy=one.remedy) for one in found
     ]
+
+
+async def _suspend_problem() -> str:
+    worker = CheckpointWorker()
+    try:
+        return await worker.problem()
+    finally:
+        await worker.close()
 
 
 def processes(found: Enforceable) -> Iterator[Finding]:

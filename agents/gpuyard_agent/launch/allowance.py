@@ -21,8 +21,8 @@ BACKSTOP_MS = 600_000
 
 def limits_of(launch: Launch, grant: PartitionGrant) -> Limits:
     """For one replica, by what was asked and what was granted."""
-    # Halted time does not count, and systemd would count it.
-    has_backstop = launch.time_limit_ms > 0 and grant.mode != "timeslice"
+    # Time in which it is halted or suspended does not count, and systemd would count it.
+    has_backstop = launch.time_limit_ms > 0 and grant.mode != "timeslice" and not launch.suspendable
     return Limits(
         memory_mib=launch.memory_limit_mib,
         cpu_milli=launch.cpu_limit_milli,

@@ -76,6 +76,11 @@ class ProcessSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     stderr: str
     umask: int = 0o027
     limits: Limits = Limits()
+    #: It is ended, with this grace, once `renewed_ms` (of the clock that counts from boot and while the host sleeps) or
+    #: a later `renew` is so long ago, whether the agent is there or not; 0: never.
+    lease_ms: int = 0
+    lease_grace_ms: int = 0
+    renewed_ms: int = 0
 
 
 class Started(msgspec.Struct, frozen=True, tag="started", kw_only=True, omit_defaults=True):
@@ -90,8 +95,8 @@ class Started(msgspec.Struct, frozen=True, tag="started", kw_only=True, omit_def
 
 
 class Refused(msgspec.Struct, frozen=True, tag="refused", kw_only=True, omit_defaults=True):
-    """Nothing was started. `code`: `WorkingDirectoryMissing`, `CommandNotFound`, `PermissionDenied`, `AccountMissing`,
-    `OutputUnavailable`, `StartFailed`."""
+    """Nothing was started. `code`: `WorkingDirectoryMissing`, `CommandNotFound`, `PermissionDenied`, `StartFailed` (the
+    command cannot be passed on); `AccountMissing`, `OutputUnavailable`, `LauncherFailed` (the host's fault)."""
 
     key: AssignmentKey
     code: str
@@ -116,6 +121,8 @@ class ProcessExit(msgspec.Struct, frozen=True, tag="exited", kw_only=True, omit_
     started_ms: int = 0
     at_ms: int = 0
     detail: str = ""
+    #: Its lease had run out.
+    expired: bool = False
 
 
 class ProcessState(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -154,6 +161,15 @@ class Launcher(Protocol):
         """Halt the whole trees of these, or let them go on. Unknown and ended keys are no error; asked again, it
         changes nothing. A frozen replica is still killed by a stop, and thawed for its grace. When nobody is there to
         thaw it (the agent is gone), the supervisor does, and under systemd the next `open`."""
+        ...
+
+    async def limit_memory(self, key: AssignmentKey, memory_mib: int) -> None:
+        """From now on it may use so much memory; nothing happens where the host keeps no such limit, or it was started
+        without one. Unknown and ended keys are no error."""
+        ...
+
+    async def renew(self, renewed_ms: int) -> None:
+        """Leases count from this time on, those that count from a later one excepted."""
         ...
 
     async def list(self) -> tuple[ProcessState, ...]:

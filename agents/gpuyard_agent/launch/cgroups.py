@@ -108,6 +108,12 @@ class Cgroups:
         if limits.tasks and "pids" in self.limits:
             _write(group, "pids.max", str(limits.tasks))
 
+    def limit_memory(self, key: AssignmentKey, memory_mib: int) -> None:
+        """A new limit, where one was set; a group without one gets none."""
+        group = self._groups.get(key)
+        if group is not None and _read(os.path.join(group, "memory.max")).strip() not in ("", "max"):
+            _write(group, "memory.max", str(memory_mib * 2**20))
+
     def adopt(self, key: AssignmentKey, pid: int) -> None:
         """Find the group that an earlier supervisor put this process in; it may have lived elsewhere itself."""
         place = find_place()

@@ -34,7 +34,8 @@ async def choose(choice: LauncherChoice, node: str, state: Path) -> Launcher:
     socket = state / "supervisor.sock"
     if choice == "auto":
         choice = "systemd" if systemd_is_there() and not await _answers(socket) else "supervisor"
-    return SystemdLauncher(node) if choice == "systemd" else SupervisorLauncher(socket, state)
+    leases = state / "leases.json"
+    return SystemdLauncher(node, leases=leases) if choice == "systemd" else SupervisorLauncher(socket, state)
 
 
 async def _answers(socket: Path) -> bool:

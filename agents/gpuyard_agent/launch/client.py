@@ -27,8 +27,10 @@ from gpuyard_agent.launch.messages import (
     FrameBuffer,
     FreezeMany,
     Leave,
+    LimitMemory,
     ListAll,
     Listing,
+    Renew,
     Request,
     Results,
     StartMany,
@@ -106,6 +108,12 @@ class SupervisorLauncher:
     async def freeze(self, keys: Sequence[AssignmentKey], *, frozen: bool) -> None:
         if keys:
             await self._send(FreezeMany(tuple(keys), frozen))
+
+    async def limit_memory(self, key: AssignmentKey, memory_mib: int) -> None:
+        await self._send(LimitMemory(key, memory_mib))
+
+    async def renew(self, renewed_ms: int) -> None:
+        await self._send(Renew(renewed_ms))
 
     async def list(self) -> tuple[ProcessState, ...]:
         async with self._list_lock:

@@ -36,6 +36,17 @@ class Enforceable(msgspec.Struct, frozen=True, kw_only=True):
     #: What does not hold and why, for people.
     lacking: tuple[str, ...]
 
+    def names(self) -> tuple[str, ...]:
+        """Of what holds, as the inventory tells it."""
+        held = {
+            "accounts": self.accounts,
+            "cpu": self.cpu,
+            "devices": self.devices,
+            "memory": self.memory,
+            "tasks": self.tasks,
+        }
+        return tuple(name for name, holds in held.items() if holds)
+
 
 def probe_supervisor() -> Enforceable:
     """Tries it with a group of its own, which is gone afterwards."""

@@ -42,6 +42,19 @@ class FreezeMany(msgspec.Struct, frozen=True, tag="freeze"):
     frozen: bool
 
 
+class LimitMemory(msgspec.Struct, frozen=True, tag="limit-memory"):
+    """A new limit for one that was started with one. No answer; taken in order with stops and freezes."""
+
+    key: AssignmentKey
+    memory_mib: int
+
+
+class Renew(msgspec.Struct, frozen=True, tag="renew"):
+    """Leases count from this time on. No answer."""
+
+    renewed_ms: int
+
+
 class ListAll(msgspec.Struct, frozen=True, tag="list"):
     """Answered by `Listing`."""
 
@@ -56,7 +69,7 @@ class Leave(msgspec.Struct, frozen=True, tag="leave"):
     """This agent ends on purpose: without anything running, the supervisor ends too."""
 
 
-Request: TypeAlias = StartMany | StopOne | FreezeMany | ListAll | Forget | Leave
+Request: TypeAlias = StartMany | StopOne | FreezeMany | LimitMemory | Renew | ListAll | Forget | Leave
 
 
 class Results(msgspec.Struct, frozen=True, tag="results"):

@@ -35,17 +35,27 @@ class Header(msgspec.Struct, frozen=True, tag="header"):
     boot_id: str
 
 
-class Intent(msgspec.Struct, frozen=True, tag="intent"):
+class Intent(msgspec.Struct, frozen=True, tag="intent", omit_defaults=True):
     key: AssignmentKey
     uid: int
+    lease_ms: int = 0
+    lease_grace_ms: int = 0
 
 
-class Running(msgspec.Struct, frozen=True, tag="started"):
+class Running(msgspec.Struct, frozen=True, tag="started", omit_defaults=True):
     key: AssignmentKey
     pid: int
     start_time: int
     at_ms: int
     uid: int
+    lease_ms: int = 0
+    lease_grace_ms: int = 0
+
+
+class Renewed(msgspec.Struct, frozen=True, tag="renewed"):
+    """Leases count from here."""
+
+    renewed_ms: int
 
 
 class Refusal(msgspec.Struct, frozen=True, tag="refused"):
@@ -62,7 +72,7 @@ class Forgotten(msgspec.Struct, frozen=True, tag="forgotten"):
     key: AssignmentKey
 
 
-Line: TypeAlias = Header | Intent | Running | Refusal | Ending | Forgotten
+Line: TypeAlias = Header | Intent | Running | Renewed | Refusal | Ending | Forgotten
 
 
 class Remembered(msgspec.Struct, kw_only=True):
@@ -74,6 +84,7 @@ class Remembered(msgspec.Struct, kw_only=True):
     running: dict[AssignmentKey, Running] = msgspec.field(default_factory=dict)
     #: Ended and not forgotten, with the start where it is known.
     ended: dict[AssignmentKey, tuple[Running | None, ProcessExit]] = msgspec.field(default_factory=dict)
+    renewed_ms: int = 0
 
 
 _ENCODER = msgspec.json.Encoder()
@@ -129,6 +140,7 @@ class Records:
     def rewrite(self, kept: Remembered) -> None:
         """Replace the file by one with these alone."""
         lines: list[Line] = [Header(self.state_id, self._boot_id)]
+        lines += [Renewed(kept.renewed_ms)] if kept.renewed_ms else []
         lines += kept.intents.values()
         lines += kept.running.values()
         for start, ending in kept.ended.values():
@@ -177,6 +189,8 @@ class Records:
             case Running(key=key):
                 found.intents.pop(key, None)
                 found.running[key] = line
+            case Renewed(renewed_ms=renewed_ms):
+                found.renewed_ms = renewed_ms
             case Refusal(key=key):
                 found.intents.pop(key, None)
             case Ending(exit=ending):

@@ -30,7 +30,8 @@ from gpuyard_agent.launch import kernel
 from gpuyard_agent.launch.base import ProcessExit, ProcessSpec, ProcessState, Refused, Started, StartResult
 from gpuyard_agent.launch.cgroups import Cgroups
 from gpuyard_agent.launch.job_files import StartRefused
-from gpuyard_agent.launch.records import Ending, Forgotten, Intent, Records, Refusal, Remembered, Running
+from gpuyard_agent.launch.leases import LOOK_S, Lease, Leases, boot_clock_ms
+from gpuyard_agent.launch.records import Ending, Forgotten, Intent, Records, Refusal, Remembered, Renewed, Running
 from gpuyard_agent.launch.spawn import MARK, spawn
 from gpuyard_protocol.names import AssignmentKey
 
@@ -79,6 +80,7 @@ class Replicas:
     def __init__(self, records: Records, log: Log, cgroups: Cgroups) -> None:
         self._records = records
         self._cgroups = cgroups
+        self._leases = Leases(records.remembered.renewed_ms if records.same_boot else 0)
         #: Replicas that are halted by `freeze`.
         self._frozen: set[AssignmentKey] = set()
         self._log = log
@@ -141,6 +143,8 @@ class Replicas:
             now + _LOOK_S if replica.adopted or self._doubts else replica.clear_until
             for replica in self._clearing.values()
         ]
+        if self._leases.waits:
+            deadlines.append(now + LOOK_S)
         return min(deadlines, default=None)
 
     # --- requests ---
@@ -150,7 +154,7 @@ class Replicas:
         if known is not None:
             return Started(key=known.key, pid=known.pid, start_time=known.start_time, at_ms=known.at_ms)
         try:
-            self._records.append(Intent(spec.key, spec.account.uid))
+            self._records.append(Intent(spec.key, spec.account.uid, spec.lease_ms, spec.lease_grace_ms))
             try:
                 pid = spawn(spec, f"{self._mark_prefix}{spec.key}")
             except StartRefused as refused:
@@ -158,7 +162,7 @@ class Replicas:
                 return Refused(key=spec.key, code=refused.code, detail=refused.detail)
         except OSError as error:
             return Refused(
-                key=spec.key, code="StartFailed", detail=f"the supervisor cannot write its records: {error.strerror}"
+                key=spec.key, code="LauncherFailed", detail=f"the supervisor cannot write its records: {error.strerror}"
             )
         facts = kernel.facts_of(pid)  # our child, not reaped: it is there, if only as a zombie
         start_time = facts.start_time if facts is not None else 0
@@ -167,7 +171,10 @@ class Replicas:
         )
         self._cgroups.admit(spec.key, pid, spec.limits)
         self._replicas[spec.key] = self._mains[pid] = replica
-        self._record(Running(spec.key, pid, start_time, replica.at_ms, replica.uid))
+        self._record(self._line(replica, Lease(spec.lease_ms, spec.lease_grace_ms)))
+        if spec.lease_ms:
+            self._leases.hold(spec.key, Lease(spec.lease_ms, spec.lease_grace_ms))
+            self.renew(spec.renewed_ms)
         _be_ordinary_to_oom_killer(pid)
         return Started(key=spec.key, pid=pid, start_time=start_time, at_ms=replica.at_ms)
 
@@ -196,6 +203,15 @@ class Replicas:
         (self._frozen.add if frozen else self._frozen.discard)(key)
         if not self._cgroups.freeze(key, frozen):
             self._signal(replica, signal.SIGSTOP if frozen else signal.SIGCONT)
+
+    def limit_memory(self, key: AssignmentKey, memory_mib: int) -> None:
+        self._cgroups.limit_memory(key, memory_mib)
+
+    def renew(self, renewed_ms: int) -> None:
+        if self._leases.renew(renewed_ms):
+            self._record(Renewed(renewed_ms))
+            if self._records.wants_rewrite(len(self._replicas)):
+                self._records.rewrite(self._remembered())
 
     def thaw_all(self) -> None:
         """Nobody is there who would do it later."""
@@ -245,6 +261,10 @@ class Replicas:
     def tick(self) -> None:
         """Kill those whose grace is over, and go on clearing."""
         now = time.monotonic()
+        if self._leases.waits:
+            for key, grace_ms in self._leases.run_out(boot_clock_ms()):
+                self._log("lease-over", str(key))
+                self.stop(key, grace_ms)
         for key, replica in list(self._stopping.items()):
             if replica.kill_at is not None and replica.kill_at <= now:
                 del self._stopping[key]
@@ -275,6 +295,7 @@ class Replicas:
             signal=max(-code, 0),
             lost=status is None,
             stopped=replica.stopping,
+            expired=self._leases.is_over(replica.key),
             started_ms=replica.at_ms,
             at_ms=now_ms,
             detail="" if status is not None else "it ended after its supervisor had been killed: nobody saw how",
@@ -386,12 +407,18 @@ class Replicas:
             ending = msgspec.structs.replace(ending, detail=f"processes that do not die were left behind: {pids}")
             self._log("strays-left", f"{replica.key}: {pids}")
         replica.exit = ending
+        self._leases.drop(replica.key)
         self._cgroups.remove(replica.key)
         del self._clearing[replica.key]
         self._record(Ending(ending))
         self._exits.append(ending)
 
-    def _record(self, line: Running | Ending | Forgotten) -> None:
+    @staticmethod
+    def _line(replica: Replica, lease: Lease) -> Running:
+        start = replica.key, replica.pid, replica.start_time, replica.at_ms, replica.uid
+        return Running(*start, lease.lease_ms, lease.grace_ms)
+
+    def _record(self, line: Running | Ending | Forgotten | Renewed) -> None:
         """Write down what has happened already: a full disk cannot make it undone, so it is told in the log alone."""
         try:
             self._records.append(line)
@@ -427,6 +454,7 @@ class Replicas:
             key=line.key, pid=line.pid, start_time=line.start_time, at_ms=line.at_ms, uid=line.uid, adopted=True
         )
         self._replicas[line.key] = replica
+        self._leases.hold(line.key, Lease(line.lease_ms, line.lease_grace_ms))
         if self._records.same_boot:
             self._cgroups.adopt(line.key, line.pid)
         else:
@@ -453,7 +481,8 @@ class Replicas:
         first = min(leaders, key=lambda facts: facts.start_time, default=None)
         now_ms = time.time_ns() // 1_000_000
         if first is not None and self._records.same_boot:
-            line = Running(intent.key, first.pid, first.start_time, now_ms, intent.uid)
+            lease = intent.lease_ms, intent.lease_grace_ms
+            line = Running(intent.key, first.pid, first.start_time, now_ms, intent.uid, *lease)
             self._record(line)
             self._recover_running(line)
             return
@@ -468,9 +497,9 @@ class Replicas:
             replica.ending = msgspec.structs.replace(replica.ending, detail=detail)
 
     def _remembered(self) -> Remembered:
-        kept = Remembered()
+        kept = Remembered(renewed_ms=self._leases.renewed_ms)
         for key, replica in self._replicas.items():
-            line = Running(key, replica.pid, replica.start_time, replica.at_ms, replica.uid)
+            line = self._line(replica, self._leases.of(key))
             if replica.exit is None:
                 kept.running[key] = line
             else:

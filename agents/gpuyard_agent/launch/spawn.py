@@ -24,6 +24,8 @@ from gpuyard_agent.launch.job_files import StartRefused, check_account, make_job
 
 #: Names the start in the environment of every process of it: `<supervisor's state id>/<key>`.
 MARK = "GPUYARD_LAUNCH"
+#: What the host has run out of, and no command can help.
+_HOST_IS_FULL = frozenset({errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.ENOSPC})
 
 
 def spawn(spec: ProcessSpec, mark: str) -> int:
@@ -114,7 +116,8 @@ def _explain(error: OSError, spec: ProcessSpec, argv: list[str]) -> StartRefused
         return StartRefused("CommandNotFound", f"there is no {command!r}{searched}")
     if isinstance(error, PermissionError):
         return StartRefused("PermissionDenied", f"{spec.account.name} may not execute {command!r}")
-    return StartRefused("StartFailed", f"cannot start {command!r}: {error.strerror}")
+    code = "LauncherFailed" if error.errno in _HOST_IS_FULL else "StartFailed"
+    return StartRefused(code, f"cannot start {command!r}: {error.strerror}")
 
 
 @contextlib.contextmanager

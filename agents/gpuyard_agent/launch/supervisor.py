@@ -42,8 +42,10 @@ from gpuyard_agent.launch.messages import (
     FrameBuffer,
     FreezeMany,
     Leave,
+    LimitMemory,
     ListAll,
     Listing,
+    Renew,
     Request,
     Results,
     StartMany,
@@ -248,6 +250,10 @@ class Supervisor:
                 self._halting = agent
                 for key in keys:
                     self._replicas.freeze(key, frozen)
+            case LimitMemory(key=key, memory_mib=memory_mib):
+                self._replicas.limit_memory(key, memory_mib)
+            case Renew(renewed_ms=renewed_ms):
+                self._replicas.renew(renewed_ms)
             case ListAll():
                 self._send(agent, Listing(os.getpid(), self._replicas.states()))
             case Forget(keys=keys):

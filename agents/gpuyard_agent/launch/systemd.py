@@ -18,12 +18,13 @@ import signal
 import stat
 from collections import deque
 from collections.abc import AsyncIterator, Coroutine, Sequence
+from pathlib import Path
 from typing import Any
 
 import msgspec
 import structlog
 
-from gpuyard_agent.launch import kernel
+from gpuyard_agent.launch import kernel, lease_keeper
 from gpuyard_agent.launch.base import (
     LauncherGone,
     ProcessExit,
@@ -35,6 +36,7 @@ from gpuyard_agent.launch.base import (
 )
 from gpuyard_agent.launch.command import resolve
 from gpuyard_agent.launch.job_files import StartRefused, check_account, make_job_dir, open_output, write_script
+from gpuyard_agent.launch.leases import Lease, Leases
 from gpuyard_agent.launch.systemd_bus import (
     NO_SUCH_PROCESS,
     NO_SUCH_UNIT,
@@ -47,6 +49,8 @@ from gpuyard_agent.launch.systemd_bus import (
 )
 from gpuyard_agent.launch.systemd_units import (
     FACTS,
+    NO_LIMIT,
+    OVER,
     STOPPING,
     UnitFacts,
     exit_of,
@@ -94,10 +98,13 @@ class _Prepared(msgspec.Struct, frozen=True):
 class SystemdLauncher:
     """Launches through the systemd that this host runs."""
 
-    def __init__(self, node: str, bus_address: str | None = None) -> None:
-        """`node`: goes into the units' names. `bus_address`: of another bus than the system's."""
+    def __init__(self, node: str, bus_address: str | None = None, *, leases: Path | None = None) -> None:
+        """`node`: goes into the units' names. `bus_address`: of another bus than the system's. `leases`: the file that
+        the lease keeper reads; without one nobody keeps leases."""
         self._node = node
         self._bus_address = bus_address
+        self._lease_file = leases
+        self._leases = Leases()
         self._manager: SystemdManager | None = None
         self._replicas: dict[AssignmentKey, _Replica] = {}
         #: Starts under way: asked again, they have one answer.
@@ -130,7 +137,12 @@ class SystemdLauncher:
             await manager.close()
             raise
         self._manager = manager
-        return await self.list()
+        if self._lease_file is not None:
+            self._leases = lease_keeper.read(self._lease_file)
+        states = await self.list()
+        known = {state.key for state in states if state.exit is None}
+        await self._change_leases(dropped=[key for key, _ in self._leases.items() if key not in known])
+        return states
 
     async def close(self) -> None:
         await self._disconnect()
@@ -173,6 +185,30 @@ class SystemdLauncher:
             _log.warning("systemd refused", why=str(error))
 
     # --- reading ---
+
+    async def renew(self, renewed_ms: int) -> None:
+        if self._leases.renew(renewed_ms):
+            await self._change_leases()
+
+    async def _change_leases(self, dropped: Sequence[AssignmentKey] = ()) -> None:
+        """Written down, and with somebody there to keep them."""
+        path = self._lease_file
+        for key in dropped:
+            self._leases.drop(key)
+        if path is None or not (len(self._leases) or path.exists()):
+            return
+        try:
+            await asyncio.to_thread(lease_keeper.write, path, self._leases)
+        except OSError as error:
+            _log.error("leases not written down", why=str(error))
+        if len(self._leases):
+            unit = lease_keeper.keeper_unit(self._node)
+            wanted = lease_keeper.keeper_properties(self._node, path, self._bus_address)
+            try:
+                await self._require().start_transient(unit, wanted, ())
+            except SystemdRefused as error:
+                if error.name != UNIT_EXISTS:
+                    _log.error("no lease keeper", why=str(error))
 
     async def list(self) -> tuple[ProcessState, ...]:
         manager = self._require()
@@ -250,11 +286,14 @@ class SystemdLauncher:
         )
 
     async def _is_stopping(self, unit: str) -> bool:
+        return await self._is_marked(unit, STOPPING)
+
+    async def _is_marked(self, unit: str, mark: str) -> bool:
         try:
             (description,) = await self._require().get(unit, UNIT, ("Description",))
         except SystemdRefused:
             return False
-        return str(description).endswith(STOPPING)
+        return str(description).endswith(mark)
 
     # --- starting ---
 
@@ -291,6 +330,10 @@ class SystemdLauncher:
         except StartRefused as refused:
             return Refused(key=spec.key, code=refused.code, detail=refused.detail)
         try:
+            if spec.lease_ms:
+                self._leases.hold(spec.key, Lease(spec.lease_ms, spec.lease_grace_ms))
+                self._leases.renew(spec.renewed_ms)
+                await self._change_leases()
             return await self._start_unit(spec, prepared)
         except StartRefused as refused:
             return Refused(key=spec.key, code=refused.code, detail=refused.detail)
@@ -307,7 +350,7 @@ class SystemdLauncher:
             outcome = await manager.start_transient(unit, wanted, descriptors)
         except SystemdRefused as error:
             if error.name != UNIT_EXISTS:
-                raise StartRefused("StartFailed", f"systemd refuses it: {error}") from None
+                raise StartRefused("LauncherFailed", f"systemd refuses it: {error}") from None
             # Started by an agent that did not live to see the answer.
             replica = await self._take_up(spec.key, unit)
             if replica is None:
@@ -317,7 +360,7 @@ class SystemdLauncher:
         facts = await self._read(unit)
         has_changed = self._first_reads.pop(unit, False)
         if facts is None:
-            raise StartRefused("StartFailed", f"systemd forgot {unit} at once")
+            raise StartRefused("LauncherFailed", f"systemd forgot {unit} at once")
         # A process that ends at once is a failed start to systemd as well; its status tells the two apart.
         if outcome != "done" and facts.was_never_executed:
             with contextlib.suppress(SystemdRefused):
@@ -358,7 +401,9 @@ class SystemdLauncher:
                     if facts.is_at_rest:
                         words = ", ".join(map(str, left))
                         detail = f"processes that do not die were left behind: {words}" if left else ""
-                        self._end(replica, exit_of(replica.key, facts, stopped=replica.stopping, detail=detail))
+                        expired = self._leases.has(replica.key) and await self._is_marked(replica.unit, OVER)
+                        ending = exit_of(replica.key, facts, stopped=replica.stopping, expired=expired, detail=detail)
+                        self._end(replica, ending)
         finally:
             replica.is_looked_at = False
 
@@ -383,6 +428,8 @@ class SystemdLauncher:
         self._frozen.discard(replica.key)
         if replica.kill is not None:
             replica.kill.cancel()
+        if self._leases.has(replica.key):
+            self._spawn(self._change_leases(dropped=(replica.key,)))
         if replica.key not in self._told:
             self._told.add(replica.key)
             self._exits.append(ending)
@@ -441,6 +488,18 @@ class SystemdLauncher:
         except SystemdRefused as error:
             if error.name not in (NO_SUCH_UNIT, NO_SUCH_PROCESS):
                 _log.warning("systemd would not signal", unit=replica.unit, why=str(error))
+
+    async def limit_memory(self, key: AssignmentKey, memory_mib: int) -> None:
+        manager = self._require()
+        replica = self._replicas.get(key)
+        if replica is None or replica.exit is not None:
+            return
+        try:
+            (present,) = await manager.get(replica.unit, SERVICE, ("MemoryMax",))
+            if present != NO_LIMIT:
+                await manager.set_property(replica.unit, ("MemoryMax", "t", memory_mib * 2**20))
+        except SystemdRefused as error:
+            _log.warning("systemd would not change a limit", unit=replica.unit, why=str(error))
 
     async def freeze(self, keys: Sequence[AssignmentKey], *, frozen: bool) -> None:
         self._require()

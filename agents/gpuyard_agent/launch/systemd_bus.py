@@ -148,7 +148,12 @@ class SystemdManager:
 
     async def describe(self, unit: str, description: str) -> None:
         """Change what stands in its description, until the unit goes."""
-        await self.call("SetUnitProperties", "sba(sv)", [unit, True, [["Description", Variant("s", description)]]])
+        await self.set_property(unit, ("Description", "s", description))
+
+    async def set_property(self, unit: str, wanted: Property) -> None:
+        """Change one that systemd lets be changed while the unit runs, until the unit goes."""
+        name, signature, value = wanted
+        await self.call("SetUnitProperties", "sba(sv)", [unit, True, [[name, Variant(signature, value)]]])
 
     async def _send(
         self,

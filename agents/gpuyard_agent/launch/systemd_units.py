@@ -27,9 +27,12 @@ from gpuyard_protocol.names import AssignmentKey
 SLICE = "gpuyard-jobs.slice"
 #: Said in a unit's description from the first stop on: so the next agent knows, too.
 STOPPING = " (stopping)"
+#: Said by whoever ended it because its lease had run out.
+OVER = " (lease over)"
 #: Between SIGTERM and SIGKILL where systemd itself ends a unit: at the backstop and when the host goes down.
 _TIMEOUT_STOP_US = 30_000_000
-_INFINITY = 2**64 - 1
+#: As systemd writes that there is no limit.
+NO_LIMIT = 2**64 - 1
 _NOFILE = 1_048_576
 #: Variables that systemd sets by itself.
 _OWN_VARIABLES = frozenset(
@@ -133,7 +136,7 @@ def properties(
         ("TimeoutStopUSec", "t", _TIMEOUT_STOP_US),
         ("OOMPolicy", "s", "kill"),
         ("LimitNOFILE", "t", _NOFILE),
-        ("LimitMEMLOCK", "t", _INFINITY),
+        ("LimitMEMLOCK", "t", NO_LIMIT),
         ("LimitCORE", "t", 0),
         *_limits(spec.limits),
     ]
@@ -145,7 +148,7 @@ def _limits(limits: Limits) -> list[Property]:
         found.append(("MemoryMax", "t", limits.memory_mib * 2**20))
     if limits.cpu_milli:
         found.append(("CPUQuotaPerSecUSec", "t", limits.cpu_milli * 1000))
-    found.append(("TasksMax", "t", limits.tasks or _INFINITY))
+    found.append(("TasksMax", "t", limits.tasks or NO_LIMIT))
     if limits.run_max_ms:
         found.append(("RuntimeMaxUSec", "t", limits.run_max_ms * 1000))
     if limits.devices is not None:
@@ -156,7 +159,9 @@ def _limits(limits: Limits) -> list[Property]:
     return found
 
 
-def exit_of(key: AssignmentKey, facts: UnitFacts, *, stopped: bool, detail: str = "") -> ProcessExit:
+def exit_of(
+    key: AssignmentKey, facts: UnitFacts, *, stopped: bool, expired: bool = False, detail: str = ""
+) -> ProcessExit:
     """How it ended, as systemd says it."""
     by_itself = facts.code == _CLD_EXITED
     words = {
@@ -169,6 +174,7 @@ def exit_of(key: AssignmentKey, facts: UnitFacts, *, stopped: bool, detail: str 
         exit_code=facts.status if by_itself else 0,
         signal=0 if by_itself else facts.status,
         stopped=stopped,
+        expired=expired,
         started_ms=facts.started_us // 1000,
         at_ms=facts.exited_us // 1000,
         detail=detail or words.get(facts.result, ""),
@@ -194,7 +200,7 @@ def explain(spec: ProcessSpec, program: str, status: int) -> StartRefused:
         return StartRefused("AccountMissing", f"systemd knows no account with uid {spec.account.uid} ({name})")
     if _EXIT_STDIN <= status <= _EXIT_STDERR:
         return StartRefused("OutputUnavailable", f"systemd could not set up the output (status {status})")
-    return StartRefused("StartFailed", f"systemd could not start {program!r} (status {status})")
+    return StartRefused("LauncherFailed", f"systemd could not start {program!r} (status {status})")
 
 
 def _has_reach(spec: ProcessSpec, program: str) -> bool:

@@ -69,7 +69,6 @@ class TurnTakingLauncher:
         book: Path | None = None,
         clock_ms: Callable[[], int],
         wall_ms: Callable[[], int],
-        is_busy: IsBusy = lambda key: None,
     ) -> None:
         """`book`: file that keeps frozen times over a restart of the agent. `clock_ms`: monotonic."""
         self._inner = inner
@@ -77,7 +76,8 @@ class TurnTakingLauncher:
         self._book = book
         self._clock_ms = clock_ms
         self._wall_ms = wall_ms
-        self._is_busy = is_busy
+        #: What the driver says of a replica's load, where it says it.
+        self.is_busy: IsBusy = lambda key: None
         #: Told how long a replica has been halted in all, whenever that has grown.
         self.on_halted: Callable[[AssignmentKey, int], None] = lambda key, total_ms: None
         #: Places on cards, by replica: card and weight.
@@ -85,6 +85,10 @@ class TurnTakingLauncher:
         self._running: dict[AssignmentKey, _Running] = {}
         #: Being stopped: never frozen again.
         self._stopping: set[AssignmentKey] = set()
+        #: On their way to or from the host's memory: halted by nobody meanwhile.
+        self._held_out: set[AssignmentKey] = set()
+        #: Held while replicas are halted and let go.
+        self._carrying = asyncio.Lock()
         self._frozen: dict[AssignmentKey, _Frozen] = self._read_book()
         #: CPU time of trees when last looked at, and when.
         self._seen: dict[AssignmentKey, tuple[int, int]] = {}
@@ -102,6 +106,22 @@ class TurnTakingLauncher:
         if self._places.pop(key, None) is not None:
             self._turns.leave(key, self._clock_ms())
             self._changed.set()
+
+    async def hold_out(self, key: AssignmentKey) -> None:
+        """No turns for it until `let_in`; it runs when this returns. Raises `LauncherGone`."""
+        self._held_out.add(key)
+        self._turns.leave(key, self._clock_ms())
+        async with self._carrying:
+            frozen = self._frozen.get(key)
+            if frozen is not None and frozen.since_ms:
+                await self._inner.freeze([key], frozen=False)
+                self._thawed(frozen)
+                self.on_halted(key, frozen.total_ms)
+        self._changed.set()
+
+    def let_in(self, key: AssignmentKey) -> None:
+        self._held_out.discard(key)
+        self._enter(key)
 
     def thawed_ms(self, key: AssignmentKey) -> int:
         """How long it has run without being halted; 0 for what does not run."""
@@ -156,6 +176,12 @@ class TurnTakingLauncher:
     async def freeze(self, keys: Sequence[AssignmentKey], *, frozen: bool) -> None:
         await self._inner.freeze(keys, frozen=frozen)
 
+    async def limit_memory(self, key: AssignmentKey, memory_mib: int) -> None:
+        await self._inner.limit_memory(key, memory_mib)
+
+    async def renew(self, renewed_ms: int) -> None:
+        await self._inner.renew(renewed_ms)
+
     async def list(self) -> tuple[ProcessState, ...]:
         return await self._inner.list()
 
@@ -171,7 +197,7 @@ class TurnTakingLauncher:
 
     def _enter(self, key: AssignmentKey) -> None:
         place = self._places.get(key)
-        if place is not None and key in self._running and key not in self._stopping:
+        if place is not None and key in self._running and key not in self._stopping and key not in self._held_out:
             self._turns.join(key, *place, self._clock_ms())
             self._changed.set()
 
@@ -179,6 +205,7 @@ class TurnTakingLauncher:
         self._turns.leave(key, self._clock_ms())
         self._running.pop(key, None)
         self._stopping.discard(key)
+        self._held_out.discard(key)
         self._seen.pop(key, None)
         self._frozen.pop(key, None)
         self._changed.set()
@@ -207,6 +234,10 @@ class TurnTakingLauncher:
                     await self._changed.wait()
 
     async def _carry_out(self, running: frozenset[Party]) -> None:
+        async with self._carrying:
+            await self._halt_and_let_go(running)
+
+    async def _halt_and_let_go(self, running: frozenset[Party]) -> None:
         """First halt those whose turn is over, then let the next ones go."""
         halted = {key for party in self._turns.parties() if party not in running for key in self._turns.members(party)}
         frozen = {key for key, one in self._frozen.items() if one.since_ms}
@@ -248,7 +279,7 @@ class TurnTakingLauncher:
 
     def _works(self, key: AssignmentKey, now_ms: int) -> bool | None:
         """None: it has not been watched for long enough to tell."""
-        busy = self._is_busy(key)
+        busy = self.is_busy(key)
         if busy is not None:
             return busy
         before = self._seen.get(key)

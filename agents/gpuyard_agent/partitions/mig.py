@@ -69,6 +69,8 @@ class MigMaker:
             device,
             modes=tuple(mode for mode in device.modes if mode == "mig"),
             mig_profiles=tuple(facts for facts in cut if facts.starts and facts.count_max > 0),
+            mig_taken=self.taken(device.uuid),
+            note=self.note(device.uuid),
         )
 
     def note(self, device: DeviceUuid) -> str:

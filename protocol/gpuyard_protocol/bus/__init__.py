@@ -17,6 +17,10 @@ from gpuyard_protocol.bus.base import (
     Subscription,
     Unanswered,
 )
+from gpuyard_protocol.bus.deferred import defer
+
+# Before anything imports nats-py, which stands behind this package alone.
+defer("aiohttp")
 
 __all__ = [
     "Bus",

@@ -13,6 +13,7 @@ import msgspec
 
 from gpuyard_protocol.bus.base import (
     BusError,
+    Message,
     NoResponders,
     PubAck,
     PublishRefused,
@@ -57,6 +58,7 @@ class _State(msgspec.Struct):
 
 class _Config(msgspec.Struct):
     max_bytes: int = -1
+    persist_mode: str = ""
 
 
 class ApiAnswer(msgspec.Struct):
@@ -85,6 +87,20 @@ def decode_ack(subject: str, data: bytes, header_block: bytes | None) -> PubAck:
     if not ack.stream or not ack.seq:
         raise ValueError("no acknowledgement of a stream")
     return PubAck(ack.stream, ack.seq, ack.duplicate)
+
+
+def decode_reply(subject: str, data: bytes, header_block: bytes | None) -> Message:
+    """Anybody's answer to a request, or the server's word that nobody is there to give one."""
+    headers: dict[str, str] = {}
+    if header_block is not None:
+        status, _, headers = decode_headers(header_block)
+        if status == STATUS_NO_RESPONDERS and not data:
+            raise NoResponders(f"nobody listens on {subject}")
+    return Message(subject, data, "", headers)
+
+
+def unavailable(what: str, fault: ApiFault) -> StreamUnavailable:
+    return StreamUnavailable(f"{what}: {fault.description} (JetStream error {fault.err_code})")
 
 
 def decode_answer(what: str, data: bytes) -> ApiAnswer:
@@ -119,6 +135,14 @@ def stream_config(spec: StreamSpec) -> dict[str, Any]:
         "num_replicas": spec.replicas,
         "persist_mode": "async" if spec.is_lazy and spec.replicas == 1 else "default",
     }
+
+
+def changed_config(spec: StreamSpec, known: ApiAnswer) -> dict[str, Any]:
+    """Settings for a stream that is there. How it writes to the disk was fixed when it was made, and stays."""
+    config = stream_config(spec)
+    if known.config is not None:
+        config["persist_mode"] = known.config.persist_mode or "default"
+    return config
 
 
 def consumer_config(name: str, start: int, filter_subject: str, inactive_threshold_s: float) -> dict[str, Any]:

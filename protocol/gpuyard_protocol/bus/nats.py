@@ -94,7 +94,8 @@ class CoreSubscription:
         self._handler(message)
 
     async def unsubscribe(self) -> None:
-        self._bus.close_route(self._sid)
+        """What the server sent before it heard of it is still handed over."""
+        await self._bus.drain_route(self._sid)
 
 
 class NatsBus:
@@ -289,7 +290,7 @@ class NatsBus:
     async def request(
         self, subject: str, data: bytes, *, timeout: float = 5.0, headers: Mapping[str, str] | None = None
     ) -> Message:
-        future = self._begin(subject, data, headers, timeout, _decode_reply)
+        future = self._begin(subject, data, headers, timeout, jetstream.decode_reply)
         connection = self._connection
         if connection is not None and connection.is_behind:
             await connection.relieve()
@@ -395,6 +396,18 @@ class NatsBus:
         if known is not None and self.is_connected:
             self._required().send(encode_unsubscribe(sid))
 
+    async def drain_route(self, sid: int) -> None:
+        route = self._routes.get(sid)
+        self.close_route(sid)
+        if route is not None and self.is_connected:
+            self._routes[sid] = route
+            try:
+                await self.flush()
+            except BusError:
+                pass  # The connection ended, and with it whatever was under way.
+            finally:
+                self._routes.pop(sid, None)
+
     def new_inbox(self, suffix: str) -> str:
         return f"{self._inbox}.{suffix}"
 
@@ -413,7 +426,7 @@ class NatsBus:
         """One JetStream operation; its errors become `StreamUnavailable` that begins with `what`."""
         answer = await self._api_answer(what, operation, body)
         if answer.error is not None:
-            raise _unavailable(what, answer.error)
+            raise jetstream.unavailable(what, answer.error)
         return answer
 
     async def _api_answer(self, what: str, operation: str, body: dict[str, Any] | None) -> jetstream.ApiAnswer:
@@ -428,14 +441,14 @@ class NatsBus:
 
     async def ensure_stream(self, spec: StreamSpec) -> None:
         # Not "create, and update if it is there": the server counts the room for a stream that exists a second time.
-        config = jetstream.stream_config(spec)
         known = await self._api_answer(f"state of stream {spec.name}", f"STREAM.INFO.{spec.name}", None)
         if known.error is None:
+            config = jetstream.changed_config(spec, known)
             await self.api(f"update stream {spec.name}", f"STREAM.UPDATE.{spec.name}", config)
         elif known.error.err_code == jetstream.ERROR_STREAM_NOT_FOUND:
-            await self.api(f"create stream {spec.name}", f"STREAM.CREATE.{spec.name}", config)
+            await self.api(f"create stream {spec.name}", f"STREAM.CREATE.{spec.name}", jetstream.stream_config(spec))
         else:
-            raise _unavailable(f"state of stream {spec.name}", known.error)
+            raise jetstream.unavailable(f"state of stream {spec.name}", known.error)
 
     async def stream_state(self, stream: str) -> StreamState:
         return jetstream.stream_state(await self.api(f"state of stream {stream}", f"STREAM.INFO.{stream}", None))
@@ -537,19 +550,6 @@ class NatsBus:
 
     def _blame(self, who: str, fault: Exception) -> None:
         self._loop.call_exception_handler({"message": f"bus {self._name}: {who} raised {fault!r}", "exception": fault})
-
-
-def _decode_reply(subject: str, data: bytes, header_block: bytes | None) -> Message:
-    headers = _NO_HEADERS
-    if header_block is not None:
-        status, _, headers = decode_headers(header_block)
-        if status == jetstream.STATUS_NO_RESPONDERS and not data:
-            raise NoResponders(f"nobody listens on {subject}")
-    return Message(subject, data, "", headers)
-
-
-def _unavailable(what: str, fault: jetstream.ApiFault) -> StreamUnavailable:
-    return StreamUnavailable(f"{what}: {fault.description} (JetStream error {fault.err_code})")
 
 
 def _is_refused_key(error: BaseException) -> bool:

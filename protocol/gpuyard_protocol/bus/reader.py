@@ -27,6 +27,8 @@ from gpuyard_protocol.bus.client import Route
 from gpuyard_protocol.bus.wire import MalformedMessage, decode_headers
 
 #: How long one pull stays open, and how often the server says that it still is.
+#: For one attempt to have a consumer made again.
+CREATE_TIMEOUT_S = 2.5
 PULL_EXPIRES_S = 60.0
 HEARTBEAT_S = 1.0
 #: Silent heartbeat intervals after which the consumer is given up.
@@ -192,8 +194,12 @@ class StreamReader:
         reported = ""
         while self._link.is_connected:
             try:
-                await self._create()
+                async with asyncio.timeout(CREATE_TIMEOUT_S):
+                    await self._create()
                 return
+            except TimeoutError:
+                # In a cluster, a stream without a leader does not answer, and has lost the question when it has one.
+                continue
             except BusError as error:
                 # Right after a server's start JetStream is not ready for a moment: that is no news.
                 if delay_s > 0.5 and str(error) != reported:
