@@ -33,6 +33,7 @@ from gpuyard_agent.http import HttpDoor
 from gpuyard_agent.launch.accounts import AccountPolicy
 from gpuyard_agent.launch.base import LauncherGone
 from gpuyard_agent.launch.choose import choose
+from gpuyard_agent.launch.containers import find_engine
 from gpuyard_agent.launch.limits import Enforceable, probe_supervisor, probe_systemd
 from gpuyard_agent.launch.systemd import SystemdLauncher
 from gpuyard_agent.launch.turn_taking import TurnTakingLauncher
@@ -91,8 +92,16 @@ async def _run_as(config: AgentConfig, state: Path, who: identity.Identity) -> N
     accounts = AccountPolicy(config.run_as, config.run_shares_as)
     backend, inventory = await _open_cards(config, who, accounts)
     checkpoint, inventory = await _open_checkpoint(config, inventory)
+    engine = await find_engine(config.containers)
     launcher, limits = await _open_launcher(config, state, who)
-    inventory = msgspec.structs.replace(inventory, launcher=limits.launcher, enforces=limits.names(), keeps_leases=True)
+    inventory = msgspec.structs.replace(
+        inventory,
+        launcher=limits.launcher,
+        enforces=limits.names(),
+        keeps_leases=True,
+        container_engine=engine.name,
+        container_problem=engine.problem,
+    )
     runtime = Runtime(
         identity=who,
         boot_id=host.boot_id(),
@@ -118,6 +127,7 @@ async def _run_as(config: AgentConfig, state: Path, who: identity.Identity) -> N
         launcher=launcher,
         accounts=accounts,
         checkpoint=checkpoint,
+        engine=engine,
         connector=functools.partial(_connect, config, who),
         drill=FaultDrill(state / FAULTS_FILE, backend) if isinstance(backend, SimulatedBackend) else None,
     )
@@ -141,7 +151,7 @@ async def _open_launcher(
     """What starts processes, and what it was found to enforce here."""
     chosen = await choose(config.launcher, who.node, state)
     limits = probe_systemd() if isinstance(chosen, SystemdLauncher) else probe_supervisor()
-    _log.info("launcher", kind=limits.launcher, enforces=limits.names(), lacking=limits.lacking)
+    _log.info("launcher", kind=type(chosen).__name__, enforces=limits.names(), lacking=limits.lacking)
     quantum_ms = int(config.quantum)
     launcher = TurnTakingLauncher(
         chosen,

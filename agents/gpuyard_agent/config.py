@@ -20,6 +20,7 @@ import msgspec
 from gpuyard_agent.devices.simulated import parse_cards
 from gpuyard_agent.launch.accounts import AccountPolicy
 from gpuyard_agent.launch.choose import LauncherChoice
+from gpuyard_agent.launch.containers import EngineChoice
 from gpuyard_agent.partitions.timeslice import Slice
 from gpuyard_protocol.codec import Malformed, from_plain
 from gpuyard_protocol.http_guard import OPEN, GuardRefused, HttpGuard, guard_for
@@ -80,6 +81,8 @@ class AgentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     log_level: str = "info"
     #: What starts jobs: `systemd`, `supervisor`, or `auto`: systemd where it is PID 1 and the agent is root.
     launcher: LauncherChoice = "auto"
+    #: What runs container images: `podman`, `docker`, `none`, or `auto`: the first of them that is installed.
+    containers: EngineChoice = "auto"
     #: How cards are time-sliced: `turns` (by weight, all but one halted), or `driver`, whose slices are then as long as
     #: `driver_slice` says.
     time_slice: Literal["turns", "driver"] = "turns"
@@ -200,6 +203,7 @@ def parse_arguments(arguments: Sequence[str]) -> AgentConfig:
     parser.add_argument("--nats", help="address of the NATS server, such as nats://127.0.0.1:4222")
     parser.add_argument("--node", help="name of this node; kept in the state directory from the first start on")
     parser.add_argument("--key", metavar="SEEDFILE", help="seed of this node's key")
+    parser.add_argument("--tls-ca", metavar="FILE", help="whom to trust for tls:// addresses")
     parser.add_argument("--simulate", metavar="CARDS", help="modelled cards, such as 8xH100-80GB")
     parser.add_argument("--run-as", metavar="USER", help="the Unix account that jobs run as")
     parser.add_argument("--http", metavar="HOST:PORT", help="address of metrics and health; '' for none")
@@ -208,7 +212,7 @@ def parse_arguments(arguments: Sequence[str]) -> AgentConfig:
     parser.add_argument("--log-level", choices=LOG_LEVELS)
     parser.add_argument("--launcher", choices=("auto", "systemd", "supervisor"), help="what starts jobs")
     given = parser.parse_args(arguments)
-    names = ("state", "nats", "node", "key", "simulate", "run_as", "http", "address", "log_level", "launcher")
+    names = ("state", "nats", "node", "key", "tls_ca", "simulate", "run_as", "http", "address", "log_level", "launcher")
     overrides: dict[str, Any] = {name: value for name in names if (value := getattr(given, name)) is not None}
     if given.label:
         overrides["labels"] = _parse_labels(given.label)

@@ -57,13 +57,14 @@ from gpuyard_agent.launch.base import (
     ProcessState,
     Started,
 )
+from gpuyard_agent.launch.containers import ENGINE_MISSING, Containers, NotContained
 from gpuyard_agent.logs import LogStore
 from gpuyard_agent.metrics import Metrics
 from gpuyard_agent.partitions.base import PartitionGrant, PartitionMaker, PartitionRefused
 from gpuyard_agent.suspending import Suspending
 from gpuyard_protocol.names import AssignmentKey, NodeId
 from gpuyard_protocol.nodes import Launch, OrderAnswer
-from gpuyard_protocol.resources import MpsShare, Partition
+from gpuyard_protocol.resources import MpsShare, Partition, devices_of
 
 #: Between tries to reach the launcher again.
 REOPEN_PAUSE_S = 0.2
@@ -80,6 +81,9 @@ class _Place(NamedTuple):
 
     grant: PartitionGrant
     account: Account
+    partition: Partition
+    #: It runs in a container.
+    is_contained: bool
 
 
 class Hands:
@@ -95,6 +99,7 @@ class Hands:
         checkpoints: CheckpointDirectories,
         metrics: Metrics,
         suspending: Suspending,
+        containers: Containers,
         *,
         network: Mapping[str, str],
         emit: Callable[[Event], None],
@@ -110,6 +115,7 @@ class Hands:
         self._network = network
         self._metrics = metrics
         self._suspending = suspending
+        self._containers = containers
         self._emit = emit
         self._answer = answer
         self._spawn = spawn
@@ -160,11 +166,15 @@ class Hands:
         try:
             shares_card = isinstance(partition, MpsShare)
             account = self._accounts.resolve(launch.tenant, launch.user, shares_card=shares_card)
+            if launch.image and not adopting:
+                self._containers.check(launch, partition)
             if not adopting:
                 await self._checkpoints.make(launch.tenant, key.job, account)
             grant = await take(key, partition, account, launch.tenant)
         except AccountMissing as error:
             return PartitionFailed(key, error.code, str(error))
+        except NotContained as error:
+            return PartitionFailed(key, ENGINE_MISSING, str(error))
         except PartitionRefused as error:
             return PartitionFailed(key, error.code, str(error))
         except DeviceTrouble as error:
@@ -172,7 +182,7 @@ class Hands:
             return PartitionFailed(key, PartitionRefused.code, str(error))
         except OSError as error:
             return PartitionFailed(key, "OutputUnavailable", f"no directory for checkpoints: {error}")
-        self._places[key] = _Place(grant, account)
+        self._places[key] = _Place(grant, account, partition, bool(launch.image))
         return PartitionReady(key)
 
     async def _take_again(self, action: ResumeProcess) -> Event:
@@ -197,7 +207,12 @@ class Hands:
     # --- processes ---
 
     async def _start(self, starts: Sequence[StartProcess]) -> None:
-        specs = [self._spec(start) for start in starts]
+        specs = []
+        for start in starts:
+            try:
+                specs.append(self._spec(start))
+            except NotContained as error:
+                self._emit(ProcessRefused(start.key, ENGINE_MISSING, str(error)))
         try:
             results = await self._launcher.start(specs)
         except LauncherGone as error:
@@ -214,23 +229,29 @@ class Hands:
     def _spec(self, start: StartProcess) -> ProcessSpec:
         key, launch = start.key, start.launch
         place, files = self._places[key], self._store.files(key)
-        job_dir = str(files.job_dir)
+        job_dir, checkpoint_dir = str(files.job_dir), str(self._checkpoints.path(launch.tenant, key.job))
+        env = environment(
+            key=key,
+            launch=launch,
+            grant=place.grant,
+            account=place.account,
+            node=self._node,
+            job_dir=job_dir,
+            go=start.go,
+            port=start.port,
+            checkpoint_dir=checkpoint_dir,
+            network=self._network,
+        )
+        wrapper: tuple[str, ...] = ()
+        if launch.image:
+            mounts = (launch.cwd or job_dir, job_dir, checkpoint_dir)
+            wrapper = self._containers.wrap(key, launch, place.account, env, mounts, self._cards_of(place))
         return ProcessSpec(
             key=key,
             argv=launch.argv,
+            wrapper=wrapper,
             script=launch.script,
-            env=environment(
-                key=key,
-                launch=launch,
-                grant=place.grant,
-                account=place.account,
-                node=self._node,
-                job_dir=job_dir,
-                go=start.go,
-                port=start.port,
-                checkpoint_dir=str(self._checkpoints.path(launch.tenant, key.job)),
-                network=self._network,
-            ),
+            env=env,
             cwd=launch.cwd,
             account=place.account,
             job_dir=job_dir,
@@ -241,6 +262,14 @@ class Hands:
             lease_grace_ms=launch.stop_grace_ms if launch.lease_ms else 0,
             renewed_ms=start.renewed_ms,
         )
+
+    def _cards_of(self, place: _Place) -> tuple[tuple[str, int], ...]:
+        """As a container engine needs them; modelled cards cannot be given to anybody."""
+        if place.grant.devices is None:
+            return ()
+        if place.grant.mig_uuid:
+            return ((place.grant.mig_uuid, -1),)
+        return tuple((uuid, self._partitions.index(uuid)) for uuid in devices_of(place.partition))
 
     async def _stop(self, key: AssignmentKey, grace_ms: int, pid: int) -> None:
         """Under MPS the work on the card is ended before the SIGKILL, so that it does not take the neighbours along;
@@ -314,6 +343,18 @@ class Hands:
 
     def _on_exit(self, ended: ProcessExit) -> None:
         self._partitions.running(ended.key, 0)
+        place = self._places.get(ended.key)
+        if place is not None and place.is_contained:
+            self._spawn(self._remove_container(ended, place.account))
+        else:
+            self._tell_exit(ended)
+
+    async def _remove_container(self, ended: ProcessExit, account: Account) -> None:
+        """Before the end is told: with it goes the partition."""
+        await self._containers.remove(ended.key, account)
+        self._tell_exit(ended)
+
+    def _tell_exit(self, ended: ProcessExit) -> None:
         self._emit(
             ProcessExited(
                 ended.key,

@@ -39,6 +39,7 @@ from gpuyard_agent.idle import IdleWatch
 from gpuyard_agent.inbox import Inbox
 from gpuyard_agent.job_use import JobUse
 from gpuyard_agent.launch.accounts import AccountPolicy
+from gpuyard_agent.launch.containers import Containers, Engine
 from gpuyard_agent.launch.turn_taking import TurnTakingLauncher
 from gpuyard_agent.ledger import Ledger
 from gpuyard_agent.logs import Followers, LogStore
@@ -101,6 +102,7 @@ class Runtime:
         launcher: TurnTakingLauncher,
         accounts: AccountPolicy,
         checkpoint: CheckpointBackend,
+        engine: Engine,
         connector: Connector,
         drill: FaultDrill | None = None,
     ) -> None:
@@ -134,6 +136,7 @@ class Runtime:
         self._store = LogStore(rules.jobs, lambda key: key in self._core.live)
         self._suspending = self._make_suspending(checkpoint)
         self._suspending.restore(live)
+        self._containers = Containers(engine, identity.node)
         self._hands = self._make_hands(rules, accounts)
         launcher.on_halted = lambda key, total_ms: self._inbox.put(TimeHalted(key, total_ms))
         self._use = JobUse(backend)
@@ -171,6 +174,7 @@ class Runtime:
             CheckpointDirectories(rules.jobs, rules.checkpoints),
             self.metrics,
             self._suspending,
+            self._containers,
             network=training_environment(inventory.address, inventory.interfaces, inventory.rdma),
             emit=self._inbox.put,
             answer=self._answer,

@@ -93,6 +93,8 @@ _QUERIES: tuple[tuple[str, type[Any], type[Any], str, str], ...] = (
         "adm",
     ),
     ("remove-node", queries.NodeRequest, queries.Ok, "Take a lost node out of the yard, and its key.", "adm"),
+    ("cordon", queries.CordonRequest, queries.Ok, "Keep new work away from a node; let it empty, if asked to.", "adm"),
+    ("uncordon", queries.NodeRequest, queries.Ok, "Let work go to a node again.", "adm"),
     ("audit", audit.AuditQuery, audit.AuditPage, "Who did what, newest first.", "adm"),
 )
 _SUBMISSIONS: tuple[tuple[subjects.SubmitVerb, type[Any], str], ...] = (

@@ -24,14 +24,17 @@ from gpuyard_protocol.names import (
     is_name,
     is_submission_id,
 )
-from gpuyard_protocol.resources import Isolation, ResourceNeed
+from gpuyard_protocol.nodes import IdleGpu
+from gpuyard_protocol.resources import GpuLoad, Isolation, ResourceNeed
 from gpuyard_protocol.units import Count, Cpus, Duration, GpuWish, Memory, MigProfile, Moment, Share
 
 Preemption: TypeAlias = Literal["never", "requeue", "checkpoint", "suspend"]
 OnNodeLost: TypeAlias = Literal["wait", "restart"]
 
 #: pending → starting → running → (stopping →) succeeded | failed | cancelled; a requeue leads back to pending.
-JobState: TypeAlias = Literal["pending", "starting", "running", "stopping", "succeeded", "failed", "cancelled"]
+JobState: TypeAlias = Literal[
+    "pending", "starting", "running", "suspended", "stopping", "succeeded", "failed", "cancelled"
+]  # fmt: skip
 FINAL_STATES: frozenset[str] = frozenset({"succeeded", "failed", "cancelled"})
 
 #: `afterok`: it succeeded. `afternotok`: it failed or was cancelled. `afterany`: it ended.
@@ -92,6 +95,8 @@ class JobRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_
     #: Cards by model: `H100`, `A100|H100`, `A100:80GB`, `A100:80GB:4` (then also the number).
     gpu_model: GpuWish | None = None
     gpu_processes: int = 1
+    #: Of a share: what it leans on, `compute`, `memory` or `light`; shares that lean on the same go to different cards.
+    gpu_load: GpuLoad | None = None
     cpus: Cpus | None = None
     memory: Memory | None = None
     node_labels: dict[str, str] = {}
@@ -107,7 +112,8 @@ class JobRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_
     #: Must exist on the node; without one the job starts in a directory of its own.
     cwd: str | None = None
     #: How it gives way to others: `never`; `requeue`: it is stopped and starts anew; `checkpoint`: SIGTERM tells it to
-    #: save its state within `stop_grace`, and its next start goes on from there.
+    #: save its state within `stop_grace`, and its next start goes on from there; `suspend`: its work goes into the
+    #: host's memory and comes back, where its card and node can do that, else as `requeue`.
     preemption: Preemption = "requeue"
     #: What a new start costs it before it goes on where it was: dear jobs are preempted more rarely.
     restart_time: Duration | None = None
@@ -195,8 +201,6 @@ class JobRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_
         for field in _NOT_HONOURED:
             if (value := getattr(self, field)) is not None:
                 raise Malformed(f"$.{field}", repr(value), "no value: this field is not honoured yet")
-        if self.preemption == "suspend":
-            raise _malformed("preemption", self.preemption, "'checkpoint', 'requeue' or 'never': not honoured yet")
 
     def _check(self) -> None:
         if self.submission_id is not None and not is_submission_id(self.submission_id):
@@ -271,6 +275,7 @@ class ResourceRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, 
     isolation: Isolation | None = None
     gpu_model: GpuWish | None = None
     gpu_processes: int = 1
+    gpu_load: GpuLoad | None = None
     cpus: Cpus | None = None
     memory: Memory | None = None
     node_labels: dict[str, str] = {}
@@ -295,6 +300,8 @@ def resource_need(request: JobRequest | ResourceRequest, *, default_isolation: I
     isolation = request.isolation or default_isolation
     if request.mig and isolation == "none":
         raise _malformed("isolation", "none", "'soft' or 'hard': a MIG instance is never shared in time")
+    if request.gpu_load and not (request.gpu or request.gpu_memory):
+        raise _malformed("gpu_load", request.gpu_load, "'gpu' or 'gpu_memory' beside it: only shares have neighbours")
     for label, value in request.node_labels.items():
         if not _LABEL.fullmatch(label) or not (value == "" or _LABEL.fullmatch(value)):
             raise Malformed(f"$.node_labels.{label}", repr(value), "letters, digits, '.', '_', '/', '-', at most 63")
@@ -305,6 +312,7 @@ def resource_need(request: JobRequest | ResourceRequest, *, default_isolation: I
         mig=str(request.mig or ""),
         isolation=isolation,
         gpu_processes=request.gpu_processes,
+        gpu_load=request.gpu_load or "",
         models=wish.models if wish else (),
         card_memory_mib=wish.memory_mib if wish else 0,
         cpu_milli=1000 if request.cpus is None else int(request.cpus),
@@ -442,6 +450,8 @@ class JobSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     #: When it should have ended, Unix milliseconds, or so long after acceptance; 0: whenever.
     deadline_ms: int = 0
     deadline_after_ms: int = 0
+    #: Its queue's rule about cards that compute nothing, as it was when the job was accepted; None: each node's own.
+    idle: IdleGpu | None = None
 
 
 class Why(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -471,6 +481,8 @@ class SubmissionAnswer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=
     at_ms: int = 0
     #: Of a request that may be let in later: how long to wait before it is sent again. 0: nothing is known.
     retry_after_ms: int = 0
+    #: What there is to say though it was let in: that its deadline cannot be promised.
+    note: str = ""
 
 
 class JobEvent(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

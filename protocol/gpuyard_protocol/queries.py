@@ -178,6 +178,8 @@ class NodeView(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     heard_ms_ago: int = -1
     #: Why it takes no work, in words.
     reason: str = ""
+    #: An operator keeps new work away from it.
+    cordoned: bool = False
 
 
 class NodesQuery(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -240,6 +242,35 @@ class UsageQuery(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_
     v: RequestVersion = 1
 
 
+class ModelUsage(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What somebody holds and has used of one model of card. Summed over time: GPU-milli × ms."""
+
+    model: str
+    held_milli: int = 0
+    #: From the order to start until the place was free again.
+    held_milli_ms: int = 0
+    #: Of that, while the job's process ran: what is between is preparing and clearing up.
+    used_milli_ms: int = 0
+
+
+class QueueUsage(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A grant of a queue that a tenant's jobs stand in, or of one above it."""
+
+    queue: str
+    #: "": the yard.
+    parent: str = ""
+    #: What cards it is for: "" for any model, and for either kind (`whole`, `shared`).
+    model: str = ""
+    kind: str = ""
+    #: By all jobs in the queue and those below it.
+    used_milli: int = 0
+    nominal_milli: int = 0
+    #: Most beyond nominal; -1: as much as others leave.
+    borrow_milli: int = -1
+    #: Most of nominal that others may hold while it is unused; -1: all of it.
+    lend_milli: int = -1
+
+
 class UserUsage(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What one user of a tenant holds and has used. Compute counts by fraction, in thousandths of a card."""
 
@@ -249,6 +280,7 @@ class UserUsage(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     used_milli_ms: int = 0
     #: Since when, Unix milliseconds: the first start.
     since_ms: int = 0
+    models: tuple[ModelUsage, ...] = ()
 
 
 class TenantUsage(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -265,6 +297,13 @@ class TenantUsage(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     used_milli_ms: int = 0
     since_ms: int = 0
     users: tuple[UserUsage, ...] = ()
+    models: tuple[ModelUsage, ...] = ()
+    #: Its queue, and the grants of that and of the queues above it.
+    queue: str = ""
+    queues: tuple[QueueUsage, ...] = ()
+    #: Its part of the yard beside other tenants', and the half octaves by which its jobs sink (below 0: rise) in line.
+    weight: int = 1
+    shift: int = 0
 
 
 class UsageReport(msgspec.Struct, frozen=True, kw_only=True):
@@ -289,6 +328,16 @@ class NodeRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit
     """`adm.….declare-dead` and `adm.….remove-node` → `Ok`; `QueryError` for a node that is not lost."""
 
     node: str
+    v: RequestVersion = 1
+
+
+class CordonRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """`adm.….cordon` → `Ok`: nothing new goes to the node until `adm.….uncordon` (a `NodeRequest`)."""
+
+    node: str
+    reason: str = ""
+    #: And jobs that may be preempted leave it: they end with grace and wait again, uncharged.
+    requeue: bool = False
     v: RequestVersion = 1
 
 

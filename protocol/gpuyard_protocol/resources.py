@@ -15,6 +15,9 @@ from gpuyard_protocol.units import MILLI, format_mib, format_milli
 
 #: How far neighbours on a card must be kept apart. `hard`: whole card or MIG. `soft`: MPS or MIG. `none`: time-slice.
 Isolation: TypeAlias = Literal["hard", "soft", "none"]
+#: What a share leans on, if its owner says so: two of the same heavy kind on one card slow each other down.
+GpuLoad: TypeAlias = Literal["", "compute", "memory", "light"]
+GPU_LOADS: tuple[GpuLoad, ...] = ("compute", "memory", "light")
 #: How a card is cut. `idle`: not cut; the first allocation decides.
 Mode: TypeAlias = Literal["idle", "whole", "mig", "mps", "timeslice"]
 MODES: tuple[Mode, ...] = ("whole", "mig", "mps", "timeslice")
@@ -47,6 +50,9 @@ class ResourceNeed(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     node_labels: tuple[tuple[str, str], ...] = ()
     #: Node names or ids allowed; empty: any.
     nodes: tuple[str, ...] = ()
+    #: The node must run container images.
+    containers: bool = False
+    gpu_load: GpuLoad = ""
 
     @property
     def wants_gpu(self) -> bool:
@@ -88,6 +94,7 @@ class MpsShare(msgspec.Struct, frozen=True, tag="mps", tag_field="mode"):
     share_milli: int
     memory_mib: int
     processes: int = 1
+    load: GpuLoad = ""
 
 
 class MigInstance(msgspec.Struct, frozen=True, tag="mig", tag_field="mode"):
@@ -110,6 +117,7 @@ class TimeSliceShare(msgspec.Struct, frozen=True, tag="timeslice", tag_field="mo
     #: Weight of the turns.
     share_milli: int
     memory_mib: int
+    load: GpuLoad = ""
 
 
 Partition: TypeAlias = NoGpu | WholeCards | MpsShare | MigInstance | TimeSliceShare

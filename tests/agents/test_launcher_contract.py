@@ -16,11 +16,11 @@ from pathlib import Path
 
 import pytest
 
-from gpuyard_agent.launch.base import Account, ProcessSpec, Started
+from gpuyard_agent.launch.base import Account, Limits, ProcessSpec, Started
 from gpuyard_agent.launch.leases import boot_clock_ms
 from gpuyard_agent.launch.spawn import MARK
 from gpuyard_protocol.names import AssignmentKey
-from support.launch import SCATTER, LaunchYard, alive, all_ended, ended, key, launch_yard, refusal, start, until
+from support.launch import KIND, SCATTER, LaunchYard, alive, all_ended, ended, key, launch_yard, refusal, start, until
 
 
 @pytest.fixture
@@ -406,6 +406,18 @@ async def test_a_job_that_ends_by_itself_has_not_run_out(launch: LaunchYard) -> 
     await start(launcher, leased(launch, 1, "exit 4", 60_000))
     told = await ended(launcher, key(1))
     assert (told.exit_code, told.expired) == (4, False)
+
+
+async def test_a_limit_of_memory_can_be_changed_and_none_is_made(launch: LaunchYard) -> None:
+    launcher = await launch.agent()
+    limited = await start(launcher, launch.shell(1, "sleep 1000", limits=Limits(memory_mib=100)))
+    free = await start(launcher, launch.shell(2, "sleep 1000"))
+    for job in (1, 2):
+        await launcher.limit_memory(key(job), 300)
+    await launcher.list()  # after what was asked before
+    is_kept = KIND == "systemd"
+    assert launch.memory_limit_mib(1, limited.pid) in ((300,) if is_kept else (300, None))
+    assert launch.memory_limit_mib(2, free.pid) is None
 
 
 async def test_limits_and_leases_of_nobody_are_no_error(launch: LaunchYard) -> None:

@@ -27,6 +27,7 @@ from gpuyard_agent.devices.nvml import NvmlBackend
 from gpuyard_agent.devices.simulated import SimulatedBackend, parse_cards
 from gpuyard_agent.launch.accounts import AccountPolicy
 from gpuyard_agent.launch.choose import systemd_is_there
+from gpuyard_agent.launch.containers import Engine, find_engine
 from gpuyard_agent.launch.limits import Enforceable, probe_supervisor, probe_systemd
 
 Area: TypeAlias = Literal["cards", "processes", "accounts", "network", "disk"]
@@ -55,6 +56,7 @@ async def examine(config: AgentConfig) -> tuple[Finding, ...]:
     return (
         *await cards(_backend(config)),
         *processes(probe_systemd() if _uses_systemd(config) else probe_supervisor()),
+        containers(await find_engine(config.containers)),
         *accounts(config),
         *await reach(config),
         *disk(config.state_directory),
@@ -116,6 +118,12 @@ def processes(found: Enforceable) -> Iterator[Finding]:
         yield _yes_or_no("processes", name, holds, detail, controllers)
     detail = "jobs open the cards they were given alone" if found.devices else "jobs could open cards of others"
     yield _yes_or_no("processes", "device-isolation", found.devices, detail, "systemd as PID 1, the agent run as root")
+
+
+def containers(engine: Engine) -> Finding:
+    detail = f"container images run by {engine.path}" if engine.path else f"no container images: {engine.problem}"
+    remedy = "install podman, and for cards NVIDIA's container toolkit with its CDI names"
+    return _yes_or_no("processes", "containers", bool(engine.path), detail, remedy)
 
 
 def accounts(config: AgentConfig) -> Iterator[Finding]:

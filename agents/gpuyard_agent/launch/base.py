@@ -62,6 +62,8 @@ class ProcessSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     key: AssignmentKey
     #: The command, or, with `script`, the arguments given to it.
     argv: tuple[str, ...] = ()
+    #: Goes before the whole command, the script's interpreter included: a container engine's command line.
+    wrapper: tuple[str, ...] = ()
     #: Text of a script, written to `<job_dir>/script` and started by its `#!` line, or by /bin/sh without one.
     script: str = ""
     #: The whole environment. The supervisor adds GPUYARD_LAUNCH, by which it finds strays.

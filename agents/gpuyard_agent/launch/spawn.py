@@ -35,6 +35,7 @@ def spawn(spec: ProcessSpec, mark: str) -> int:
     argv = list(spec.argv)
     if spec.script:
         argv = [*write_script(spec), *argv]
+    argv = [*spec.wrapper, *argv]
     if not argv:
         raise StartRefused("CommandNotFound", "the command is empty")
     out = open_output(spec.stdout, spec.account)

@@ -548,7 +548,7 @@ def _prepare(spec: ProcessSpec) -> _Prepared:
     if not is_directory:
         raise StartRefused("WorkingDirectoryMissing", f"there is no directory {cwd} on this node")
     argv = [*write_script(spec), *spec.argv] if spec.script else list(spec.argv)
-    program, argv = resolve(spec, argv)
+    program, argv = resolve(spec, [*spec.wrapper, *argv])
     out = open_output(spec.stdout, spec.account)
     try:
         err = out if spec.stderr == spec.stdout else open_output(spec.stderr, spec.account)

@@ -111,6 +111,10 @@ class PartitionMaker(Protocol):
         """What is special about a card and no fault, in words: what others have on it; "" for nothing."""
         ...
 
+    def index(self, device: DeviceUuid) -> int:
+        """The card's number as the driver counts now; -1 for a card that is not known."""
+        ...
+
     def modes(self) -> dict[str, Mode]:
         """The mode each card is in now, by device UUID; `idle` for one that nobody holds."""
         ...

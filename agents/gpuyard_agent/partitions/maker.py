@@ -174,6 +174,10 @@ class CardPartitions:
     def note(self, device: DeviceUuid) -> str:
         return self._mig.note(device)
 
+    def index(self, device: DeviceUuid) -> int:
+        known = self._devices.get(device)
+        return known.index if known is not None else -1
+
     def modes(self) -> dict[str, Mode]:
         return self._ledger.modes()
 

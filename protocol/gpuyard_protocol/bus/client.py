@@ -26,6 +26,7 @@ from nats import errors
 from nats.aio.client import Client
 
 from gpuyard_protocol.bus.base import BusError, Disconnected
+from gpuyard_protocol.bus.credentials import has_token
 from gpuyard_protocol.bus.wire import PING, PONG, MalformedMessage, ProtocolViolation, WireParser
 
 #: What takes the messages of one subscription: subject, reply, data, header block.
@@ -83,12 +84,14 @@ class Connection(Client):
         timeout_s: float,
     ) -> None:
         """Connect and log in, once; raises OSError, TimeoutError or an error of nats-py."""
+        by_token = seed is not None and has_token(seed)
         try:
             async with asyncio.timeout(timeout_s):
                 await self.connect(
                     servers=[url],
                     name=name,
-                    nkeys_seed=seed,
+                    nkeys_seed=None if by_token else seed,
+                    user_credentials=seed if by_token else None,
                     tls=tls,
                     allow_reconnect=False,
                     connect_timeout=max(1, int(timeout_s)),
