@@ -83,8 +83,11 @@ soak: export PYTHONPATH := tests
 soak: $(READY)
 	@echo "== $(SOAK_SEEDS) simulated yards, from seed $(SOAK_SEED) on"
 	@$(BIN)/python -m faults.simulate --seed $(SOAK_SEED) --count $(SOAK_SEEDS) --steps 120
+	@$(BIN)/python -m faults.simulate --seed $(SOAK_SEED) --count $(SOAK_SEEDS) --steps 120 --kind partitions
 	@echo "== $(SOAK_KILLS) kills of a real yard, seed $(SOAK_SEED)"
 	@$(BIN)/python -m bench.kills --kills $(SOAK_KILLS) --seed $(SOAK_SEED)
+	@echo "== a quarter as many with two daemons, seed $(SOAK_SEED)"
+	@$(BIN)/python -m bench.kills --kills $$(($(SOAK_KILLS) / 4)) --seed $(SOAK_SEED) --standby
 	@echo "== every decoder, $(SOAK_EXAMPLES) examples each"
 	@FUZZ_EXAMPLES=$(SOAK_EXAMPLES) $(BIN)/python -m pytest -q tests/faults/test_fuzz.py
 	@echo "== $(SOAK_CUTS) power cuts, seed $(SOAK_SEED); a full disk (both as root)"

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+import time
 from collections.abc import Iterable
 
+from gpuyard_agent.sync_parts import SyncParts
 from gpuyard_protocol.bus.base import Bus, BusError, Message
 from gpuyard_protocol.codec import decode, encode
 from gpuyard_protocol.names import AssignmentKey, NodeId
@@ -28,12 +30,14 @@ from gpuyard_protocol.nodes import (
     OrderBatch,
     Prepared,
     ReadLog,
+    Renew,
     Report,
     ReportBatch,
     Start,
     Started,
     Stop,
     Sync,
+    SyncPart,
 )
 from gpuyard_protocol.resources import Device
 from gpuyard_protocol.subjects import commands, heartbeat, reports
@@ -53,7 +57,13 @@ def inventory(node: NodeId, gpus: int) -> Inventory:
         for index in range(gpus)
     )
     return Inventory(
-        hostname=node, address="127.0.0.1", cpu_milli=256_000, memory_mib=2**20, devices=devices, simulated=True
+        hostname=node,
+        address="127.0.0.1",
+        cpu_milli=256_000,
+        memory_mib=2**20,
+        devices=devices,
+        simulated=True,
+        keeps_leases=True,
     )
 
 
@@ -77,6 +87,12 @@ class FakeAgent:
         #: Set by each start.
         self.news = asyncio.Event()
         self.syncs = 0
+        self._parts = SyncParts()
+        #: Node clocks that came back in renewals of leases.
+        self.renewals: list[int] = []
+        #: The highest leader's epoch obeyed, and how many commands of earlier leaders came after it.
+        self.epoch = 0
+        self.stale = 0
         self.faults: list[str] = []
         #: Set to leave commands unanswered.
         self.is_mute = False
@@ -132,6 +148,7 @@ class FakeAgent:
                 applied=self.applied,
                 reported=self._next_report - 1,
                 running=len(self.live),
+                clock_ms=time.clock_gettime_ns(time.CLOCK_BOOTTIME) // 1_000_000,
             )
             if self._bus.is_connected:
                 await self._bus.publish(heartbeat(self.node), encode(beat))
@@ -143,11 +160,23 @@ class FakeAgent:
         if self.is_mute:
             return
         command: Command = decode(Command, message.data, max_bytes=8 * 1024 * 1024)
+        if isinstance(command, OrderBatch | Sync):
+            if command.epoch < self.epoch:
+                self.stale += 1
+                self._publish(message.reply, encode(OrderAnswer(status="stale", applied=self.applied)))
+                return
+            self.epoch = command.epoch
         match command:
             case OrderBatch():
                 answer = self._take_batch(command)
             case Sync():
                 answer = self._take_sync(command)
+            case SyncPart():
+                whole = self._parts.take(command)
+                answer = self._take_sync(whole) if whole is not None else OrderAnswer(status="ok")
+            case Renew(clock_ms=clock_ms):
+                self.renewals.append(clock_ms)
+                answer = OrderAnswer(status="ok", applied=self.applied)
             case ReadLog(job=job, replica=replica) | FollowLog(job=job, replica=replica):
                 chunk = LogChunk(job=job, attempt=1, replica=replica, data=b"output\n", size=7, ended=True)
                 self._publish(message.reply, encode(chunk))
@@ -209,6 +238,10 @@ class FakeAgent:
             self._end({key}, "exited")
         elif self.runs_for_s > 0:
             asyncio.get_running_loop().call_later(self.runs_for_s, lambda: self._end({key}, "exited"))
+
+    def end(self, key: AssignmentKey) -> None:
+        """A replica exits by itself."""
+        self._end({key}, "exited")
 
     def _end(self, keys: Iterable[AssignmentKey], outcome: str) -> None:
         for key in sorted(keys):

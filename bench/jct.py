@@ -30,6 +30,7 @@ def main() -> None:
     parser.add_argument("--durations", choices=("known", "estimated", "unknown"), default="known")
     parser.add_argument("--restart-s", type=_restart, default=30.0, metavar="SECONDS|model")
     parser.add_argument("--policy", choices=JOB_POLICIES, default="gpuyard")
+    parser.add_argument("--more", action="store_true", help="further figures: small jobs, restarts, allocation")
     options = parser.parse_args()
     answer(
         options,
@@ -37,7 +38,8 @@ def main() -> None:
             run_jobs(
                 find(options.trace, options.format), options.format, options.policy, options.nodes,
                 options.gpus_per_node, options.durations, options.restart_s, options.seed_base,
-            )
+            ),
+            more=options.more,
         ),
     )  # fmt: skip
 

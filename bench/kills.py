@@ -44,7 +44,7 @@ REPLACED_S = 30.0
 FINISHED_S = 180.0
 #: Share of blows that are a SIGSTOP.
 STOP_SHARE = 0.4
-WEIGHTS = {"agent": 2, "daemon": 1, "nats-server": 1}
+WEIGHTS = {"agent": 2, "daemon": 1, "standby": 1, "nats-server": 1}
 #: So many blows fall without regard; then some job must end and some submission be taken before the next ones do:
 #: a yard that is merely down is not tested.
 PROGRESS_EVERY = 5
@@ -112,7 +112,7 @@ class Killer:
                 if child.status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD):
                     continue
                 if "gpuyard_daemon" in words:
-                    found["daemon"] = child
+                    found["standby" if "--daemon-dir" in words else "daemon"] = child
                 elif "gpuyard_agent" in words:
                     found["agent " + next(w for w in words if "node-" in w).rpartition("/")[2]] = child
                 elif any(word.endswith("nats-server") for word in words):
@@ -145,13 +145,13 @@ class Killer:
         await asyncio.sleep(self._rng.uniform(0.0, 0.4))
 
 
-async def kill_yard(kills: int, seed: int, directory: Path) -> evidence.Count:
-    """`directory`: where the evidence goes; jobs must be able to write there."""
+async def kill_yard(kills: int, seed: int, directory: Path, *, standby: bool) -> evidence.Count:
+    """`directory`: where the evidence goes; jobs must be able to write there. `standby`: two daemons."""
     directory.mkdir(parents=True, exist_ok=True)
     log = directory / evidence.PROCESSES
     log.touch()
     log.chmod(0o666)
-    async with running_yard(nodes=NODES, gpus_per_node=GPUS_PER_NODE) as yard:
+    async with running_yard(nodes=NODES, gpus_per_node=GPUS_PER_NODE, standby=standby) as yard:
         context = gpuyard.load_context(yard.state / "context.toml")
         bus = await connect(context.url, name="submitter", inbox_prefix=f"_INBOX.{context.user}", seed=str(context.key))
         try:
@@ -267,12 +267,12 @@ async def _orphans(yard: BenchYard, directory: Path) -> list[str]:
         await asyncio.sleep(0.1)
 
 
-def run_kills(kills: int, seed: int, kept: str = "") -> evidence.Count:
+def run_kills(kills: int, seed: int, kept: str = "", *, standby: bool = False) -> evidence.Count:
     """In a directory that every account may enter: jobs run as one. `kept`: where the evidence is copied to."""
     with tempfile.TemporaryDirectory(prefix="gpuyard-kills-") as name:
         directory = Path(name)
         directory.chmod(0o755)
-        figures = asyncio.run(kill_yard(kills, seed, directory / "evidence"))
+        figures = asyncio.run(kill_yard(kills, seed, directory / "evidence", standby=standby))
         if kept:
             shutil.copytree(directory / "evidence", kept, dirs_exist_ok=True)
     return figures
@@ -282,14 +282,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=60)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--standby", action="store_true", help="with a second daemon, which is killed like the first")
     parser.add_argument("--evidence", default="", metavar="DIR", help="keep the logs there")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    figures = run_kills(options.kills, options.seed, options.evidence)
+    figures = run_kills(options.kills, options.seed, options.evidence, standby=options.standby)
     report(evidence.as_figures(figures), as_json=options.json)
     if not figures.is_clean:
-        print(f"again with: python -m bench.kills --kills {options.kills} --seed {options.seed}", file=sys.stderr)
+        again = f"--kills {options.kills} --seed {options.seed}{' --standby' if options.standby else ''}"
+        print(f"again with: python -m bench.kills {again}", file=sys.stderr)
         sys.exit(1)
 
 

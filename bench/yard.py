@@ -55,7 +55,9 @@ class BenchYard:
 
 
 @contextlib.asynccontextmanager
-async def running_yard(*, nodes: int, gpus_per_node: int, http: bool = False) -> AsyncIterator[BenchYard]:
+async def running_yard(
+    *, nodes: int, gpus_per_node: int, http: bool = False, standby: bool = False
+) -> AsyncIterator[BenchYard]:
     """`gpuyard up` with simulated cards, and a connected client; stopped and removed at the end."""
     with tempfile.TemporaryDirectory(prefix="gpuyard-bench-") as directory:
         state, scratch = Path(directory) / "state", Path(directory) / "scratch"
@@ -64,6 +66,7 @@ async def running_yard(*, nodes: int, gpus_per_node: int, http: bool = False) ->
         scratch.chmod(0o777)
         arguments = ["up", "--state", str(state), "--port", "0"]
         arguments += ["--nodes", str(nodes), "--simulate", f"{gpus_per_node}xH100-80GB"]
+        arguments += ["--standby"] if standby else []
         with (Path(directory) / "up.log").open("wb") as log:
             up = await asyncio.create_subprocess_exec(
                 sys.executable,

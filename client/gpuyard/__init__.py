@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from gpuyard.context import Context, load_context
     from gpuyard.errors import (
         Forbidden,
+        Full,
         GpuyardError,
         NoYard,
         OutcomeUnknown,
@@ -36,6 +37,7 @@ _HOMES = {
     "Client": "gpuyard.client",
     "Context": "gpuyard.context",
     "Forbidden": "gpuyard.errors",
+    "Full": "gpuyard.errors",
     "GpuyardError": "gpuyard.errors",
     "Job": "gpuyard.job",
     "JobRequest": "gpuyard_protocol.jobs",
@@ -60,6 +62,7 @@ __all__ = [
     "Client",
     "Context",
     "Forbidden",
+    "Full",
     "GpuyardError",
     "Job",
     "JobRequest",

@@ -39,6 +39,7 @@ from gpuyard_protocol.names import given_submission_id
 from gpuyard_protocol.nodes import LogChunk
 from gpuyard_protocol.queries import (
     PAGE_ROWS_MAX,
+    DryRun,
     JobQuery,
     JobsPage,
     JobsQuery,
@@ -188,9 +189,14 @@ class Client:
         request = HoldRequest(job=job, array=array, submission_id=submission_id)
         await self._request("release", encode(request), submission_id)
 
-    async def requeue(self, job: int, *, hold: bool = False, submission_id: str | None = None) -> None:
-        """End a job's attempt with grace; it waits again, uncharged, and held if `hold` says so."""
-        request = RequeueRequest(job=job, hold=hold, submission_id=submission_id)
+    async def requeue(
+        self, job: int, *, hold: bool = False, array: bool = False, submission_id: str | None = None
+    ) -> None:
+        """End a job's attempt with grace; it waits again, uncharged, and held if `hold` says so.
+
+        `array`: the same for every running element of the array that the job belongs to.
+        """
+        request = RequeueRequest(job=job, hold=hold, array=array, submission_id=submission_id)
         await self._request("requeue", encode(request), submission_id)
 
     # -- jobs: questions ----------------------------------------------------------------------------------------------
@@ -202,9 +208,13 @@ class Client:
     async def job(self, job: int) -> JobView:
         return await self.link.ask("job", JobQuery(job=job), JobView)
 
-    async def why(self, job: int) -> WhyAnswer:
-        """Why a job is where it is."""
-        return await self.link.ask("why", JobQuery(job=job), WhyAnswer)
+    async def why(self, job: int, *, brief: bool = False) -> WhyAnswer:
+        """Why a job is where it is, and what would start it; `brief`: the reasons and its place in line alone."""
+        return await self.link.ask("why", JobQuery(job=job, brief=brief), WhyAnswer)
+
+    async def plan(self, request: JobLike | None = None, /, **fields: Any) -> DryRun:
+        """What would become of a job if it were submitted now. Nothing is changed, and nothing promised."""
+        return await self.link.ask("plan", job_request(request, fields), DryRun)
 
     async def jobs_page(self, query: JobsQuery) -> JobsPage:
         return await self.link.ask("jobs", query, JobsPage)

@@ -22,6 +22,10 @@ class Unreachable(GpuyardError):
     """The yard's message server or its daemon does not answer; nothing happened."""
 
 
+class Full(Unreachable):
+    """The yard has no room for more requests now; nothing was stored, and later there may be."""
+
+
 class Forbidden(GpuyardError):
     """The server refused this key."""
 
@@ -64,6 +68,7 @@ class Rejected(GpuyardError):
         expected: str = "",
         nearest: str = "",
         submission_id: str = "",
+        retry_after_ms: int = 0,
     ) -> None:
         if not text and path:
             text = f"{path}: found {found}; expected {expected}"
@@ -77,6 +82,8 @@ class Rejected(GpuyardError):
         self.nearest = nearest
         #: "" where the request never left this process.
         self.submission_id = submission_id
+        #: How long to wait before sending it again; 0: nothing is known.
+        self.retry_after_ms = retry_after_ms
 
     @classmethod
     def from_answer(cls, answer: SubmissionAnswer) -> Rejected:
@@ -88,6 +95,7 @@ class Rejected(GpuyardError):
             expected=answer.expected,
             nearest=answer.nearest,
             submission_id=answer.submission_id,
+            retry_after_ms=answer.retry_after_ms,
         )
 
     @classmethod

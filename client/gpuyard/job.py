@@ -8,17 +8,19 @@ in order, whatever was lost on the way.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Sequence
 from typing import TYPE_CHECKING, Literal
 
 from gpuyard.errors import GpuyardError, QueryFailed
+from gpuyard.events import POLL_MAX_S, POLL_S
 from gpuyard.link import told
 from gpuyard_protocol import subjects
 from gpuyard_protocol.bus.base import BusError, Message
 from gpuyard_protocol.codec import Malformed, decode
 from gpuyard_protocol.jobs import FINAL_STATES, JobEvent, JobView
 from gpuyard_protocol.nodes import LogChunk
-from gpuyard_protocol.queries import WhyAnswer
+from gpuyard_protocol.queries import PAGE_ROWS_MAX, JobsQuery, WhyAnswer
 
 if TYPE_CHECKING:
     from gpuyard.client import Client
@@ -57,10 +59,30 @@ class Job:
         return await self._client.why(self.number)
 
     async def cancel(self) -> None:
-        await self._client.cancel(self.number)
+        """End it; of an array just submitted, every element."""
+        await self._client.cancel(self.number, array=bool(self.elements))
+
+    async def views(self) -> list[JobView]:
+        """Of an array just submitted: its elements, in order; else the job alone."""
+        if not self.elements:
+            return [await self.view()]
+        found: list[JobView] = []
+        cursor = self.number + self.elements
+        while cursor > self.number:
+            page = await self._client.jobs_page(JobsQuery(all=True, limit=PAGE_ROWS_MAX, cursor=cursor))
+            found += [view for view in page.jobs if view.job >= self.number]
+            cursor = page.next
+        return found[::-1]
 
     async def wait(self, timeout: float | None = None) -> JobView:
-        """The job as it ended. `TimeoutError` if that takes longer than `timeout` seconds."""
+        """The job as it ended. `TimeoutError` if that takes longer than `timeout` seconds.
+
+        Of an array just submitted: once every element has ended, the first that did not succeed, or else the last.
+        """
+        if self.elements:
+            async with asyncio.timeout(timeout):
+                views = await self._all_ended()
+            return next((view for view in views if view.state != "succeeded"), views[-1])
         last: JobView | None = None
 
         async def is_final() -> bool:
@@ -73,6 +95,34 @@ class Job:
             if last is None or last.state not in FINAL_STATES:
                 last = await self.view()
         return last
+
+    async def _all_ended(self) -> list[JobView]:
+        """The elements, once all have ended. Events wake it; what they miss is asked for."""
+        elements = range(self.number, self.number + self.elements)
+        ended: set[int] = set()
+        complete = asyncio.Event()
+
+        def hear(event: JobEvent) -> None:
+            if event.job in elements and event.state in FINAL_STATES:
+                ended.add(event.job)
+                if len(ended) == len(elements):
+                    complete.set()
+
+        stop_listening = await self._client.listen(hear)
+        pause_s = POLL_S / 2
+        try:
+            while True:
+                views = await self.views()
+                ended.update(view.job for view in views if view.state in FINAL_STATES)
+                if len(views) == len(elements) and all(view.state in FINAL_STATES for view in views):
+                    return views
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(pause_s):
+                        await complete.wait()
+                complete.clear()
+                pause_s = min(pause_s * 2, POLL_MAX_S)
+        finally:
+            stop_listening()
 
     async def logs(
         self, *, stream: LogStream = "out", replica: int = 0, attempt: int = 0, tail_bytes: int | None = None

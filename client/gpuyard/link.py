@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 from gpuyard.context import Context
-from gpuyard.errors import Forbidden, GpuyardError, OutcomeUnknown, QueryFailed, Unreachable
+from gpuyard.errors import Forbidden, Full, GpuyardError, OutcomeUnknown, QueryFailed, Unreachable
 from gpuyard_protocol import subjects
 from gpuyard_protocol.bus.base import (
     Bus,
@@ -38,6 +38,8 @@ RETRY_PAUSE_S = 0.1
 RETRY_PAUSE_MAX_S = 1.0
 ANSWER_BYTES_MAX = 8 * 1024 * 1024
 _QUERY_ERROR_START = b'{"code":'
+#: JetStream's code for a stream, or a subject in it, at its bound.
+STORE_LIMIT = 10077
 
 
 async def connect_as_tenant(context: Context) -> Bus:
@@ -110,16 +112,23 @@ class Link:
                     ) from None
                 failure = error
             except PublishRefused as error:
-                raise Unreachable(
-                    f"the yard takes no more requests of {self._context.tenant}/{self._context.user} now: "
-                    f"{error.description}; nothing was stored, try again later"
-                ) from None
+                raise self._full(error) from None
             except PermissionDenied as error:
                 raise Forbidden(str(error)) from None
             if asyncio.get_running_loop().time() + pause_s > deadline:
                 raise Unreachable(f"the yard does not take requests ({failure}): is `gpuyard up` running?")
             await asyncio.sleep(pause_s)
             pause_s = min(pause_s * 2, RETRY_PAUSE_MAX_S)
+
+    def _full(self, refusal: PublishRefused) -> Full:
+        """The stream of submissions takes no more, of this user or of anybody."""
+        if refusal.code == STORE_LIMIT and "per subject" in refusal.description:
+            why = f"too many requests of {self._context.tenant}/{self._context.user} wait to be decided"
+        elif refusal.code == STORE_LIMIT:
+            why = "there is no room left for requests (the yard's operator sees it in `gpuyard stats`)"
+        else:
+            why = refusal.description
+        return Full(f"the yard takes no more requests now: {why}; nothing was stored, try again later")
 
 
 async def ask(

@@ -16,6 +16,9 @@ from gpuyard_protocol import subjects
 from gpuyard_protocol.audit import AuditPage, AuditQuery
 from gpuyard_protocol.bus.base import Bus
 from gpuyard_protocol.queries import (
+    CordonRequest,
+    HandOverRequest,
+    NodeRequest,
     NodesPage,
     NodesQuery,
     NodeView,
@@ -65,6 +68,19 @@ class Operator:
         """Who did what, newest first; `cursor` is the `next` of the page before."""
         return await self._ask("audit", AuditQuery(limit=limit, cursor=cursor), AuditPage, timeout_s)
 
+    async def say_of_node(self, verb: str, node: str, *, timeout_s: float = 20.0) -> str:
+        """`declare-dead` or `remove-node`; what came of it, in words."""
+        return (await self._ask(verb, NodeRequest(node=node), Ok, timeout_s, timeout_s)).text
+
+    async def cordon(self, node: str, *, reason: str = "", requeue: bool = False, timeout_s: float = 20.0) -> str:
+        """Keep new work away from a node; what came of it, in words. `requeue`: and jobs that may go leave it."""
+        request = CordonRequest(node=node, reason=reason, requeue=requeue)
+        return (await self._ask("cordon", request, Ok, timeout_s, timeout_s)).text
+
+    async def uncordon(self, node: str, *, timeout_s: float = 20.0) -> str:
+        """Let work go to a node again."""
+        return (await self._ask("uncordon", NodeRequest(node=node), Ok, timeout_s, timeout_s)).text
+
     async def shutdown(self, *, deadline_s: float) -> Ok:
         """End every replica with grace and put its job back in the queue, uncharged; nothing is started any more.
 
@@ -72,6 +88,10 @@ class Operator:
         """
         timeout_s = deadline_s + ANSWER_MARGIN_S
         return await self._ask("shutdown", {"deadline_ms": int(deadline_s * 1000)}, Ok, timeout_s, timeout_s)
+
+    async def hand_over(self, *, timeout_s: float = 20.0) -> Ok:
+        """Let a standby daemon lead; the answer says which. Asked once: asking again would hand it back."""
+        return await self._ask("handover", HandOverRequest(), Ok, timeout_s, timeout_s)
 
     async def _ask(
         self,

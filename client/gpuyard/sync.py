@@ -21,7 +21,7 @@ from gpuyard.link import Connector, connect_as_tenant
 from gpuyard.requests import JobLike, ServiceLike
 from gpuyard_protocol.jobs import JobView, SubmissionAnswer
 from gpuyard_protocol.nodes import LogChunk
-from gpuyard_protocol.queries import NodeView, Stats, TenantUsage, WhyAnswer
+from gpuyard_protocol.queries import DryRun, NodeView, Stats, TenantUsage, WhyAnswer
 from gpuyard_protocol.services import ServiceView
 
 T = TypeVar("T")
@@ -56,6 +56,9 @@ class SyncJob:
 
     def wait(self, timeout: float | None = None) -> JobView:
         return self._client.run(self._job.wait(timeout))
+
+    def views(self) -> list[JobView]:
+        return self._client.run(self._job.views())
 
     def logs(
         self, *, stream: LogStream = "out", replica: int = 0, attempt: int = 0, tail_bytes: int | None = None
@@ -176,8 +179,8 @@ class SyncClient:
     def release(self, job: int, *, array: bool = False, submission_id: str | None = None) -> None:
         self.run(self._client.release(job, array=array, submission_id=submission_id))
 
-    def requeue(self, job: int, *, hold: bool = False, submission_id: str | None = None) -> None:
-        self.run(self._client.requeue(job, hold=hold, submission_id=submission_id))
+    def requeue(self, job: int, *, hold: bool = False, array: bool = False, submission_id: str | None = None) -> None:
+        self.run(self._client.requeue(job, hold=hold, array=array, submission_id=submission_id))
 
     def handle(self, job: int) -> SyncJob:
         return SyncJob(self, self._client.handle(job))
@@ -185,8 +188,11 @@ class SyncClient:
     def job(self, job: int) -> JobView:
         return self.run(self._client.job(job))
 
-    def why(self, job: int) -> WhyAnswer:
-        return self.run(self._client.why(job))
+    def why(self, job: int, *, brief: bool = False) -> WhyAnswer:
+        return self.run(self._client.why(job, brief=brief))
+
+    def plan(self, request: JobLike | None = None, /, **fields: Any) -> DryRun:
+        return self.run(self._client.plan(request, **fields))
 
     def jobs(
         self,

@@ -8,7 +8,7 @@ Whatever arrives gets one answer: what was asked for, or a `QueryError`. A messa
 dropped.
 
 Operators may also stop the yard: `adm.<user>.shutdown` ends every replica with grace, requeues its job uncharged, and
-answers when all have ended.
+answers when all have ended. `adm.<user>.handover` lets a standby lead.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import asyncio
 import sqlite3
 import time
 from collections import Counter, deque
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from typing import NamedTuple, Protocol
 
 import msgspec
@@ -29,14 +29,15 @@ from gpuyard_daemon.history import History, HistoryFilter
 from gpuyard_daemon.logs import LogForwarder
 from gpuyard_daemon.node_monitor import NodeMonitor
 from gpuyard_protocol.audit import ENTRIES_PAGE_MAX, READING_VERBS, AuditQuery
-from gpuyard_protocol.bus.base import Bus, BusError, Message
+from gpuyard_protocol.bus.base import Bus, BusError, Message, Subscription
 from gpuyard_protocol.codec import Malformed, decode, encode
-from gpuyard_protocol.jobs import FINAL_STATES, JobView, SubmissionAnswer
+from gpuyard_protocol.jobs import FINAL_STATES, JobRequest, JobSpec, JobView, SubmissionAnswer, Why
 from gpuyard_protocol.names import JobId, NodeId, Tenant, User, nearest
-from gpuyard_protocol.nodes import Desired
 from gpuyard_protocol.queries import (
     PAGE_ROWS_MAX,
     CardView,
+    DryRun,
+    HandOverRequest,
     JobQuery,
     JobsPage,
     JobsQuery,
@@ -64,12 +65,16 @@ log = structlog.get_logger("api")
 
 QUEUE_GROUP = "api"
 #: Verbs that are not for tenants.
-OPERATORS_VERBS = {"shutdown", "audit"}
+OPERATORS_VERBS = {"shutdown", "audit", "handover", "declare-dead", "remove-node", "cordon", "uncordon"}
 #: Questions that wait for the journal; more are refused at once.
 WAITING_MAX = 2000
+#: Answers under way: those that wait for a node's log, the history, or the connection.
+ANSWERING_MAX = 4000
 #: Time that answers may take between two turns; what is left waits for the next pause.
 ANSWERING_S = 0.01
 QUESTION_BYTES_MAX = 64 * 1024
+#: For answers under way when the daemon ends.
+FINISH_S = 1.0
 #: Longest that anybody waits for the yard to empty.
 SHUTDOWN_DEADLINE_MAX_S = 3600.0
 
@@ -82,12 +87,15 @@ class ReadableCore(Protocol):
     def nearest_job(self, tenant: Tenant | None, job: JobId) -> JobId: ...
     def jobs_page(self, tenant: Tenant | None, query: JobsQuery) -> JobsPage: ...
     def submission(self, tenant: Tenant, submission_id: str) -> SubmissionAnswer | None: ...
-    def why(self, job: JobId) -> WhyAnswer | None: ...
+    def why(
+        self, job: JobId, now_ms: int = 0, *, viewer: Tenant | None = None, brief: bool = False
+    ) -> WhyAnswer | None: ...
+    def plan(self, tenant: Tenant, user: User, spec: JobSpec, now_ms: int = 0) -> DryRun: ...
     def services_page(self, tenant: Tenant | None, query: ServicesQuery) -> ServicesPage: ...
     def node_views(self, tenant: Tenant | None) -> tuple[NodeView, ...]: ...
     def stats(self, now_ms: int) -> Stats: ...
     def usage(self, tenant: Tenant | None, now_ms: int) -> UsageReport: ...
-    def desired(self, node: NodeId) -> tuple[int, tuple[Desired, ...]]: ...
+    def held_on(self, node: NodeId) -> int: ...
     def known_nodes(self) -> tuple[NodeId, ...]: ...
 
 
@@ -96,6 +104,7 @@ class _Question(NamedTuple):
     tenant: Tenant | None
     verb: str
     message: Message
+    user: User
 
 
 class _Stop:
@@ -129,6 +138,9 @@ class Api:
         is_settled: Callable[[], bool],
         add_fact: Callable[[Input], None],
         audit: AuditLog | None = None,
+        hand_over: Callable[[], Awaitable[str]] | None = None,
+        said_by: Mapping[str, Callable[[User, bytes], Awaitable[object]]] | None = None,
+        alarms: Callable[[], tuple[str, ...]] = lambda: (),
     ) -> None:
         self._bus = bus
         self._core = core
@@ -140,6 +152,13 @@ class Api:
         self._is_settled = is_settled
         self._add_fact = add_fact
         self._audit = audit
+        #: Lets a standby lead; who does then. A `BusError` says why nobody does.
+        self._let_lead = hand_over
+        #: Verbs of operators that are handled elsewhere and want to know who speaks.
+        self._said_by = said_by or {}
+        #: What a person should do something about.
+        self._alarms = alarms
+        self._subscriptions: list[Subscription] = []
         self._waiting: deque[_Question] = deque()
         self._tasks: set[asyncio.Task[None]] = set()
         self._stops: list[_Stop] = []
@@ -158,11 +177,27 @@ class Api:
             "logs": self._read_logs,
             "shutdown": self._shutdown,
             "audit": self._read_audit,
+            "handover": self._hand_over,
         }
+        #: Tenants' questions that depend on which user asks.
+        self._asked_by: dict[str, Callable[[Tenant, User, bytes], object]] = {"plan": self._plan}
 
     async def open(self) -> None:
-        await self._bus.subscribe(ALL_QUERIES, self._on_message, queue=QUEUE_GROUP)
-        await self._bus.subscribe(ALL_OPERATIONS, self._on_message, queue=QUEUE_GROUP)
+        for subject in (ALL_QUERIES, ALL_OPERATIONS):
+            self._subscriptions.append(await self._bus.subscribe(subject, self._on_message, queue=QUEUE_GROUP))
+
+    async def leave(self) -> None:
+        """Take no more questions: whoever asks is told at once that nobody listens, and asks the next leader."""
+        subscriptions, self._subscriptions = self._subscriptions, []
+        for subscription in subscriptions:
+            await subscription.unsubscribe()
+
+    async def finish(self) -> None:
+        """Wait until everybody who asked has an answer."""
+        if self._is_settled():
+            self._work()
+        if self._tasks:
+            await asyncio.wait(set(self._tasks), timeout=FINISH_S)
 
     def close(self) -> None:
         for task in self._tasks:
@@ -175,8 +210,9 @@ class Api:
         if question is None or not message.reply:
             self.counts["poison"] += 1
             return
-        self.counts[question.verb if question.verb in self._verbs else "unknown"] += 1
-        if len(self._waiting) >= WAITING_MAX:
+        is_known = any(question.verb in verbs for verbs in (self._verbs, self._said_by, self._asked_by))
+        self.counts[question.verb if is_known else "unknown"] += 1
+        if len(self._waiting) >= WAITING_MAX or len(self._tasks) >= ANSWERING_MAX:
             self._answer(message, QueryError(code="Unavailable", text="too many questions wait; ask again later"))
             return
         self._waiting.append(question)
@@ -204,11 +240,18 @@ class Api:
             self._work()
 
     def _take(self, question: _Question) -> None:
-        tenant, verb, message = question
+        tenant, verb, message, user = question
         try:
             handler = self._verbs.get(verb)
+            if tenant is not None and (asked := self._asked_by.get(verb)) is not None:
+                self._answer(message, asked(tenant, user, message.data or b"{}"))
+                return
+            if tenant is None and (said := self._said_by.get(verb)) is not None:
+                self._spawn(self._answer_later(message, said(user, message.data or b"{}")))
+                return
             if handler is None or (verb in OPERATORS_VERBS and tenant is not None):
-                known = sorted(set(self._verbs) - (OPERATORS_VERBS if tenant is not None else set()))
+                own = {*self._verbs, *self._said_by} if tenant is None else {*self._verbs, *self._asked_by}
+                known = sorted(own - (OPERATORS_VERBS if tenant is not None else set()))
                 text = f"there is no question {verb!r}; there are {', '.join(known)}"
                 raise _Refused("UnknownVerb", text, nearest(verb, known))
             answer = handler(tenant, message.data or b"{}")
@@ -226,6 +269,8 @@ class Api:
             answer = await coming
         except _Refused as refusal:
             answer = refusal.answer
+        except Malformed as error:
+            answer = QueryError(code="Malformed", text=str(error), nearest=error.nearest)
         except BusError as error:
             answer = QueryError(code="Unavailable", text=str(error))
         except sqlite3.Error as error:
@@ -313,9 +358,28 @@ class Api:
         return view
 
     def _why(self, tenant: Tenant | None, data: bytes) -> WhyAnswer | Awaitable[WhyAnswer]:
-        job = decode(JobQuery, data, max_bytes=QUESTION_BYTES_MAX).job
-        answer = self._core.why(job) if self._is_visible(tenant, job) else None
+        query = decode(JobQuery, data, max_bytes=QUESTION_BYTES_MAX)
+        job, answer = query.job, None
+        if self._is_visible(tenant, job):
+            answer = self._core.why(job, self._now_ms(), viewer=tenant, brief=query.brief)
         return answer if answer is not None else self._past_why(tenant, job)
+
+    def _plan(self, tenant: Tenant, user: User, data: bytes) -> DryRun:
+        """A request as it would be submitted, and decided as that would be, but for the deciding."""
+        try:
+            spec = decode(JobRequest, data).specify()
+        except Malformed as error:
+            refusal = SubmissionAnswer(
+                submission_id="",
+                accepted=False,
+                reason=Why("Malformed", str(error)),
+                path=error.path,
+                found=error.found,
+                expected=error.expected,
+                nearest=error.nearest,
+            )
+            return DryRun(verdict="rejected", summary=str(error), refusal=refusal)
+        return self._core.plan(tenant, user, spec, self._now_ms())
 
     async def _past_why(self, tenant: Tenant | None, job: JobId) -> WhyAnswer:
         view = await self._past_job(tenant, job)
@@ -375,7 +439,8 @@ class Api:
         return self.stats()
 
     def stats(self) -> Stats:
-        return msgspec.structs.replace(self._core.stats(self._now_ms()), yard=self._yard)
+        alarms = self._alarms()
+        return msgspec.structs.replace(self._core.stats(self._now_ms()), yard=self._yard, alarms=alarms)
 
     def _usage(self, tenant: Tenant | None, data: bytes) -> UsageReport:
         wanted = decode(UsageQuery, data, max_bytes=QUESTION_BYTES_MAX).tenant
@@ -414,6 +479,15 @@ class Api:
         self._add_fact(RequeueAll())
         return self._wait_until_empty(emptied, deadline_s)
 
+    def _hand_over(self, tenant: Tenant | None, data: bytes) -> Awaitable[object]:
+        decode(HandOverRequest, data, max_bytes=QUESTION_BYTES_MAX)
+        return self._handed_over()
+
+    async def _handed_over(self) -> object:
+        if self._let_lead is None:
+            return QueryError(code="Unavailable", text="this daemon cannot hand over")
+        return Ok(f"{await self._let_lead()} leads now")
+
     async def _wait_until_empty(self, emptied: asyncio.Future[None], deadline_s: float) -> object:
         try:
             async with asyncio.timeout(deadline_s):
@@ -436,7 +510,7 @@ class Api:
 
     def held(self) -> dict[NodeId, int]:
         """Nodes that still have something to run or to end, and how much."""
-        counts = {node: len(self._core.desired(node)[1]) for node in self._core.known_nodes()}
+        counts = {node: self._core.held_on(node) for node in self._core.known_nodes()}
         return {node: count for node, count in counts.items() if count}
 
 
@@ -446,6 +520,6 @@ _ENDED = {"succeeded": "succeeded", "failed": "failed", "cancelled": "been cance
 def _question(message: Message) -> _Question | None:
     caller = parse_tenant_subject(message.subject)
     if caller is not None:
-        return _Question(caller.tenant, caller.verb, message)
+        return _Question(caller.tenant, caller.verb, message, caller.user)
     operation = parse_operation(message.subject)
-    return _Question(None, operation[1], message) if operation is not None else None
+    return _Question(None, operation[1], message, operation[0]) if operation is not None else None

@@ -1,8 +1,8 @@
 """The daemon put together: every part made once, connected, started and stopped in order. No logic of its own.
 
-Start: connections, state from snapshot and journal, leadership, then readers and turns. Stop: first nothing more is
-decided or sent, then what is under way gets a moment to end, then the files are closed. Jobs go on whatever happens
-here.
+Start: connections, then, if another daemon leads, stand by until this one is needed; state from snapshot and journal,
+leadership, then readers and turns. Stop: first nothing more is decided or sent, then a standby is let in, then what is
+under way gets a moment to end, then the files are closed. Jobs go on whatever happens here.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from dataclasses import dataclass
 
 import structlog
 
-from gpuyard_daemon import levels, recovery
+from gpuyard_daemon import leadership, levels, recovery
 from gpuyard_daemon.announce import Announcer
 from gpuyard_daemon.api import Api
 from gpuyard_daemon.archive import Archive
 from gpuyard_daemon.audit import AuditLog, open_audit
 from gpuyard_daemon.clock import YardClock, open_clock, write_mark
-from gpuyard_daemon.config import DaemonConfig
+from gpuyard_daemon.config import BadConfig, DaemonConfig
 from gpuyard_daemon.core.facts import JobRetired, NodeJoined
 from gpuyard_daemon.core.inputs import NodeIncompatible, PolicyChanged, YardStarted
 from gpuyard_daemon.core.scheduler import Scheduler
@@ -37,7 +37,11 @@ from gpuyard_daemon.http.server import HttpDoor
 from gpuyard_daemon.http.sources import Sources
 from gpuyard_daemon.ingress import Ingress
 from gpuyard_daemon.joining import Joining
-from gpuyard_daemon.journal import Journal
+from gpuyard_daemon.journal import Journal, LeadershipLost
+from gpuyard_daemon.leadership import Alive, Claim, Presence
+from gpuyard_daemon.leases import TICK_S as LEASES_TICK_S
+from gpuyard_daemon.leases import Leases
+from gpuyard_daemon.lending import SnapshotLender
 from gpuyard_daemon.levels import StreamLevels
 from gpuyard_daemon.loads import TICK_S as LOADS_TICK_S
 from gpuyard_daemon.loads import Loads
@@ -45,13 +49,15 @@ from gpuyard_daemon.logs import LogForwarder
 from gpuyard_daemon.measures import Measures
 from gpuyard_daemon.node_monitor import TICK_S as NODES_TICK_S
 from gpuyard_daemon.node_monitor import NodeMonitor
+from gpuyard_daemon.node_verbs import NodeVerbs
 from gpuyard_daemon.notify import Notifier
 from gpuyard_daemon.recovery import Replay, StartLater, StartRefused
 from gpuyard_daemon.reload import Reloader
 from gpuyard_daemon.runtime import Durable, Runtime
 from gpuyard_daemon.snapshots import SnapshotStore
+from gpuyard_daemon.standby import Ground, stand_by
 from gpuyard_daemon.upkeep import Upkeep
-from gpuyard_protocol.bus.base import Bus
+from gpuyard_protocol.bus.base import Bus, BusError, StreamUnavailable
 from gpuyard_protocol.bus.nats import connect
 from gpuyard_protocol.names import NodeId
 from gpuyard_protocol.queries import NodeView
@@ -68,6 +74,8 @@ FORGET_INTERVAL_S = 3600.0
 STOP_TURN_S = 10.0
 STOP_EVENTS_S = 2.0
 STOP_REST_S = 5.0
+#: After a hand-over, for the answer to whoever asked for it.
+FAREWELL_S = 0.1
 
 
 @dataclass(slots=True)
@@ -82,6 +90,8 @@ class Foundations:
     history: History
     store: SnapshotStore
     reloader: Reloader
+    presence: Presence
+    notifier: Notifier
 
 
 class Daemon:
@@ -106,30 +116,26 @@ class Daemon:
         self.ingress = Ingress(bus, config.yard, self.runtime.inbox)
         self.announcer = Announcer(bus)
         self.dispatcher = Dispatcher(
-            bus, core, journal.epoch, is_settled=lambda: self.runtime.is_settled, on_stale=self._node_is_ahead
-        )
-        self.monitor = NodeMonitor(
+            bus,
             core,
-            self.runtime.inbox.add_fact,
-            self.dispatcher.heard,
-            suspected_after_s=config.nodes.suspected_after / 1000,
-            lost_after_s=config.nodes.lost_after / 1000,
+            journal.epoch,
+            is_settled=lambda: self.runtime.is_settled,
+            on_stale=self._node_is_ahead,
+            may_command=journal.is_ours,
+            clock_of=lambda node: self.monitor.clock_of(node),
         )
+        self.monitor = _monitor(config, core, self.runtime, self.dispatcher)
         self.loads = Loads(core, self.runtime.inbox.add_fact)
-        archive = Archive(config.directory / "archive", config.journal.archive_days)
-        self.upkeep = Upkeep(
-            config.journal,
-            journal,
-            base.store,
-            archive,
-            base.history,
-            self.announcer,
-            core.snapshot,
-            lambda: core.turn,
-            replay.records,
-        )
+        self.upkeep = _upkeep(base, core, journal, self.announcer, replay)
+        self._lender = SnapshotLender(base.store)
+        #: The lead is being handed over: what would else end the process is expected.
+        self._is_leaving = False
         self.audit = AuditLog(bus, clock.now_ms)
         self.joining = Joining(base.api_bus, config.state_directory, config.yard, self.audit)
+        self._attend_to_nodes()
+        store = config.state_directory / "nats" / "store"
+        disk = (lambda: levels.disk_at(store)) if store.is_dir() else None
+        self.levels = StreamLevels(bus, names, self.upkeep.hasten, disk=disk)
         self.api = Api(
             base.api_bus,
             core,
@@ -141,11 +147,31 @@ class Daemon:
             is_settled=lambda: self.runtime.is_settled,
             add_fact=self.runtime.inbox.add_fact,
             audit=self.audit,
+            hand_over=self.hand_over,
+            said_by=self.node_verbs.verbs,
+            alarms=lambda: self.levels.alarms,
         )
-        self.levels = StreamLevels(bus, names, self.upkeep.hasten)
         self._untold = list(replay.recent)
         self._tasks: list[asyncio.Task[None]] = []
         self._turns: asyncio.Task[None] | None = None
+
+    def _attend_to_nodes(self) -> None:
+        core, journal, config = self.core, self.journal, self._base.config
+        self.leases = Leases(
+            self._base.bus,
+            core,
+            journal.epoch,
+            clock_of=self.monitor.clock_of,
+            is_settled=lambda: self.runtime.is_settled,
+            is_ours=journal.is_ours,
+        )
+        self.node_verbs = NodeVerbs(
+            core,
+            self.runtime.inbox.add_fact,
+            is_settled=lambda: self.runtime.is_settled,
+            heard_ms_ago=self.monitor.heard_ms_ago,
+            forget_key=self.joining.forget if config.authenticate else None,
+        )
 
     # -- connections between the parts ------------------------------------------------------------------------------
 
@@ -164,6 +190,7 @@ class Daemon:
 
     def _settled(self) -> None:
         self.dispatcher.settled(())
+        self.node_verbs.settled()
         self.api.settled()
         self.upkeep.settled()
 
@@ -176,16 +203,19 @@ class Daemon:
         """What may change while the daemon runs. The core decides whether the policy is news."""
         self.monitor.set_patience(config.nodes.suspected_after / 1000, config.nodes.lost_after / 1000)
         self.runtime.inbox.add_fact(PolicyChanged(policy=config.policy()))
+        self.ingress.rates.set(*config.rates())
 
     def _lost(self, why: str) -> None:
         self.dispatcher.stop()
-        self._base.fate.seal(EXIT_TEMPORARY, f"the journal is no longer ours: {why}")
+        if not self._is_leaving:
+            self._base.fate.seal(EXIT_TEMPORARY, f"the journal is no longer ours: {why}")
 
     # -- life ---------------------------------------------------------------------------------------------------------
 
     async def start(self) -> None:
         base, runtime = self._base, self.runtime
         self.journal.on_lost(self._lost)
+        base.presence.alive, base.presence.piece = self._alive, self._lender.piece
         runtime.on_durable(self._durable)
         runtime.on_settled(self._settled)
         runtime.inbox.add_fact(YardStarted(epoch=self.journal.epoch))
@@ -201,6 +231,7 @@ class Daemon:
         base.bus.on_reconnect(base.health.reconnected)
         self._spawn("nodes", every(NODES_TICK_S, self.monitor.tick))
         self._spawn("loads", every(LOADS_TICK_S, self.loads.tick))
+        self._spawn("leases", every_async(LEASES_TICK_S, self.leases.tick))
         self._spawn("purge", every_async(PURGE_INTERVAL_S, self._purge))
         self._spawn("clock", every(CLOCK_MARK_INTERVAL_S, self._mark_clock))
         self._spawn("history", every_async(HISTORY_INTERVAL_S, base.history.flush))
@@ -209,8 +240,13 @@ class Daemon:
             await self.joining.open()
             self._spawn("joining", self.joining.run())
         self._spawn("levels", every_async(levels.INTERVAL_S, self.levels.look))
+        self._spawn("lending", every(FORGET_INTERVAL_S / 60, self._lender.forget))
         self._spawn("forget", every_async(FORGET_INTERVAL_S, self._forget))
+        base.health.standby_of = ""
         base.health.is_serving = True
+
+    def _alive(self) -> Alive:
+        return Alive(epoch=self.journal.epoch, now_ms=self.clock.now_ms(), end=self.journal.last_sequence)
 
     def _spawn(self, name: str, work: Awaitable[None]) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(self._guard(name, work), name=name)
@@ -234,11 +270,47 @@ class Daemon:
     async def _forget(self) -> None:
         await self._base.history.forget_old(self.clock.now_ms())
 
+    async def hand_over(self) -> str:
+        """Stop deciding and sending, and let a standby lead; who does. A `BusError` says why nobody does.
+
+        Nothing is lost if it fails half-way: this process ends, and whoever leads next finds the journal as it is.
+        """
+        base, presence = self._base, self._base.presence
+        if self._is_leaving or presence.heir(self.journal.last_sequence) is None:
+            raise BusError("no standby is there and up to date")
+        self._is_leaving = True
+        base.health.is_serving = False
+        await self.api.leave()
+        self.runtime.stop()
+        if self._turns is not None:
+            await asyncio.wait([self._turns], timeout=STOP_TURN_S)
+        self.dispatcher.stop()
+        try:
+            successor = await presence.hand_over(self.journal.epoch, self.journal.last_sequence)
+        except BusError as error:
+            base.fate.seal(EXIT_TEMPORARY, f"the lead was given up, and not taken: {error}")
+            raise
+        finally:
+            presence.alive = None
+        reason = f"handed over to {successor}"
+        asyncio.get_running_loop().call_later(FAREWELL_S, base.fate.seal, EXIT_TEMPORARY, reason)
+        return successor
+
+    @property
+    def is_leaving(self) -> bool:
+        return self._is_leaving
+
     async def stop(self, *, is_orderly: bool) -> None:
-        """Stop deciding and sending. Orderly: let the turn under way end, and tell what it decided."""
+        """Stop deciding and sending. Orderly: let the turn under way end, tell what it decided, let a standby in."""
+        if is_orderly and not self._is_leaving:
+            with contextlib.suppress(BusError):
+                await self.hand_over()
+        self._base.presence.close()
         self._base.health.is_serving = False
         self.dispatcher.stop()
         self.runtime.stop()
+        if is_orderly:
+            await self.api.finish()
         self.api.close()
         if is_orderly and self._turns is not None:
             # Without a connection the turn would wait for one; the next start finds its inputs where they were.
@@ -281,10 +353,36 @@ class Daemon:
             history=self._base.history,
             levels=self.levels,
             reloader=self._base.reloader,
+            standbys=lambda: len(self._base.presence.standbys()),
         )
 
     def _nodes(self) -> tuple[NodeView, ...]:
         return tuple(self.api.with_samples(view) for view in self.core.node_views(None))
+
+
+def _monitor(config: DaemonConfig, core: Scheduler, runtime: Runtime, dispatcher: Dispatcher) -> NodeMonitor:
+    return NodeMonitor(
+        core,
+        runtime.inbox.add_fact,
+        dispatcher.heard,
+        suspected_after_s=config.nodes.suspected_after / 1000,
+        lost_after_s=config.nodes.lost_after / 1000,
+    )
+
+
+def _upkeep(base: Foundations, core: Scheduler, journal: Journal, announcer: Announcer, replay: Replay) -> Upkeep:
+    return Upkeep(
+        base.config.journal,
+        journal,
+        base.store,
+        Archive(base.config.directory / "archive", base.config.journal.archive_days),
+        base.history,
+        announcer,
+        core.snapshot,
+        lambda: core.turn,
+        replay.records,
+        base.presence.needed_after,
+    )
 
 
 async def every(seconds: float, action: Callable[[], None]) -> None:
@@ -300,16 +398,55 @@ async def every_async(seconds: float, action: Callable[[], Awaitable[None]]) -> 
 
 
 async def lead(base: Foundations) -> Daemon:
-    """Restore, replay, claim: the daemon that results has the journal's whole state and is its one writer."""
+    """The daemon that results has the journal's whole state and is its one writer. While another leads, this waits."""
+    while True:
+        claim, may_live = await _find_leader(base)
+        if claim is not None and may_live:
+            return await _succeed(base, claim)
+        # Whatever is made while state is read stays: looking through it again and again would take as long as reading.
+        gc.disable()
+        try:
+            return await _lead_alone(base, claim)
+        except LeadershipLost as error:
+            if not base.presence.is_open:
+                raise
+            # Two started at the same moment, and the other one was quicker.
+            log.warning("claim.failed", error=str(error))
+        finally:
+            gc.enable()
+
+
+async def _find_leader(base: Foundations) -> tuple[Claim | None, bool]:
+    try:
+        return await leadership.find_leader(base.bus, stream_name("JRN", base.config.yard), base.presence)
+    except StreamUnavailable:
+        return None, False  # A new yard.
+
+
+async def _succeed(base: Foundations, claim: Claim) -> Daemon:
+    """Stand by, and take the place of the leader when it is gone."""
+    config = base.config
+    ground = Ground(config, base.health, base.bus, base.history, base.store, base.presence, base.notifier)
+    succession = await stand_by(ground, claim)
+    names = await recovery.planned_streams(base.bus, config)
+    core = succession.core
+    await recovery.check_cursors(base.bus, names, core.cursors)
+    clock = succession.clock or open_clock(config.directory / "clock.json", core.now_ms)
+    return Daemon(base, names, core, succession.journal, clock, succession.replay)
+
+
+async def _lead_alone(base: Foundations, claim: Claim | None) -> Daemon:
+    """Restore, replay, and claim in the place of `claim`."""
     config = base.config
     names = await recovery.ensure_streams(base.bus, config)
-    await open_audit(base.bus, config.yard, sum(spec.max_bytes for spec in names))
+    await open_audit(base.bus, config.yard, sum(spec.max_bytes for spec in names), config.replicas)
     restored = recovery.restore(base.store)
     core = (
         Scheduler(config.scheduler) if restored.state is None else Scheduler.restore(restored.state, config.scheduler)
     )
-    journal = Journal(base.bus, config.yard, secrets.token_hex(8))
-    replay = await recovery.replay_and_claim(journal, core, base.history, restored)
+    journal = Journal(base.bus, config.yard, base.presence.holder)
+    replaced = None if not base.presence.is_open else claim.sequence if claim else 0
+    replay = await recovery.replay_and_claim(journal, core, base.history, restored, replacing=replaced)
     await recovery.check_cursors(base.bus, names, core.cursors)
     clock = open_clock(config.directory / "clock.json", core.now_ms)
     return Daemon(base, names, core, journal, clock, replay)
@@ -335,8 +472,11 @@ async def run(config: DaemonConfig, fate: Fate, health: Health, notifier: Notifi
         await history.open()
         stack.push_async_callback(history.close)
         store = SnapshotStore(directory / "snapshots", config.yard)
-        daemon = await lead(Foundations(config, fate, health, bus, api_bus, history, store, reloader))
-        gc.collect()
+        presence = Presence(bus, secrets.token_hex(8))
+        await presence.open()
+        stack.callback(presence.close)
+        base = Foundations(config, fate, health, bus, api_bus, history, store, reloader, presence, notifier)
+        daemon = await lead(base)
         gc.freeze()
         await daemon.start()
         if door is not None:
@@ -345,7 +485,7 @@ async def run(config: DaemonConfig, fate: Fate, health: Health, notifier: Notifi
         log.info("serving", yard=config.yard, epoch=daemon.journal.epoch, turn=daemon.core.turn)
         ending = await fate.wait()
         notifier.stopping(ending.reason)
-        await daemon.stop(is_orderly=ending.code == EXIT_OK)
+        await daemon.stop(is_orderly=ending.code == EXIT_OK or daemon.is_leaving)
         return ending.code
 
 
@@ -364,9 +504,11 @@ async def _open_door(config: DaemonConfig, health: Health) -> HttpDoor | None:
     address = config.http_address()
     if address is None:
         return None
-    door = HttpDoor(*address, health)
     try:
+        door = HttpDoor(*address, health, config.http_guard())
         url = await door.open()
+    except BadConfig as error:
+        raise StartRefused(str(error)) from None
     except OSError as error:
         raise StartRefused(f"cannot listen on {config.http}: {error.strerror or error}") from None
     # For whoever started us with port 0; whole or not there.

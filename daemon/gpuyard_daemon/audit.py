@@ -27,6 +27,7 @@ from gpuyard_daemon.core.inputs import (
     JobSubmitted,
     ReleaseRequested,
     RequestMalformed,
+    RequestRefused,
     RequeueRequested,
     ServiceApplied,
     ServiceDeleted,
@@ -60,7 +61,7 @@ TEXT_MAX = 120
 BATCH_BYTES_MAX = 1024 * 1024
 
 _AboutJob = CancelRequested | HoldRequested | ReleaseRequested | RequeueRequested
-_Request = JobSubmitted | _AboutJob | ServiceApplied | ServiceDeleted | RequestMalformed
+_Request = JobSubmitted | _AboutJob | ServiceApplied | ServiceDeleted | RequestMalformed | RequestRefused
 _VERBS: dict[type[_Request], str] = {
     JobSubmitted: "submit",
     CancelRequested: "cancel",
@@ -70,6 +71,7 @@ _VERBS: dict[type[_Request], str] = {
     ServiceApplied: "apply",
     ServiceDeleted: "delete",
     RequestMalformed: "request",
+    RequestRefused: "submit",
 }
 
 
@@ -103,9 +105,9 @@ class _Turn(NamedTuple):
     facts: Sequence[Fact]
 
 
-async def open_audit(bus: Bus, yard: str, budget_bytes: int) -> None:
+async def open_audit(bus: Bus, yard: str, budget_bytes: int, replicas: int = 1) -> None:
     """Make the stream, or bring its settings up to date; `StartRefused` if the server has no room for it."""
-    spec = audit_stream(yard, budget_bytes)
+    spec = audit_stream(yard, budget_bytes, replicas)
     try:
         await bus.ensure_stream(spec)
     except StreamUnavailable as error:

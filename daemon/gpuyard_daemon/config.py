@@ -17,9 +17,13 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-from gpuyard_daemon.core.policy import Policy, TenantLimits
+from gpuyard_daemon.core.policy import DEFAULT_QUEUE, Policy, TenantLimits
 from gpuyard_daemon.core.settings import CoreSettings
+from gpuyard_daemon.queue_config import WEIGHT_MAX, QueueConfig, problem_of, queue_policies
+from gpuyard_daemon.rates import BURST_S, NO_LIMIT, Rate
+from gpuyard_protocol.bus.credentials import CREDENTIALS_SUFFIX
 from gpuyard_protocol.codec import Malformed, from_plain
+from gpuyard_protocol.http_guard import OPEN, GuardRefused, HttpGuard, guard_for
 from gpuyard_protocol.names import NAME_EXPECTED, is_name
 from gpuyard_protocol.units import Duration, GpuAmount, Memory
 
@@ -71,6 +75,14 @@ class TenantConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     gpus_max: GpuAmount | None = None
     #: Jobs that have not ended; submissions beyond it are rejected.
     jobs_max: int | None = None
+    #: Submissions a second, and how many at once after a pause (unless told: of ten seconds); 0: no limit. What is
+    #: beyond it is rejected, and told when it may come again.
+    submissions_per_s: int | None = None
+    submissions_burst: int | None = None
+    #: The queue of jobs that name none.
+    queue: str | None = None
+    #: Its part of the yard beside other tenants', 1 to 1000.
+    weight: int | None = None
 
 
 class DaemonConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -78,8 +90,12 @@ class DaemonConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     yard: str = "main"
     #: Directory of keys, snapshots, history; unset: /var/lib/gpuyard for root, else gpuyard in $XDG_STATE_HOME.
     state: str = ""
+    #: Directory of the daemon's own files (snapshots, history); unset: `daemon` in `state`. Each daemon needs its own.
+    daemon_dir: str = ""
     #: One address or several with commas.
     nats: str = "nats://127.0.0.1:4222"
+    #: Servers of the cluster that keep a copy of each stream: 1, 3 or 5.
+    replicas: int = 1
     #: For `tls://` addresses: files in PEM form.
     tls_ca: str = ""
     tls_cert: str = ""
@@ -88,6 +104,12 @@ class DaemonConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     authenticate: bool = True
     #: HOST:PORT of metrics, health and the status page; port 0: any free one; "": none.
     http: str = "127.0.0.1:7790"
+    #: Beyond loopback: file with the token that readers must show (unset: `keys/http.token` in `state`, made on first
+    #: use), and certificate and key in PEM form (unset: those of the yard's NATS server, `tls/server.pem` in `state`).
+    #: Set, they hold on loopback too.
+    http_token: str = ""
+    http_cert: str = ""
+    http_key: str = ""
     log_level: str = "info"
     #: Finished jobs stay in the history database for so long.
     history_days: int = 400
@@ -96,12 +118,20 @@ class DaemonConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     scheduler: CoreSettings = CoreSettings()
     #: By tenant's name; `default` holds for every tenant that has no table of its own, and for what a table leaves out.
     tenants: dict[str, TenantConfig] = {}
+    #: By name. Without any, everybody shares one queue without quota.
+    queues: dict[str, QueueConfig] = {}
 
     def policy(self) -> Policy:
         """What tenants are granted, as the core takes it."""
         base = _limits(self.tenants.get(DEFAULT_TENANT, TenantConfig()), _BUILT_IN_LIMITS)
         named = sorted((name, table) for name, table in self.tenants.items() if name != DEFAULT_TENANT)
-        return Policy(default=base, tenants=tuple((name, _limits(table, base)) for name, table in named))
+        tenants = tuple((name, _limits(table, base)) for name, table in named)
+        return Policy(default=base, tenants=tenants, queues=queue_policies(self.queues))
+
+    def rates(self) -> tuple[Rate, dict[str, Rate]]:
+        """How fast tenants may submit: each that is not named, and those that are."""
+        base = _rate(self.tenants.get(DEFAULT_TENANT, TenantConfig()), NO_LIMIT)
+        return base, {name: _rate(table, base) for name, table in self.tenants.items() if name != DEFAULT_TENANT}
 
     @property
     def state_directory(self) -> Path:
@@ -110,17 +140,36 @@ class DaemonConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     @property
     def directory(self) -> Path:
         """Where the daemon's own files are."""
-        return self.state_directory / "daemon"
+        return Path(self.daemon_dir) if self.daemon_dir else self.state_directory / "daemon"
 
     def seed(self, role: str) -> Path | None:
         """The key file of a connection; None to connect without."""
-        return self.state_directory / "keys" / f"{role}.seed" if self.authenticate else None
+        if not self.authenticate:
+            return None
+        seed = self.state_directory / "keys" / f"{role}.seed"
+        by_token = seed.with_suffix(CREDENTIALS_SUFFIX)
+        return by_token if by_token.exists() else seed
 
     def http_address(self) -> tuple[str, int] | None:
         if not self.http:
             return None
         host, _, port = self.http.rpartition(":")
         return host.strip("[]"), int(port)
+
+    def http_guard(self) -> HttpGuard:
+        """What readers of the pages must show; `BadConfig` if the address must not be opened so."""
+        address = self.http_address()
+        if address is None:
+            return OPEN
+        token = Path(self.http_token) if self.http_token else self.state_directory / "keys" / "http.token"
+        cert = Path(self.http_cert) if self.http_cert else self.state_directory / "tls" / "server.pem"
+        key = Path(self.http_key) if self.http_key else self.state_directory / "tls" / "server.key"
+        try:
+            return guard_for(
+                address[0], token, cert, key, wants_token=bool(self.http_token), wants_tls=bool(self.http_cert)
+            )
+        except GuardRefused as error:
+            raise BadConfig(f"http: {error}") from None
 
     def validate(self) -> None:
         """`BadConfig` with one sentence for the first thing wrong."""
@@ -135,8 +184,12 @@ class DaemonConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             parts = urlsplit(address.strip() if "://" in address else f"nats://{address.strip()}")
             if parts.scheme not in ("nats", "tls") or not parts.hostname:
                 raise _bad("nats", self.nats, "nats://HOST:PORT or tls://HOST:PORT, several with commas")
+        if self.replicas not in (1, 3, 5):
+            raise _bad("replicas", str(self.replicas), "1, 3 or 5")
         if bool(self.tls_cert) != bool(self.tls_key):
             raise _bad("tls_key", self.tls_key, "'tls_cert' and 'tls_key' together")
+        if bool(self.http_cert) != bool(self.http_key):
+            raise _bad("http_key", self.http_key, "'http_cert' and 'http_key' together")
         if self.journal.budget is not None and self.journal.budget < BUDGET_MIN_MIB:
             raise _bad("journal.budget", str(self.journal.budget), f"at least {Memory(BUDGET_MIN_MIB)}")
         for name, value in (
@@ -150,6 +203,8 @@ class DaemonConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             if value <= 0:
                 raise _bad(name, str(value), "more than 0")
         self._validate_tenants()
+        if problem := problem_of(self.queues):
+            raise _bad(*problem)
         if self.nodes.lost_after <= self.nodes.suspected_after:
             raise _bad("nodes.lost_after", str(self.nodes.lost_after), "more than 'nodes.suspected_after'")
         try:
@@ -165,12 +220,29 @@ class DaemonConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
                 raise _bad(f"tenants.{name}", name, NAME_EXPECTED)
             if table.jobs_max is not None and table.jobs_max <= 0:
                 raise _bad(f"tenants.{name}.jobs_max", str(table.jobs_max), "a number above 0")
+            if table.weight is not None and not 1 <= table.weight <= WEIGHT_MAX:
+                raise _bad(f"tenants.{name}.weight", str(table.weight), f"a number between 1 and {WEIGHT_MAX}")
+            if table.queue and table.queue not in (known := {*self.queues, DEFAULT_QUEUE}):
+                raise _bad(f"tenants.{name}.queue", table.queue, f"one of {', '.join(sorted(known))}")
+            for key, least in (("submissions_per_s", 0), ("submissions_burst", 1)):
+                value = getattr(table, key)
+                if value is not None and value < least:
+                    raise _bad(f"tenants.{name}.{key}", str(value), f"a number not below {least}")
+
+
+def _rate(table: TenantConfig, base: Rate) -> Rate:
+    per_second = base.per_second if table.submissions_per_s is None else table.submissions_per_s
+    if table.submissions_burst is not None:
+        return Rate(per_second, table.submissions_burst)
+    return base if table.submissions_per_s is None else Rate(per_second, per_second * BURST_S)
 
 
 def _limits(table: TenantConfig, base: TenantLimits) -> TenantLimits:
     return TenantLimits(
         gpus_max_milli=base.gpus_max_milli if table.gpus_max is None else int(table.gpus_max),
         jobs_max=base.jobs_max if table.jobs_max is None else table.jobs_max,
+        queue=base.queue if table.queue is None else table.queue,
+        weight=base.weight if table.weight is None else table.weight,
     )
 
 
@@ -224,8 +296,11 @@ def parse_arguments(arguments: Sequence[str]) -> DaemonConfig:
     parser = argparse.ArgumentParser(prog="gpuyard-daemon", description="The scheduler daemon of a yard.")
     parser.add_argument("--config", type=Path, help="TOML file with the settings; flags override it")
     parser.add_argument("--state", help="directory of keys, snapshots and history")
+    parser.add_argument("--daemon-dir", help="directory of snapshots and history; default: `daemon` in the state")
     parser.add_argument("--nats", help="address of the NATS server, such as nats://127.0.0.1:4222")
+    parser.add_argument("--replicas", type=int, help="servers of a cluster that keep each stream: 1, 3 or 5")
     parser.add_argument("--yard", help="name of the yard")
+    parser.add_argument("--tls-ca", metavar="FILE", help="whom to trust for tls:// addresses")
     parser.add_argument("--http", help="HOST:PORT of metrics, health and the status page; '' for none")
     parser.add_argument("--log-level", choices=LOG_LEVELS)
     parser.add_argument(
@@ -234,7 +309,7 @@ def parse_arguments(arguments: Sequence[str]) -> DaemonConfig:
     given = parser.parse_args(arguments)
     overrides: dict[str, Any] = {
         key: value
-        for key in ("state", "nats", "yard", "http", "log_level")
+        for key in ("state", "daemon_dir", "nats", "replicas", "yard", "http", "log_level", "tls_ca")
         if (value := getattr(given, key)) is not None
     }
     if given.no_authentication:

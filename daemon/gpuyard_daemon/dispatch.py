@@ -8,6 +8,9 @@ a reconnect, for a new agent process, after a gap, a refusal or a missing answer
 Write-ahead: orders reach this file only after their record is durable, and a `Sync` is built only while nothing is
 decided that the journal does not have yet (`is_settled`).
 
+A daemon that was suspended or cut off may have been deposed meanwhile: unless the server has lately checked our claim,
+it is asked before anything is said (`may_command`).
+
 Bounds: `PENDING_MAX` orders wait in a channel; more are dropped for a `Sync`, which says the same.
 """
 
@@ -15,17 +18,18 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Protocol
 
 import msgspec
 import structlog
 
 from gpuyard_daemon.core.turn import NodeOrders
+from gpuyard_daemon.syncs import sync_messages
 from gpuyard_protocol.bus.base import Bus, BusError, Disconnected, NoResponders
 from gpuyard_protocol.codec import Malformed, decode, encode
 from gpuyard_protocol.names import NodeId
-from gpuyard_protocol.nodes import Desired, Order, OrderAnswer, Sync
+from gpuyard_protocol.nodes import Desired, Order, OrderAnswer
 from gpuyard_protocol.subjects import commands
 
 log = structlog.get_logger("dispatch")
@@ -60,6 +64,7 @@ class _Batch(msgspec.Struct, frozen=True, tag="orders", kw_only=True):
     first: int
     orders: tuple[msgspec.Raw, ...]
     v: int = 1
+    clock_ms: int = 0
 
 
 class Channel:
@@ -92,6 +97,8 @@ class Dispatcher:
         *,
         is_settled: Callable[[], bool],
         on_stale: Callable[[NodeId, str], None],
+        may_command: Callable[[], Awaitable[bool]] | None = None,
+        clock_of: Callable[[NodeId], tuple[str, int]] | None = None,
     ) -> None:
         self._bus = bus
         self._core = core
@@ -99,6 +106,11 @@ class Dispatcher:
         self._is_settled = is_settled
         #: Called when a node has taken orders of a newer leader.
         self._on_stale = on_stale
+        #: Whether we lead for certain; None: nobody else can.
+        self._may_command = may_command
+        #: The agent process heard last for a node, and its clock then: orders renew leases (`leases`). None: nobody
+        #: listens.
+        self._clock_of = clock_of
         self._channels: dict[NodeId, Channel] = {}
         #: Channels that want to send a `Sync` and wait for the journal.
         self._unsettled: set[NodeId] = set()
@@ -199,7 +211,10 @@ class Dispatcher:
         try:
             goes_on = True
             while goes_on and not self._is_stopped:
-                if channel.wants_sync:
+                if self._may_command is not None and not await self._may_command():
+                    # The next heartbeat of the node asks again, if we are still there then.
+                    goes_on = False
+                elif channel.wants_sync:
                     goes_on = await self._send_sync(channel)
                 elif channel.pending:
                     goes_on = await self._send_batch(channel)
@@ -214,15 +229,23 @@ class Dispatcher:
                 self._unsettled.add(channel.node)
                 return False
             number, desired = self._core.desired(channel.node)
+            if self._is_unheard(channel) and any(entry.start.launch.lease_ms for entry in desired):
+                # It could not start what is under a lease: its first heartbeat brings its clock, and this back.
+                return False
             channel.pending.clear()
             channel.first = number + 1
             channel.wants_sync = False
             self.syncs_sent += 1
-            sync = Sync(
-                node=channel.node, instance=channel.instance, epoch=self._epoch, n=number, desired=tuple(desired)
+            messages = sync_messages(
+                channel.node, channel.instance, self._epoch, number, desired, self._clock_ms(channel)
             )
-            log.info("node.sync", node=channel.node, n=number, desired=len(desired))
-            return await self._exchange(channel, encode(sync))
+            log.info("node.sync", node=channel.node, n=number, desired=len(desired), messages=len(messages))
+            for message in messages:
+                if not await self._exchange(channel, message):
+                    return False
+                if channel.wants_sync:
+                    break
+            return True
 
     async def _send_batch(self, channel: Channel) -> bool:
         first, size = channel.first, 0
@@ -235,9 +258,23 @@ class Dispatcher:
         self.batches_sent += 1
         self.orders_sent += len(orders)
         batch = _Batch(
-            node=channel.node, instance=channel.instance, epoch=self._epoch, first=first, orders=tuple(orders)
+            node=channel.node,
+            instance=channel.instance,
+            epoch=self._epoch,
+            first=first,
+            orders=tuple(orders),
+            clock_ms=self._clock_ms(channel),
         )
         return await self._exchange(channel, msgspec.json.encode(batch))
+
+    def _is_unheard(self, channel: Channel) -> bool:
+        """This process has had no heartbeat of that agent yet."""
+        return self._clock_of is not None and self._clock_of(channel.node)[0] != channel.instance
+
+    def _clock_ms(self, channel: Channel) -> int:
+        if self._clock_of is None or self._is_unheard(channel):
+            return 0
+        return self._clock_of(channel.node)[1]
 
     async def _exchange(self, channel: Channel, data: bytes) -> bool:
         """One message and its answer; whether the channel may go on at once."""

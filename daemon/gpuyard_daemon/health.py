@@ -2,7 +2,7 @@
 
 Alive means that turns end: the loop runs, and no turn has been under way for too long while there is a connection.
 While NATS is away the daemon waits, and that is no fault of its own: alive, but not ready. Ready means that a
-submission would be decided now.
+submission would be decided now. A standby is alive while its loop runs, and never ready.
 """
 
 from __future__ import annotations
@@ -28,6 +28,10 @@ class Health:
         self._connected_at = monotonic()
         #: Set when start-up is over, and cleared when the end begins.
         self.is_serving = False
+        #: While another daemon leads and this one stands by: who leads, and how far behind this one is.
+        self.standby_of = ""
+        #: Messages of the journal that the standby has not applied yet.
+        self.standby_behind = 0
         #: Largest delay of the loop's heartbeat since it was last asked for, seconds.
         self.loop_delay_s = 0.0
 
@@ -57,6 +61,8 @@ class Health:
 
     def unready_because(self) -> str:
         """ "" when a submission would be decided now."""
+        if self.standby_of:
+            return f"standby of {self.standby_of}"
         if not self.is_serving:
             return "starting or stopping"
         if not self.is_connected():

@@ -44,6 +44,8 @@ CREATE TABLE IF NOT EXISTS place (one INTEGER PRIMARY KEY CHECK (one = 1), throu
 SCHEMA_VERSION = 1
 #: Rows that wait for the thread at most before they are written in one transaction.
 BATCH_ROWS = 500
+#: Rows kept while the disk takes none; beyond that the journal keeps what is missing.
+WAITING_ROWS_MAX = 50_000
 _DAY_MS = 86_400_000
 
 
@@ -66,6 +68,10 @@ class History:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="history")
         self._connection: sqlite3.Connection | None = None
         self._waiting: list[JobView] = []
+        #: The last write failed: the next try is the next `flush`.
+        self._is_failing = False
+        #: The disk took nothing for so long that no more is kept here.
+        self._has_given_up = False
         #: Journal sequence up to which everything was handed over, and up to which it is on disk.
         self._seen = 0
         self.through = 0
@@ -88,25 +94,39 @@ class History:
         """Take over what the record at `sequence` retired (possibly nothing)."""
         if sequence <= self._seen:
             return
+        if len(self._waiting) >= WAITING_ROWS_MAX:
+            self._give_up()
+        if self._has_given_up:
+            return
         self._seen = sequence
         if views:
             self._waiting.extend(views)
-            if len(self._waiting) >= BATCH_ROWS and self._writing is None:
+            if len(self._waiting) >= BATCH_ROWS and self._writing is None and not self._is_failing:
                 self._start_writing()
+
+    def _give_up(self) -> None:
+        """Too much waits for a disk that takes nothing: the next start feeds it from the journal, which keeps it."""
+        if not self._has_given_up:
+            self._has_given_up = True
+            log.error("history.given-up", waiting=len(self._waiting), path=str(self._path))
 
     def _start_writing(self) -> None:
         self._writing = asyncio.get_running_loop().create_task(self._write_all(), name="history")
 
     async def _write_all(self) -> None:
+        views: list[JobView] = []
         try:
             while self._waiting or self.through < self._seen:
                 views, self._waiting = self._waiting, []
                 seen = self._seen
                 await self._run(self._write, views, seen)
-                self.through = seen
+                self.through, views = seen, []
+                self._is_failing = False
         except sqlite3.Error as error:
-            # Nothing is lost: `through` stays, so the journal keeps what is missing for the next start.
-            log.error("history.unwritten", error=str(error), path=str(self._path))
+            # Nothing is lost: they are tried again with the next, and `through` stays, so the journal keeps them.
+            self._waiting[:0] = views
+            self._is_failing = True
+            log.error("history.unwritten", error=str(error), path=str(self._path), waiting=len(self._waiting))
         finally:
             self._writing = None
 

@@ -6,17 +6,27 @@ resources, but never take the whole turn while submissions wait.
 
 Bounds: a turn takes at most `TURN_BYTES_MAX` and `TURN_INPUTS_MAX` (one message at least, whatever its size). When
 more than `HIGH_WATER_MESSAGES` wait in a line, its reader is told to pause; what is not read yet stays in the stream,
-on disk.
+on disk. Of the shell's own facts the newest about a node, and the newest load of a service, takes the place of one that
+still waits: while the journal takes nothing they grow no further than the yard has nodes and services.
 """
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import NamedTuple
 
-from gpuyard_daemon.core.inputs import Cursors, Input
+from gpuyard_daemon.core.inputs import (
+    Cursors,
+    Input,
+    LoadReported,
+    NodeIncompatible,
+    NodeLost,
+    NodeReturned,
+    NodeSuspected,
+    PolicyChanged,
+)
 
 TURN_BYTES_MAX = 256 * 1024
 TURN_INPUTS_MAX = 500
@@ -85,7 +95,8 @@ class Inbox:
     def __init__(self, cursors: Cursors, wake: Callable[[], None]) -> None:
         self.submissions = Line(cursors.submissions)
         self.reports = Line(cursors.reports)
-        self._facts: deque[Input] = deque()
+        #: By what they are about, in the order in which they came.
+        self._facts: dict[Hashable, Input] = {}
         self._wake = wake
         self._oldest_at: float | None = None
 
@@ -96,7 +107,9 @@ class Inbox:
         return len(self._facts) + len(self.reports.waiting) + len(self.submissions.waiting)
 
     def add_fact(self, fact: Input) -> None:
-        self._facts.append(fact)
+        about = _about(fact)
+        self._facts.pop(about, None)
+        self._facts[about] = fact
         self.arrived()
 
     def arrived(self) -> None:
@@ -109,7 +122,7 @@ class Inbox:
         inputs: list[Input] = []
         bytes_left, inputs_left = TURN_BYTES_MAX, TURN_INPUTS_MAX
         while self._facts and inputs_left > 0:
-            inputs.append(self._facts.popleft())
+            inputs.append(self._facts.pop(next(iter(self._facts))))
             bytes_left -= FACT_BYTES
             inputs_left -= 1
         if self.submissions.waiting:
@@ -123,3 +136,16 @@ class Inbox:
         self.submissions.take(inputs, bytes_left + kept_bytes, inputs_left + kept_inputs, at_least_one=not inputs)
         oldest_at, self._oldest_at = self._oldest_at, time.monotonic() if self else None
         return Taken(inputs, Cursors(self.submissions.position, self.reports.position), oldest_at)
+
+
+def _about(fact: Input) -> Hashable:
+    """What a fact says the newest of: of two with the same, the later one alone matters."""
+    match fact:
+        case NodeSuspected() | NodeLost() | NodeReturned() | NodeIncompatible():
+            return "node", fact.node
+        case LoadReported():
+            return "load", fact.tenant, fact.service
+        case PolicyChanged():
+            return "policy"
+        case _:
+            return fact

@@ -24,14 +24,16 @@ from gpuyard_daemon.core.inputs import (
     NodeReported,
     ReleaseRequested,
     RequestMalformed,
+    RequestRefused,
     RequeueRequested,
     ServiceApplied,
     ServiceDeleted,
 )
 from gpuyard_daemon.inbox import Inbox, Line, Waiting
+from gpuyard_daemon.rates import Rates
 from gpuyard_protocol.bus.base import Bus, BusError, StoredMessage, StreamReader
 from gpuyard_protocol.codec import MAX_BATCH_BYTES, MAX_REQUEST_BYTES, Malformed, RequestVersion, decode
-from gpuyard_protocol.jobs import CancelRequest, HoldRequest, JobRequest, RequeueRequest
+from gpuyard_protocol.jobs import CancelRequest, HoldRequest, JobRequest, RequeueRequest, Why
 from gpuyard_protocol.names import (
     NAME_EXPECTED,
     SUBMISSION_EXPECTED,
@@ -50,6 +52,7 @@ from gpuyard_protocol.subjects import (
     parse_tenant_subject,
     stream_name,
 )
+from gpuyard_protocol.units import format_ms
 
 log = structlog.get_logger("ingress")
 
@@ -78,9 +81,10 @@ class _Identified(msgspec.Struct):
 class Ingress:
     """Readers of SUB and REP that fill the inbox, and the purge of what the journal has taken in."""
 
-    def __init__(self, bus: Bus, yard: str, inbox: Inbox) -> None:
+    def __init__(self, bus: Bus, yard: str, inbox: Inbox, rates: Rates | None = None) -> None:
         self._bus = bus
         self._inbox = inbox
+        self.rates = rates or Rates()
         self._submissions = stream_name("SUB", yard)
         self._reports = stream_name("REP", yard)
         self._readers: list[StreamReader] = []
@@ -119,12 +123,32 @@ class Ingress:
     def _take_submissions(self, messages: list[StoredMessage]) -> None:
         for message in messages:
             try:
-                inputs = tuple(decode_submission(message, self.counts))
+                inputs = tuple([self._within_rate(found, message) for found in decode_submission(message, self.counts)])
             except Exception:  # a stored message that trips us up would do so again at every start, for ever
                 log.exception("submission.undecodable", sequence=message.sequence, subject=message.subject[:120])
                 inputs = _given_up(message, self.counts)
             self._inbox.submissions.put(Waiting(message.sequence, len(message.data) + _weight(inputs), inputs))
         self._inbox.arrived()
+
+    def _within_rate(self, found: Input, message: StoredMessage) -> Input:
+        """The input, or its refusal where its tenant hands in too many."""
+        if not isinstance(found, JobSubmitted | ServiceApplied):
+            return found
+        retry_after_ms = self.rates.take(found.tenant, message.stored_ms)
+        if not retry_after_ms:
+            return found
+        self.counts["rate_limited"] += 1
+        text = (
+            f"tenant {found.tenant} may hand in {self.rates.describe(found.tenant)}: "
+            f"try again in {format_ms(retry_after_ms)}, send many jobs as an array, or ask the yard's operator"
+        )
+        return RequestRefused(
+            tenant=found.tenant,
+            user=found.user,
+            submission_id=found.submission_id,
+            reason=Why("RateLimited", text),
+            retry_after_ms=retry_after_ms,
+        )
 
     def _take_reports(self, messages: list[StoredMessage]) -> None:
         for message in messages:
@@ -219,6 +243,7 @@ def _single(caller: Caller, message: StoredMessage) -> Input:
                 submission_id=_checked_id(again.submission_id) or given,
                 job=again.job,
                 hold=again.hold,
+                array=again.array,
             )
         case "apply":
             service = decode(ServiceRequest, message.data)

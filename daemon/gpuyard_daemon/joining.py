@@ -50,6 +50,8 @@ class Joining:
         self._audit = audit
         self._waiting: asyncio.Queue[Message] = asyncio.Queue(WAITING_MAX)
         self._clean_up_at: float | None = None
+        #: One change of the keys at a time.
+        self._changing = asyncio.Lock()
 
     async def open(self) -> None:
         try:
@@ -75,9 +77,21 @@ class Joining:
                 continue
             await self._tolerantly(self._answer(message))
 
+    async def forget(self, node: NodeId) -> None:
+        """Take a node's key out, and its token: its connection ends, and it is a stranger. A `BusError` says why not."""
+        async with self._changing:
+            keys = self._keys()
+            keys.tokens.revoke(node)
+            keys.remove_node(node)
+            try:
+                await self._apply(keys)
+            except (ConfigurationError, OSError) as error:
+                raise BusError(f"its key could not be taken out: {error}") from None
+
     async def _tolerantly(self, work: Awaitable[None]) -> None:
         try:
-            await work
+            async with self._changing:
+                await work
         except (BusError, ConfigurationError, OSError) as error:
             log.warning("joining.trouble", error=str(error))
 

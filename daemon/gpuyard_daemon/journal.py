@@ -41,8 +41,12 @@ ERROR_CONFLICT_IN_FLIGHT = 10164
 #: After this long without an answer the tail is read. Longer than a stream leader's election in a cluster takes.
 APPEND_TIMEOUT_S = 8.0
 RETRY_S = 0.05
+#: For so long after the server last checked our claim we act without asking again. Shorter than what a standby waits.
+PROOF_S = 2.0
 #: How long to wait before an append is tried again that the stream refuses for want of room.
 FULL_RETRY_S = 1.0
+#: One look at the tail: a stream that has no leader for a moment does not answer, and has to be asked again.
+TAIL_TIMEOUT_S = 2.5
 #: Readings of a tail message that the stream says it has: a replica that answers may be behind for a moment.
 TAIL_READS = 20
 
@@ -103,6 +107,8 @@ class Journal:
         self._lock = asyncio.Lock()
         #: Set when what we believe of the tail may be wrong: the connection was gone, an outcome is unknown.
         self._is_doubtful = False
+        #: Boot time (it runs on while the process is suspended) at which a proof of our claim was asked for, seconds.
+        self._proven_at = float("-inf")
         self._connected = asyncio.Event()
         self._connected.set()
         self._on_lost: Callable[[str], None] | None = None
@@ -146,14 +152,17 @@ class Journal:
 
     # -- leadership ---------------------------------------------------------------------------------------------------
 
-    async def claim(self, host: str, pid: int) -> None:
-        """Become the one writer. `LeadershipLost` if another process claims at the same moment and wins."""
+    async def claim(self, host: str, pid: int, *, replacing: int | None = None) -> None:
+        """Become the one writer. `LeadershipLost` if another process claims at the same moment and wins.
+
+        `replacing`: sequence of the claim that is known to be given up (0: there was none); with None, whichever is
+        the newest.
+        """
         claim = LeaderClaim(holder=self._holder, host=host, pid=pid, at_ms=time.time_ns() // 1_000_000)
-        newest = await self._bus.last_message(self.stream, JOURNAL_LEADER)
-        previous = newest.sequence if newest else 0
+        previous = await self._newest_claim() if replacing is None else replacing
         headers = {
             "Nats-Expected-Last-Subject-Sequence": str(previous),
-            MESSAGE_ID: f"claim-{self._holder}",
+            MESSAGE_ID: f"claim-{self._holder}-{previous}",
         }
         try:
             ack = await self._bus.stream_publish(
@@ -163,9 +172,36 @@ class Journal:
             if refusal.code in (ERROR_WRONG_LAST_SEQUENCE, ERROR_CONFLICT_IN_FLIGHT):
                 raise LeadershipLost("another daemon claimed the journal at the same moment") from None
             raise JournalRefused(f"the claim on {self.stream} was refused: {refusal}") from None
+        if ack.duplicate and await self._newest_claim() != ack.sequence:
+            raise LeadershipLost("another daemon claimed the journal after an unanswered claim of ours")
         self.epoch = ack.sequence
         self.last_sequence = ack.sequence
+        self._proven_at = _boot_s()
         await self._bus.subscribe(JOURNAL_LEADER, self._on_claim)
+
+    async def _newest_claim(self) -> int:
+        newest = await self._bus.last_message(self.stream, JOURNAL_LEADER)
+        return newest.sequence if newest else 0
+
+    async def is_ours(self) -> bool:
+        """Whether this process may act on what it knows: it was proved within the last `PROOF_S`, or is proved now.
+
+        A process that was suspended, or cut off for a while, asks here before it commands anything.
+        """
+        if self.lost_because:
+            return False
+        if _boot_s() - self._proven_at <= PROOF_S:
+            return True
+        asked_at = _boot_s()
+        try:
+            newest = await self._newest_claim()
+        except BusError:
+            return False
+        if newest > self.epoch:
+            self._lose(f"it was claimed at {newest}, ours is at {self.epoch}")
+        if newest == self.epoch:
+            self._proven_at = asked_at
+        return newest == self.epoch
 
     def _on_claim(self, message: Message) -> None:
         try:
@@ -220,6 +256,7 @@ class Journal:
             "Nats-Expected-Last-Sequence": str(self.last_sequence),
             MESSAGE_ID: message_id,
         }
+        sent_at = _boot_s()
         try:
             ack = await self._bus.stream_publish(subject, data, timeout=APPEND_TIMEOUT_S, headers=headers)
         except PublishRefused as refusal:
@@ -233,6 +270,7 @@ class Journal:
             return 0
         if ack.sequence != self.last_sequence + 1:
             raise self._lose(f"an append went to {ack.sequence} instead of {self.last_sequence + 1}")
+        self._proven_at = sent_at
         return ack.sequence
 
     async def _after_refusal(self, refusal: PublishRefused, message_id: str) -> int:
@@ -259,14 +297,19 @@ class Journal:
             await self._connected.wait()
             self._is_doubtful = False
             try:
-                end = await self.end()
-                claim = await self._bus.last_message(self.stream, JOURNAL_LEADER)
-                tail = await self._read_tail(self.last_sequence + 1) if end > self.last_sequence else None
+                async with asyncio.timeout(TAIL_TIMEOUT_S):
+                    end = await self.end()
+                    claim = await self._bus.last_message(self.stream, JOURNAL_LEADER)
+                    tail = await self._read_tail(self.last_sequence + 1) if end > self.last_sequence else None
                 break
-            except BusError as error:
-                log.warning("journal.tail-unreadable", error=str(error))
+            except (BusError, TimeoutError) as error:
+                log.warning("journal.tail-unreadable", error=str(error) or "no answer")
                 self._is_doubtful = True
                 await asyncio.sleep(RETRY_S)
+        if claim is not None and claim.sequence < self.epoch:
+            # A replica that has not caught up yet answered.
+            await asyncio.sleep(RETRY_S)
+            return await self._find_in_tail(message_id)
         if claim is None or claim.sequence != self.epoch:
             raise self._lose(f"its newest claim is at {claim.sequence if claim else 0}, ours is at {self.epoch}")
         if end == self.last_sequence:
@@ -296,6 +339,11 @@ class Journal:
     def _disconnected(self) -> None:
         self._connected.clear()
         self._is_doubtful = True
+        self._proven_at = float("-inf")
 
     def _reconnected(self) -> None:
         self._connected.set()
+
+
+def _boot_s() -> float:
+    return time.clock_gettime(time.CLOCK_BOOTTIME)

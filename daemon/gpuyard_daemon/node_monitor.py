@@ -4,6 +4,9 @@ Heartbeats never enter the core; what enters is that a node fell silent (`NodeSu
 again (`NodeReturned`) or cannot be understood (`NodeIncompatible`). Silence only counts while this process could have
 heard: after a start, a lost connection or a pause of its own, every node has a fresh grace period.
 
+Two live agent processes of one node are told by their speaking in turn; then the node takes no work until one has been
+silent for `TWIN_WINDOW_S`. One heartbeat of a dead process that arrives late is no twin, and does not fence for long.
+
 The newest telemetry of each node is kept here for views and metrics, and nowhere else.
 """
 
@@ -37,6 +40,8 @@ LOSSY_BYTES_MAX = 256 * 1024
 REPEAT_S = 5.0
 #: States of a node that a heartbeat of its joined process ends.
 _SILENT_STATES = ("suspected", "lost", "joining")
+#: States of a node that long silence ends.
+_LIVING_STATES = ("ready", "suspected", "joining", "incompatible")
 
 
 class NodeFacts(Protocol):
@@ -45,28 +50,41 @@ class NodeFacts(Protocol):
     def known_nodes(self) -> tuple[NodeId, ...]: ...
     def node_state(self, node: NodeId) -> str: ...
     def node_instance(self, node: NodeId) -> str: ...
+    def node_is_twinned(self, node: NodeId) -> bool: ...
 
 
 class _Watch:
     """One node as the monitor sees it. Times are monotonic seconds."""
 
-    __slots__ = ("heard_at", "instance", "instances", "is_incompatible", "seen_at", "told", "told_at", "turns")
+    __slots__ = (
+        "clock_ms",
+        "doubled_at",
+        "heard_at",
+        "instance",
+        "instances",
+        "seen_at",
+        "told",
+        "told_at",
+        "turns",
+    )
 
     def __init__(self, now: float) -> None:
         #: From when silence counts: the last heartbeat, or the start of a grace period.
         self.heard_at = now
         #: Of the last real heartbeat; 0.0: none since this process started.
         self.seen_at = 0.0
-        #: What the core was told last, and when; it has not taken it in as long as its state does not show it.
-        self.told = ""
+        #: The change that the core was told last, and when; it has not taken it in while its state does not show it.
+        self.told: Input | None = None
         self.told_at = 0.0
         self.instance = ""
+        #: What the newest heartbeat of `instance` said of its node's clock; 0: nothing.
+        self.clock_ms = 0
         #: When each of the latest agent processes was last heard.
         self.instances: dict[str, float] = {}
         #: Times in a row that another live process took the word.
         self.turns = 0
-        #: The core was told that this agent process cannot be worked with.
-        self.is_incompatible = False
+        #: When the word last went from one live process to another, as far as this process can know.
+        self.doubled_at = now
 
 
 class NodeMonitor:
@@ -128,11 +146,11 @@ class NodeMonitor:
             self._other_instance(beat, watch, now)
         watch.instances[beat.instance] = now
         watch.heard_at = watch.seen_at = now
-        if watch.is_incompatible:
-            return
+        watch.clock_ms = max(watch.clock_ms, beat.clock_ms)
         if not _can_talk(beat):
-            watch.is_incompatible = True
-            self._add_fact(NodeIncompatible(node=beat.node, reason=_skew(beat)))
+            self._fence(watch, now, NodeIncompatible(node=beat.node, reason=_skew(beat)))
+            return
+        if self._is_twinned(beat, watch, now):
             return
         is_joined = beat.instance == self._core.node_instance(beat.node)
         if is_joined and self._core.node_state(beat.node) in _SILENT_STATES:
@@ -143,25 +161,54 @@ class NodeMonitor:
         """Another agent process speaks for the node than before: a restart, unless the earlier one speaks again."""
         last_heard = watch.instances.get(beat.instance, float("-inf"))
         watch.turns = watch.turns + 1 if now - last_heard < TWIN_WINDOW_S else 0
-        watch.instance = beat.instance
+        if watch.turns:
+            watch.doubled_at = now
+        watch.instance, watch.clock_ms = beat.instance, 0
         watch.instances = {name: at for name, at in watch.instances.items() if now - at < TWIN_WINDOW_S}
         if watch.turns >= TWIN_TURNS and beat.node not in self.twins:
             self.twins.add(beat.node)
-            watch.is_incompatible = True
-            names = " and ".join(sorted(watch.instances))
-            log.error("node.twins", node=beat.node, instances=names)
+            log.error("node.twins", node=beat.node, instances=sorted(watch.instances))
+
+    def _is_twinned(self, beat: Heartbeat, watch: _Watch, now: float) -> bool:
+        """Whether the node is fenced because two processes speak for it; it is released here."""
+        if beat.node not in self.twins and not self._core.node_is_twinned(beat.node):
+            return False
+        joined = self._core.node_instance(beat.node)
+        if now - watch.doubled_at < TWIN_WINDOW_S:
+            names = " and ".join(sorted({*watch.instances, joined} - {""}))
             reason = f"two agent processes speak for this node at once ({names}): stop one of them"
-            self._add_fact(NodeIncompatible(node=beat.node, reason=reason))
-        elif watch.turns == 0:
-            watch.is_incompatible = False
+        elif beat.instance == joined:
+            self.twins.discard(beat.node)
+            watch.turns = 0
+            if self._core.node_is_twinned(beat.node):
+                self._tell(watch, now, NodeReturned(node=beat.node, instance=beat.instance))
+            return self._core.node_is_twinned(beat.node)
+        else:
+            reason = f"the agent process that joined last ({joined}) is gone and {beat.instance} speaks: restart it"
+        self._fence(watch, now, NodeIncompatible(node=beat.node, reason=reason, twins=True))
+        return True
+
+    def _fence(self, watch: _Watch, now: float, change: NodeIncompatible) -> None:
+        """Nothing may be placed there: told until the core shows it."""
+        if watch.told == change and (
+            now - watch.told_at < REPEAT_S or self._core.node_state(change.node) == "incompatible"
+        ):
+            return
+        watch.told, watch.told_at = change, now
+        log.warning("node.fenced", node=change.node, reason=change.reason)
+        self._add_fact(change)
 
     def joined(self, node: NodeId) -> None:
         """An agent process of the node reported in (durably): the core takes it for ready, so silence counts anew."""
         watch = self._watches.setdefault(node, _Watch(self._monotonic()))
         watch.heard_at = self._monotonic()
-        watch.is_incompatible = False
-        watch.told, watch.turns = "", 0
+        watch.told, watch.turns = None, 0
         self.twins.discard(node)
+
+    def clock_of(self, node: NodeId) -> tuple[str, int]:
+        """The agent process that spoke last for a node, and what it said of the node's clock; 0: nothing."""
+        watch = self._watches.get(node)
+        return (watch.instance, watch.clock_ms) if watch is not None else ("", 0)
 
     def on_telemetry_message(self, message: Message) -> None:
         try:
@@ -194,19 +241,18 @@ class NodeMonitor:
             if silent_s <= self._suspected_after_s:
                 continue
             state = self._core.node_state(node)
-            if silent_s > self._lost_after_s and state in ("ready", "suspected", "joining"):
+            if silent_s > self._lost_after_s and state in _LIVING_STATES:
                 self._tell(watch, now, NodeLost(node=node))
             elif state == "ready":
                 self._tell(watch, now, NodeSuspected(node=node))
 
     def _tell(self, watch: _Watch, now: float, change: NodeSuspected | NodeLost | NodeReturned) -> None:
         """Tell the core once; again only if it has not taken it in for a while."""
-        kind = type(change).__name__
-        if watch.told == kind and now - watch.told_at < REPEAT_S:
+        if watch.told == change and now - watch.told_at < REPEAT_S:
             return
-        watch.told, watch.told_at = kind, now
+        watch.told, watch.told_at = change, now
         silent_s = round(now - watch.heard_at, 1)
-        log.warning("node.changed", node=change.node, change=kind, silent_s=silent_s)
+        log.warning("node.changed", node=change.node, change=type(change).__name__, silent_s=silent_s)
         self._add_fact(change)
 
     def deafen(self) -> None:

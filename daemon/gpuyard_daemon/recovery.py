@@ -21,13 +21,13 @@ import structlog
 from gpuyard_daemon.config import DaemonConfig
 from gpuyard_daemon.core.facts import JobRetired
 from gpuyard_daemon.core.inputs import Cursors
-from gpuyard_daemon.core.turn import Notice, Record, Turn
+from gpuyard_daemon.core.turn import RECORD_VERSION, Notice, Record, Turn
 from gpuyard_daemon.history import History
 from gpuyard_daemon.journal import Journal
 from gpuyard_daemon.snapshots import SnapshotCorrupt, SnapshotStore
 from gpuyard_protocol.bus.base import Bus, StoredMessage, StreamUnavailable
 from gpuyard_protocol.codec import Malformed, decode
-from gpuyard_protocol.subjects import JOURNAL_ENTRY, Streams, stream_name, streams
+from gpuyard_protocol.subjects import JOURNAL_ENTRY, JOURNAL_PERCENT, Streams, stream_name, streams
 from gpuyard_protocol.units import format_mib
 
 log = structlog.get_logger("recovery")
@@ -39,12 +39,19 @@ RETOLD_RECORDS = 256
 _GIB = 1024**3
 #: How the server says that its store is smaller than what its streams may use.
 ERROR_NO_ROOM = "JetStream error 10047"
+#: … that an existing stream cannot take these settings; and that there are fewer servers than replicas.
+ERROR_CANNOT_CHANGE = "JetStream error 10052"
+ERROR_FEW_SERVERS = "JetStream error 10074"
 _KINDS: tuple[Literal["SUB", "REP", "JRN", "EVT"], ...] = ("SUB", "REP", "JRN", "EVT")
 BUDGET_DEFAULT_MAX = 12 * _GIB
 
 
 class StartRefused(Exception):
     """The daemon must not start on what it found; the text says what a person can do."""
+
+
+class PartMissing(StartRefused):
+    """The journal begins after what the newest readable snapshot holds."""
 
 
 class StartLater(Exception):
@@ -72,11 +79,19 @@ class Restored(NamedTuple):
 async def ensure_streams(bus: Bus, config: DaemonConfig) -> Streams:
     """The four streams with today's settings, and durable: a stream that was just made is synced to disk."""
     budget_bytes = await _budget_bytes(bus, config)
-    wanted = streams(config.yard, budget_bytes)
+    wanted = await planned_streams(bus, config, budget_bytes)
+    is_new = not await _are_there(bus, wanted)
     for spec in wanted:
         try:
             await bus.ensure_stream(spec)
         except StreamUnavailable as error:
+            if ERROR_CANNOT_CHANGE in str(error):
+                raise StartRefused(
+                    f"the stream {spec.name} was made with settings that cannot be changed into today's: {error}. "
+                    "It is no stream of this yard, or was made by hand"
+                ) from None
+            if ERROR_FEW_SERVERS in str(error):
+                raise StartRefused(f"`replicas` is {spec.replicas}, but there are fewer servers: {error}") from None
             if ERROR_NO_ROOM not in str(error):
                 raise
             raise StartRefused(
@@ -84,8 +99,27 @@ async def ensure_streams(bus: Bus, config: DaemonConfig) -> Streams:
                 f"{format_mib(budget_bytes // 2**20)} together. Set `budget` in [journal] to less, or the server's "
                 "`max_file` to more"
             ) from None
-    os.sync()
+    if is_new:
+        # The server does not do it; and on a busy disk it takes seconds, which a restart does not have.
+        os.sync()
     return wanted
+
+
+async def _are_there(bus: Bus, wanted: Streams) -> bool:
+    try:
+        for spec in wanted:
+            await bus.stream_state(spec.name)
+    except StreamUnavailable:
+        return False
+    return True
+
+
+async def planned_streams(bus: Bus, config: DaemonConfig, budget_bytes: int | None = None) -> Streams:
+    """The four streams as this daemon would make them; nothing is changed. Without a budget: as large as they are."""
+    if budget_bytes is None:
+        journal = await bus.stream_state(stream_name("JRN", config.yard))
+        budget_bytes = -(-journal.max_bytes * 100 // JOURNAL_PERCENT)
+    return streams(config.yard, budget_bytes, config.replicas)
 
 
 async def _budget_bytes(bus: Bus, config: DaemonConfig) -> int:
@@ -131,10 +165,17 @@ class Replay:
         try:
             record = decode(Record, message.data, max_bytes=RECORD_BYTES_MAX)
         except Malformed as error:
-            raise StartRefused(f"journal entry {message.sequence} cannot be read: {error}") from None
+            raise StartRefused(
+                f"journal entry {message.sequence} cannot be read: {error} (did a later version of gpuyard write it?)"
+            ) from None
+        if record.v > RECORD_VERSION:
+            raise StartRefused(
+                f"journal entry {message.sequence} has format {record.v}, and this version reads up to "
+                f"{RECORD_VERSION}: a later version of gpuyard wrote it"
+            )
         if message.sequence > self._after:
             if record.turn != self._core.turn + 1:
-                raise StartRefused(
+                raise PartMissing(
                     f"the journal goes on with turn {record.turn} at {message.sequence}, but the newest readable "
                     f"snapshot ends with turn {self._core.turn}: a part is missing. Put a snapshot file back, or the "
                     "archived segments; `gpuyard` will not guess what was in between"
@@ -146,8 +187,10 @@ class Replay:
         self._history.take(views, message.sequence)
 
 
-async def replay_and_claim(journal: Journal, core: ReplayedCore, history: History, restored: Restored) -> Replay:
-    """Bring the core to the journal's end and become its one writer."""
+async def replay_and_claim(
+    journal: Journal, core: ReplayedCore, history: History, restored: Restored, *, replacing: int | None = None
+) -> Replay:
+    """Bring the core to the journal's end and become its one writer. `replacing`: see `Journal.claim`."""
     replay = Replay(core, history, restored.sequence)
     end = await journal.end()
     if end < restored.sequence:
@@ -158,7 +201,7 @@ async def replay_and_claim(journal: Journal, core: ReplayedCore, history: Histor
         )
     start = min(restored.sequence, history.through) + 1
     await journal.replay(start, end, replay.take)
-    await journal.claim(socket.gethostname(), os.getpid())
+    await journal.claim(socket.gethostname(), os.getpid(), replacing=replacing)
     await journal.replay(end + 1, journal.epoch, replay.take)
     log.info("journal.claimed", epoch=journal.epoch, records=replay.records, turn=core.turn)
     return replay

@@ -42,6 +42,7 @@ class Upkeep:
         state: Callable[[], bytes],
         turn: Callable[[], int],
         replayed: int,
+        needed_after: Callable[[], int | None] = lambda: None,
     ) -> None:
         self._config = config
         self._journal = journal
@@ -51,6 +52,8 @@ class Upkeep:
         self._announcer = announcer
         self._state = state
         self._turn = turn
+        #: After which sequence a standby's disk needs the journal; None: no standby needs any of it.
+        self._needed_after = needed_after
         #: Records since the last snapshot; those replayed at the start count, so that they need no replay again.
         self._records = replayed
         self._bytes = 0
@@ -142,6 +145,9 @@ class Upkeep:
             return
         await self._history.flush()
         up_to = min(kept[-1][0], self._history.through)
+        others = self._needed_after()
+        if others is not None:
+            up_to = min(up_to, others)
         if up_to <= 0:
             return
         await self._archive.keep(self._journal, 1, up_to)

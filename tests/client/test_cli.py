@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,61 @@ def test_submit_show_and_logs(yard: Yard) -> None:
     assert "exit code   0" in text
     assert f"job {job} is succeeded" in ok(yard, "why", str(job))
     assert "tour" in ok(yard, "jobs", "--state", "succeeded")
+
+
+def test_a_dry_run_tells_and_submits_nothing(yard: Yard, sdk: gpuyard.SyncClient) -> None:
+    before = [view.job for view in sdk.jobs(all=True, limit=1)]
+    told = ok(yard, "submit", "--dry-run", "-g", "2", *SMALL, "--", "true")
+    assert told.startswith("it would start at once on node-1\n  replica 0: node-1, 2 whole on ")
+    refused = yard.cli("submit", "--dry-run", "--json", "-g", "20", "--", "true")
+    assert refused.returncode == 1
+    assert json.loads(refused.stdout)["refusal"]["nearest"] == "8"
+    assert [view.job for view in sdk.jobs(all=True, limit=1)] == before
+
+
+def test_a_drained_node_takes_nothing_until_it_is_let_again(yard: Yard, sdk: gpuyard.SyncClient) -> None:
+    held = sdk.submit(command="sleep 60", gpus=1, cpus="0.1", memory="64Mi")
+    _until(lambda: held.view().state == "running")
+    assert "node-1 takes nothing new; 1 replicas are there" in ok(yard, "cordon", "node-1", "--reason", "new cables")
+    assert "draining" in ok(yard, "nodes")
+    late = sdk.submit(command="true", gpus=1, cpus="0.1", memory="64Mi")
+    assert "cordoned" in late.why().summary
+    impatient = yard.cli("drain", "node-1", "--timeout", "0.2")
+    assert impatient.returncode == 1
+    assert f"jobs {held.number}" in impatient.stderr
+    assert "node-1: empty" in ok(yard, "drain", "node-1", "--requeue")
+    assert held.view().state == "pending"
+    assert "cordoned by" in ok(yard, "nodes")
+    ok(yard, "uncordon", "node-1")
+    assert late.wait(timeout=20).state == "succeeded"
+    held.cancel()
+    held.wait(timeout=20)
+    unknown = yard.cli("cordon", "node-7")
+    assert unknown.returncode == 1
+    assert "node-1" in unknown.stderr
+
+
+def _until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_top_shows_cards_and_jobs_once_where_there_is_no_terminal(yard: Yard, sdk: gpuyard.SyncClient) -> None:
+    job = sdk.submit(command="sleep 60", gpus=8, name="wide", cpus="0.1", memory="64Mi")
+    late = sdk.submit(command="true", gpus=1, name="late", cpus="0.1", memory="64Mi")
+    lines = ok(yard, "top").splitlines()
+    assert "8 of 8 GPUs held" in lines[0]
+    assert "node-1  W W W W W W W W  8/8" in lines[1]
+    assert any(f"{job.number} wide" in line and "8×GPU on node-1" in line for line in lines)
+    assert any(f"{late.number} late" in line and "no such card free" in line for line in lines)
+    shown = read(yard, "top")
+    assert job.number in [view["job"] for view in shown["running"]]
+    assert late.number in [view["job"] for view in shown["waiting"]]
+    late.cancel()
+    job.cancel()
+    job.wait(timeout=20)
 
 
 @pytest.mark.parametrize("command", [("jobs", "--all"), ("nodes",), ("services",), ("stats",), ("why", "1")])
@@ -222,7 +277,7 @@ def test_help_does_not_load_what_only_the_work_needs() -> None:
         "import sys\n"
         "from gpuyard.cli.app import build_app\n"
         "build_app()\n"
-        "heavy = {'nats', 'rich.table', 'uvloop', 'psutil', 'aiohttp', 'yaml', 'orjson'} & set(sys.modules)\n"
+        "heavy = {'nats', 'rich.table', 'uvloop', 'psutil', 'aiohttp.client', 'yaml', 'orjson'} & set(sys.modules)\n"
         "sys.exit(', '.join(sorted(heavy)) or 0)\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=20, check=False)

@@ -91,6 +91,73 @@ async def test_cancelling_ends_a_job_and_refuses_an_unknown_one(client: Client) 
     assert caught.value.reason == "UnknownJob"
 
 
+async def test_waiting_for_an_array_waits_for_all_of_it(client: Client) -> None:
+    job = await client.submit(
+        command='sleep "0.$SLURM_ARRAY_TASK_ID"; test "$SLURM_ARRAY_TASK_ID" != 2', array="1-4", **SMALL
+    )
+    assert job.elements == 4
+    failed = await job.wait(timeout=20)
+    assert (failed.job, failed.array_index, failed.state) == (job.number + 1, 2, "failed")
+    assert [view.state for view in await job.views()] == ["succeeded", "failed", "succeeded", "succeeded"]
+    fine = await client.submit(command="true", array="0-2", **SMALL)
+    assert (await fine.wait(timeout=20)).job == fine.number + 2
+
+
+async def test_cancelling_an_array_just_submitted_ends_all_of_it(client: Client) -> None:
+    job = await client.submit(command="sleep 60", array="0-2%1", **SMALL)
+    await job.cancel()
+    assert (await job.wait(timeout=20)).state == "cancelled"
+    assert {view.state for view in await job.views()} == {"cancelled"}
+
+
+async def test_an_array_is_requeued_as_a_whole(client: Client) -> None:
+    job = await client.submit(command="sleep 60", array="0-2%2", gpus=1, **SMALL)
+
+    async def runs() -> bool:
+        return [view.state for view in await job.views()].count("running") == 2
+
+    async def waits() -> bool:
+        return {view.state for view in await job.views()} == {"pending"}
+
+    await eventually(runs, "two elements run")
+    await client.requeue(job.number, array=True, hold=True)
+    await eventually(waits, "every element waits")
+    await job.cancel()
+
+
+async def test_a_dry_run_says_where_and_submits_nothing(client: Client) -> None:
+    newest = [view.job async for view in client.jobs(all=True, limit=1)]
+    plan = await client.plan(command="true", gpus=2)
+    assert (plan.verdict, [(each.node, len(each.devices)) for each in plan.placed]) == ("starts", [("node-1", 2)])
+    refused = await client.plan(command="true", gpus=20)
+    assert refused.refusal is not None
+    assert (refused.verdict, refused.refusal.path, refused.refusal.nearest) == ("rejected", "$.gpus", "8")
+    malformed = await client.plan(command="true", gpus=-1)
+    assert malformed.refusal is not None
+    assert (malformed.verdict, malformed.refusal.path) == ("rejected", "$.gpus")
+    assert [view.job async for view in client.jobs(all=True, limit=1)] == newest
+
+
+async def test_why_says_what_would_start_it(client: Client) -> None:
+    holder = await client.submit(command="sleep 60", gpus=8, time_limit="5m", **SMALL)
+
+    async def runs() -> bool:
+        return (await holder.view()).state == "running"
+
+    await eventually(runs, "the holder runs")
+    waiting = await client.submit(command="true", gpus=8, **SMALL)
+    answer = await waiting.why()
+    assert [held.job for held in answer.holders] == [holder.number]
+    assert [(remedy.kind, remedy.jobs) for remedy in answer.remedies] == [("EndOf", (holder.number,))]
+    assert answer.estimate is not None
+    assert answer.estimate.basis == "limit"
+    assert answer.terms
+    brief = await client.why(waiting.number, brief=True)
+    assert (brief.summary, brief.holders, brief.estimate) == (answer.summary, (), None)
+    await waiting.cancel()
+    await holder.cancel()
+
+
 async def test_a_service_follows_its_load_and_goes(client: Client) -> None:
     await client.apply(
         name="echo",

@@ -6,7 +6,7 @@ import msgspec
 import pytest
 
 from gpuyard_daemon.core.facts import ArrayAccepted, ArrayCancelled
-from gpuyard_daemon.core.inputs import CancelRequested, HoldRequested, ReleaseRequested
+from gpuyard_daemon.core.inputs import CancelRequested, HoldRequested, ReleaseRequested, RequeueRequested
 from gpuyard_protocol.jobs import JobSpec, parse_array
 from gpuyard_protocol.nodes import Start
 from gpuyard_protocol.queries import JobsQuery
@@ -190,3 +190,41 @@ def test_an_array_leaves_with_its_last_element(yard: CoreHarness) -> None:
     yard.settle(most_ms=2 * 3_600_000)
     assert not yard.core.cluster.jobs
     assert not yard.core.cluster.arrays.records
+
+
+def requeue_array(number: int, name: str, *, hold: bool = False) -> RequeueRequested:
+    return RequeueRequested(tenant="acme", user="alice", submission_id=name, job=number, hold=hold, array=True)
+
+
+def test_the_running_elements_of_an_array_are_requeued_together(yard: CoreHarness) -> None:
+    yard.submit(array("0-3%2"))
+    yard.started(1)
+    yard.started(2)
+    yard.turn(requeue_array(3, "again"))
+    assert yard.answers[-1].accepted
+    assert yard.states(1, 2, 3, 4) == ["stopping", "stopping", "pending", "pending"]
+    yard.stopped(1)
+    yard.stopped(2)
+    yard.settle(most_ms=120_000)
+    assert sorted(yard.states(1, 2, 3, 4)) == ["pending", "pending", "starting", "starting"]
+    yard.turn(requeue_array(1, "twice"))
+    assert yard.answers[-1].accepted
+
+
+def test_an_array_requeued_with_a_hold_starts_nothing_until_it_is_released(yard: CoreHarness) -> None:
+    yard.submit(array("0-3%2"))
+    yard.turn(requeue_array(1, "hold", hold=True))
+    yard.stopped(1)
+    yard.stopped(2)
+    yard.settle(most_ms=120_000)
+    assert yard.states(1, 2, 3, 4) == ["pending"] * 4
+    yard.turn(requeue_array(1, "nothing-runs"))
+    assert yard.refused().code == "NotRunning"
+    yard.turn(of_array(2, ReleaseRequested, "go"))
+    assert yard.states(1, 2, 3, 4) == ["starting", "starting", "pending", "pending"]
+
+
+def test_a_job_of_no_array_is_not_requeued_as_one(yard: CoreHarness) -> None:
+    number = yard.submit(job(gpus=1))
+    yard.turn(requeue_array(number, "alone"))
+    assert yard.refused().code == "NoArray"

@@ -246,3 +246,15 @@ def test_finished_jobs_leave_after_an_hour_with_all_that_history_needs(yard: Cor
     assert yard.state(number) == "gone"
     assert [fact.view for fact in yard.facts(JobRetired)] == [view]
     assert view.placed[0].partition == "mig 1g.10gb@6"
+
+
+def test_a_refusal_that_the_node_takes_upon_itself_costs_the_job_nothing_whatever_its_code() -> None:
+    """A later agent may know reasons that this daemon does not."""
+    h = CoreHarness()
+    h.join(node("n-1", 1), node("n-2", 1))
+    number = h.submit(job(gpus=1))
+    (first,) = h.nodes_of(number)
+    key = AssignmentKey(number, 1, 0)
+    h.report(first, Ended(key=key, outcome="refused", at_ms=0, code="SomethingNew", node_fault=True))
+    assert (h.state(number), h.view(number).attempt) == ("starting", 2)
+    assert h.nodes_of(number) != [first]

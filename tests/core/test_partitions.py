@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 
 from gpuyard_daemon.core.capacity import ANY_MODE
@@ -223,3 +224,15 @@ def test_a_card_refuses_what_it_cannot_hold_and_stays_as_it_was(second: Partitio
     with pytest.raises(InvariantViolated, match="GPU-n-1-0"):
         card.take(AssignmentKey(2, 1, 0), second, "acme")
     assert (card.mask, card.milli, list(card.held)) == (0b11110000, 428, [AssignmentKey(1, 1, 0)])
+
+
+def test_slices_that_somebody_outside_the_yard_holds_are_left_alone() -> None:
+    card = Card(msgspec.structs.replace(gpu(0), mig_taken=((0, 4),)), 0)
+    assert card.mode == "mig"
+    assert fit(card, need(gpus=0, share_milli=500, isolation="none"), "acme", ("timeslice", "mps"), 4000) < 0
+    partition = cut(card, need(mig="3g.40gb"), ("mig",))
+    assert isinstance(partition, MigInstance) and partition.start == 4
+    card.take(AssignmentKey(1, 1, 0), partition, "acme")
+    assert fit(card, need(mig="1g.10gb"), "acme", ("mig",), 4000) < 0
+    card.give(AssignmentKey(1, 1, 0))
+    assert (card.mode, card.mask) == ("mig", 0b1111)

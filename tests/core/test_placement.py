@@ -130,7 +130,7 @@ def test_a_late_comer_of_higher_priority_goes_before_what_a_full_turn_left_over(
     h = harness(node("n-1", 8), starts_per_turn=1)
     first, left_over = h.submit_many([job(gpus=1), job(gpus=1)])
     assert h.states(first, left_over) == ["starting", "pending"]
-    urgent, other = h.submit_many([job(gpus=1, priority=1), job(gpus=2, priority=1)])
+    urgent, other = h.submit_many([job(gpus=1, priority=1), job(share_milli=500, priority=1)])
     assert h.states(urgent, other, left_over) == ["starting", "pending", "pending"]
     h.turn()
     assert h.states(other, left_over) == ["starting", "pending"]

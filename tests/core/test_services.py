@@ -77,7 +77,7 @@ def test_a_service_starts_with_its_minimum(yard: CoreHarness) -> None:
     assert (found.wanted, found.starting, found.running) == (2, 2, 0)
     run_all(yard)
     found = view(yard)
-    assert (found.running, found.endpoints) == (2, ("10.0.0.1:29600", "10.0.0.1:29600"))
+    assert (found.running, found.endpoints) == (2, ("10.0.0.1:29600", "10.0.0.2:29600"))
     assert yard.core.has_service("acme", "chat")
     assert not yard.core.has_service("umbrella", "chat")
 

@@ -1,4 +1,4 @@
-"""What people are shown: lists and their pages, nodes and cards, numbers, and why a job waits."""
+"""What people are shown: lists and their pages, nodes and cards, numbers."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from gpuyard_daemon.core.inputs import Input, ServiceApplied
-from gpuyard_protocol.queries import JobsQuery, ServicesQuery, WhyAnswer
+from gpuyard_protocol.queries import JobsQuery, ServicesQuery
 from gpuyard_protocol.services import ServiceSpec
-from support.builders import CoreHarness, exited, gpu, job, need, node
+from support.builders import CoreHarness, exited, job, need, node
 
 
 @pytest.fixture
@@ -141,89 +141,10 @@ def test_over_subscribed_compute_counts_once(yard: CoreHarness) -> None:
 
 
 def test_gauges_show_queue_and_modes(yard: CoreHarness) -> None:
-    yard.submit_many([job(gpus=2), job(share_milli=500), job(mig="1g.10gb"), job(gpus=4), job(gpus=9)])
+    yard.submit_many([job(gpus=2), job(share_milli=500), job(mig="1g.10gb")])
+    yard.submit_many([job(gpus=4), job(gpus=9)])
     found = yard.core.metrics()
     assert found.held_milli_by_mode == {"whole": 2000, "mig": 142, "mps": 500, "timeslice": 0}
     assert found.cards_by_mode == {"idle": 2, "whole": 2, "mig": 1, "mps": 1, "timeslice": 0}
     assert (found.waiting, found.asleep, found.rejected) == (1, 0, 1)
     assert found.nodes == {"ready": 2}
-
-
-# --- why -------------------------------------------------------------------------------------------------------------
-
-
-def why(h: CoreHarness, number: int) -> WhyAnswer:
-    answer = h.core.why(number, h.now_ms)
-    assert answer is not None
-    return answer
-
-
-def reasons(answer: WhyAnswer) -> list[tuple[str, int, tuple[str, ...]]]:
-    return [(reason.reason.code, reason.nodes, reason.examples) for reason in answer.reasons]
-
-
-def test_why_gives_every_reason_by_node_from_the_code_that_places() -> None:
-    h = CoreHarness()
-    a30 = [gpu(0, node="n-3", model="NVIDIA A30", memory_mib=24_000)]
-    h.join(node("n-1", 2), node("n-2", 2), node("n-3", devices=a30), node("n-4", 0), node("n-5", 2, cpu_milli=2000))
-    fillers = [job(gpus=2, nodes=("n-1",)), job(gpus=2, nodes=("n-2",)), job(gpus=1, cpu_milli=1500, nodes=("n-5",))]
-    h.submit_many(fillers)
-    number = h.submit(job(gpus=1, models=("H100",)))
-    answer = why(h, number)
-    assert reasons(answer) == [
-        ("CardsBusy", 2, ("n-1", "n-2")),
-        ("NoGpu", 1, ("n-4",)),
-        ("ModelMissing", 1, ("n-3",)),
-        ("CpusBusy", 1, ("n-5",)),
-    ]
-    assert answer.summary == "no such card free (on 2 of 5 nodes)"
-    assert h.core.why(99) is None
-
-
-def test_why_counts_who_is_ahead(yard: CoreHarness) -> None:
-    yard.submit_many([job(gpus=4), job(gpus=2)])
-    numbers = yard.submit_many([job(gpus=1, priority=priority) for priority in (0, 0, 2, -1)])
-    assert [(why(yard, n).position, why(yard, n).ahead) for n in numbers] == [(2, 1), (3, 2), (1, 0), (4, 3)]
-
-
-def test_why_of_a_gang_says_how_many_would_fit(yard: CoreHarness) -> None:
-    yard.submit(job(gpus=2))
-    answer = why(yard, yard.submit(job(replicas=5, gpus=1)))
-    assert answer.summary == "5 replicas start together or not at all: there is room for 4 now"
-
-
-def test_why_of_the_impossible_says_so(yard: CoreHarness) -> None:
-    answer = why(yard, yard.submit(job(gpus=5, allow_pending=True)))
-    assert answer.summary == "no node of today could ever run it: fewer than 5 such cards"
-
-
-def test_why_tells_the_story(yard: CoreHarness) -> None:
-    number = yard.submit(job(gpus=1, retries=1))
-    yard.now_ms += 1500
-    yard.started(number)
-    assert why(yard, number).summary == "running on n-2"
-    yard.now_ms += 60_000
-    yard.ended(number, exit_code=3)
-    answer = why(yard, number)
-    assert answer.summary == "waits 1s before a new start after: replica 0 on n-2 exited with code 3"
-    assert answer.story == (
-        "+0s accepted",
-        "+0s attempt 1 placed on n-2",
-        "+1s500ms running",
-        "+1m1s500ms waits again: replica 0 on n-2 exited with code 3",
-    )
-    yard.settle(most_ms=1000)
-    yard.cancel(number)
-    assert why(yard, number).summary == "stopping (cancelled by alice): waits for n-2 to report the end"
-    yard.stopped(number)
-    assert why(yard, number).summary == "cancelled: cancelled by alice"
-
-
-def test_every_reason_has_words(yard: CoreHarness) -> None:
-    from gpuyard_daemon.core.feasibility import Reason, Shape
-    from gpuyard_daemon.core.why import text_of
-
-    shape = Shape(need(gpus=1, models=("H100",)), 1, "acme", "alice")
-    texts = [text_of(reason, shape) for reason in Reason]
-    assert all(texts)
-    assert len(set(texts)) == len(texts)

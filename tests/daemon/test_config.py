@@ -9,6 +9,7 @@ import pytest
 from gpuyard_daemon.__main__ import main
 from gpuyard_daemon.config import EXIT_BAD_CONFIG, BadConfig, DaemonConfig, load, parse_arguments
 from gpuyard_daemon.core.policy import Policy, TenantLimits
+from gpuyard_protocol.nodes import IdleGpu
 
 
 def complaint(tmp_path: Path, text: str) -> str:
@@ -87,3 +88,11 @@ def test_a_tenants_own_table_goes_before_the_default_key_by_key(tmp_path: Path) 
     assert policy.default == TenantLimits(4000, 100_000)
     assert dict(policy.tenants) == {"acme": TenantLimits(4000, 5), "big": TenantLimits(0, 100_000)}
     assert DaemonConfig().policy() == Policy(default=TenantLimits(0, 100_000))
+
+
+def test_a_queue_has_a_rule_about_idle_cards_or_leaves_it_to_those_above(tmp_path: Path) -> None:
+    file = tmp_path / "daemon.toml"
+    file.write_text('[queues.lab]\nidle_gpu_warn = "5m"\nidle_gpu_release = "1h"\n[queues.night]\nparent = "lab"\n')
+    lab, night = load(file, {}).policy().queues
+    assert lab.idle == IdleGpu(warn_ms=300_000, release_ms=3_600_000)
+    assert night.idle is None

@@ -202,20 +202,6 @@ async def test_a_second_daemon_on_the_same_directory_is_turned_away(
     assert (await asyncio.to_thread(daemon.get, "/readyz"))[0] == 200
 
 
-async def test_a_daemon_that_takes_over_deposes_the_one_before(
-    bus: Bus, tenant: Tenant, daemon: DaemonProcess, nats_process: NatsProcess, tmp_path: Path
-) -> None:
-    async with fleet(bus, 1):
-        await tenant.answer(await tenant.submit(JOB))
-        other = DaemonProcess(tmp_path / "other", nats_process.url)
-        await asyncio.to_thread(other.start)
-        assert await asyncio.to_thread(daemon.wait) == EXIT_TEMPORARY
-        answer = await tenant.answer(await tenant.submit(JOB))
-        assert answer.job == 2
-        await finished(tenant, 2)
-        other.kill()
-
-
 async def test_without_its_key_it_refuses_and_says_which(nats_process: NatsProcess, tmp_path: Path) -> None:
     daemon = DaemonProcess(tmp_path / "daemon", nats_process.url, authenticate=True)
     daemon.spawn()

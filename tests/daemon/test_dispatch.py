@@ -6,6 +6,7 @@ import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
 
+import msgspec
 import pytest
 from bench.fleet import FakeAgent
 
@@ -73,11 +74,14 @@ class Room:
                     self.dispatcher.node_joined(fact.node, fact.instance)
         self.dispatcher.settled(turn.orders)
 
-    def submit(self, count: int = 1, **fields: object) -> None:
+    def submit(self, count: int = 1, *, lease: bool = False, **fields: object) -> None:
+        spec = job(**fields)
+        if lease:
+            spec = msgspec.structs.replace(spec, on_node_lost="restart", lease_ms=60_000)
         for _ in range(count):
             self._jobs += 1
             submission_id = f"s{self._jobs}"
-            self.turn(JobSubmitted(tenant="acme", user="alice", submission_id=submission_id, spec=job(**fields)))
+            self.turn(JobSubmitted(tenant="acme", user="alice", submission_id=submission_id, spec=spec))
 
     def finished(self) -> int:
         return self.core.metrics().finished
@@ -201,3 +205,23 @@ async def test_more_than_a_channel_holds_becomes_a_desired_set(room: Room) -> No
     room.submit(1, gpus=1)
     assert channel.wants_sync
     assert not channel.pending
+
+
+async def test_a_desired_set_with_leases_waits_for_the_first_heartbeat_and_for_nothing_else() -> None:
+    """Without the node's clock, nothing under a lease may start there; an agent that tells none keeps no leases."""
+    room = Room()
+    await room.open()
+    agent = await room.agent("n-1", runs_for_s=-1)
+    room.submit(lease=True)
+    await room.until(lambda: len(agent.live) == 1, "a job under a lease")
+    heard: dict[str, tuple[str, int]] = {}
+    room.dispatcher._clock_of = lambda node: heard.get(node, ("", 0))
+    syncs = agent.syncs
+    room.dispatcher.sync_all()
+    for _ in range(20):
+        await asyncio.sleep(0)
+    assert agent.syncs == syncs
+    heard["n-1"] = (agent.instance, 0)
+    room.dispatcher.heard("n-1", agent.instance, agent.applied)
+    await room.until(lambda: agent.syncs == syncs + 1, "the sync")
+    await agent.leave()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import os
 import socket
 from pathlib import Path
@@ -11,6 +13,9 @@ import pytest
 from gpuyard_daemon.health import BEAT_LATE_S, BEAT_S, STALLED_AFTER_S, Health
 from gpuyard_daemon.measures import Histogram
 from gpuyard_daemon.notify import Notifier
+from gpuyard_protocol.bus.nats import connect
+from support.daemon import DaemonProcess, Tenant, until
+from support.nats import NatsProcess
 
 
 class World:
@@ -76,6 +81,41 @@ def test_systemd_hears_what_it_is_told(tmp_path: Path, kind: str) -> None:
         notifier.stopping("told to")
         heard = [manager.recv(1000) for _ in range(3)]
     assert heard == [b"READY=1\nSTATUS=scheduling", b"WATCHDOG=1", b"STOPPING=1\nSTATUS=told to"]
+
+
+async def test_a_daemon_whose_turns_stand_still_says_so_and_starves_the_watchdog(
+    nats_process: NatsProcess, tmp_path: Path
+) -> None:
+    """The process, its loop and its pages are all there; systemd would end it all the same."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(tmp_path / "notify"))
+        manager.settimeout(10)
+        daemon = DaemonProcess(tmp_path / "daemon", nats_process.url)
+        daemon.entry = ("support.dying_daemon", "stand-still", "0")
+        daemon.environment = {"NOTIFY_SOCKET": str(tmp_path / "notify"), "WATCHDOG_USEC": "1000000"}
+        bus = await connect(nats_process.url, name="test", inbox_prefix="_INBOX_T")
+        try:
+            await asyncio.to_thread(daemon.start)
+            while b"WATCHDOG=1" not in await asyncio.to_thread(manager.recv, 1000):
+                pass
+            assert (await asyncio.to_thread(daemon.get, "/healthz"))[0] == 200
+            await Tenant(bus).submit({"command": ["/bin/true"], "submission_id": "stand-still"})
+
+            async def unwell() -> bool:
+                return (await asyncio.to_thread(daemon.get, "/healthz"))[0] == 503
+
+            await until(unwell, "a health page that says so")
+            assert "a turn has been under way" in (await asyncio.to_thread(daemon.get, "/readyz"))[1]
+            manager.setblocking(False)
+            with contextlib.suppress(BlockingIOError):
+                while manager.recv(1000):
+                    pass  # What was said before.
+            manager.settimeout(3)
+            with pytest.raises(TimeoutError):
+                await asyncio.to_thread(manager.recv, 1000)
+        finally:
+            await bus.close()
+            daemon.kill()
 
 
 def test_without_systemd_nothing_happens(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -71,3 +72,42 @@ async def test_old_jobs_are_forgotten(history: History) -> None:
     await history.flush()
     await history.forget_old(500 * DAY_MS)
     assert await numbers(history, HistoryFilter()) == [2]
+
+
+async def test_what_could_not_be_written_is_written_later_and_no_row_is_passed_over(
+    history: History, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, fails = History._write, [True]
+
+    def full(self: History, views: list[JobView], through: int) -> None:
+        if fails:
+            raise sqlite3.OperationalError("database or disk is full")
+        write(self, views, through)
+
+    monkeypatch.setattr(History, "_write", full)
+    history.take([view(1)], 10)
+    await history.flush()
+    assert history.through == 0
+    fails.clear()
+    history.take([view(2)], 20)
+    await history.flush()
+    assert history.through == 20
+    assert await numbers(history, HistoryFilter()) == [2, 1]
+
+
+async def test_while_the_disk_takes_nothing_so_many_rows_are_kept_and_the_journal_keeps_the_rest(
+    history: History, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: History, views: list[JobView], through: int) -> None:
+        raise sqlite3.OperationalError("database or disk is full")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(History, "_write", full)
+        patched.setattr("gpuyard_daemon.history.WAITING_ROWS_MAX", 3)
+        for number in range(1, 10):
+            history.take([view(number)], number)
+        await history.flush()
+    await history.flush()
+    # What the journal may be pruned to: the rows up to there are on disk, and no others are claimed to be.
+    assert history.through == 3
+    assert await numbers(history, HistoryFilter()) == [3, 2, 1]

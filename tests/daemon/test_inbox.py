@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-from gpuyard_daemon.core.inputs import Cursors, JobSubmitted, NodeReported, NodeSuspected
+from gpuyard_daemon.core.inputs import (
+    Cursors,
+    JobSubmitted,
+    LoadReported,
+    NodeDeclaredDead,
+    NodeLost,
+    NodeReported,
+    NodeSuspected,
+    YardStarted,
+)
 from gpuyard_daemon.inbox import (
     HIGH_WATER_MESSAGES,
     LOW_WATER_MESSAGES,
@@ -78,3 +87,21 @@ def test_a_flood_pauses_its_reader_until_it_is_worked_off() -> None:
     while len(box) > LOW_WATER_MESSAGES:
         box.take()
     assert calls == ["pause", "resume"]
+
+
+def test_of_the_shells_own_facts_the_newest_about_each_node_and_service_waits() -> None:
+    """While the journal takes nothing, they grow no further than the yard has nodes and services."""
+    box = inbox()
+    started = YardStarted(epoch=1)
+    box.add_fact(started)
+    for round_ in range(100):
+        for node in ("n-1", "n-2"):
+            box.add_fact(NodeSuspected(node=node))
+            box.add_fact(NodeLost(node=node))
+        box.add_fact(LoadReported(tenant="acme", service="chat", concurrency=round_))
+    dead = NodeDeclaredDead(node="n-1", by="root")
+    box.add_fact(dead)
+    box.add_fact(dead)
+    assert len(box) == 5
+    load = LoadReported(tenant="acme", service="chat", concurrency=99)
+    assert box.take().inputs == [started, NodeLost(node="n-1"), NodeLost(node="n-2"), load, dead]

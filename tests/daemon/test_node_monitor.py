@@ -15,6 +15,7 @@ class World:
     def __init__(self, *nodes: str) -> None:
         self.states = dict.fromkeys(nodes, "ready")
         self.instances = dict.fromkeys(nodes, "a")
+        self.twinned: set[str] = set()
         self.now = 1000.0
         self.facts: list[Input] = []
         self.beats: list[tuple[str, str, int]] = []
@@ -36,6 +37,9 @@ class World:
     def node_instance(self, node: str) -> str:
         return self.instances.get(node, "")
 
+    def node_is_twinned(self, node: str) -> bool:
+        return node in self.twinned
+
     def _add(self, fact: Input) -> None:
         self.facts.append(fact)
         match fact:
@@ -45,8 +49,11 @@ class World:
                 self.states[node] = "lost"
             case NodeReturned(node=node):
                 self.states[node] = "ready"
-            case NodeIncompatible(node=node):
+                self.twinned.discard(node)
+            case NodeIncompatible(node=node, twins=twins):
                 self.states[node] = "incompatible"
+                if twins:
+                    self.twinned.add(node)
 
     def pass_s(self, seconds: float, *, beating: tuple[str, ...] = ()) -> None:
         """Time passes in ticks; the nodes named go on beating."""
@@ -153,6 +160,77 @@ def test_two_processes_that_speak_in_turn_fence_their_node() -> None:
     assert isinstance(fact, NodeIncompatible)
     assert "a and b" in fact.reason
     assert world.monitor.twins == {"n-1"}
+
+
+def twinned() -> World:
+    world = World("n-1")
+    for _ in range(4):
+        for instance in "ab":
+            world.beat("n-1", instance)
+            world.now += 0.5
+    world.facts.clear()
+    return world
+
+
+def test_a_node_is_released_once_one_twin_has_been_silent_for_the_window() -> None:
+    world = twinned()
+    for _ in range(19):
+        world.now += 0.5
+        world.beat("n-1")
+    assert world.facts == []
+    world.now += 1
+    world.beat("n-1")
+    assert world.facts == [NodeReturned(node="n-1", instance="a")]
+    assert world.monitor.twins == set()
+
+
+def test_a_twin_that_speaks_within_the_window_keeps_its_node_fenced() -> None:
+    world = twinned()
+    for _ in range(5):
+        world.now += 8
+        world.beat("n-1", "b")
+        world.now += 1
+        world.beat("n-1", "a")
+    assert world.states["n-1"] == "incompatible"
+
+
+def test_the_twin_that_joined_last_must_be_the_one_that_stays() -> None:
+    """The core takes no report of an earlier process, so it must be started again."""
+    world = twinned()
+    for _ in range(30):
+        world.now += 0.5
+        world.beat("n-1", "b")
+    (fact,) = world.facts
+    assert isinstance(fact, NodeIncompatible)
+    assert "a) is gone and b speaks: restart it" in fact.reason
+
+
+def test_a_restarted_daemon_releases_a_node_that_was_fenced_for_twins() -> None:
+    world = World("n-1")
+    world.states["n-1"] = "incompatible"
+    world.twinned.add("n-1")
+    world.pass_s(9, beating=("n-1",))
+    assert world.states["n-1"] == "incompatible"
+    world.pass_s(2, beating=("n-1",))
+    assert world.states["n-1"] == "ready"
+
+
+def test_a_node_that_falls_silent_while_it_is_fenced_is_lost() -> None:
+    world = twinned()
+    world.pass_s(20)
+    assert world.facts == [NodeLost(node="n-1")]
+
+
+def test_one_late_heartbeat_of_a_dead_process_fences_nothing() -> None:
+    world = World("n-1")
+    world.instances["n-1"] = "b"
+    world.beat("n-1", "a")
+    for second in range(30):
+        world.now += 1
+        world.beat("n-1", "b")
+        if second == 4:
+            world.beat("n-1", "a")
+    assert world.facts == []
 
 
 def test_a_restarted_agent_is_no_twin() -> None:

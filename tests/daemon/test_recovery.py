@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import json
 from collections.abc import AsyncIterator
@@ -170,6 +171,16 @@ async def test_a_record_that_cannot_be_read_is_refused(rig: Rig) -> None:
         await rig.restart()
 
 
+async def test_a_record_of_a_later_format_is_refused(rig: Rig) -> None:
+    """Reading half of it would be worse than not starting."""
+    await rig.work(2)
+    turn = rig.harness.core.turn + 1
+    later = {"turn": turn, "now_ms": 1, "cursors": [0, 0], "facts": [], "v": 99}
+    await rig.journal.append(encode(later), "1-x")
+    with pytest.raises(StartRefused, match="has format 99, and this version reads up to 1"):
+        await rig.restart()
+
+
 async def test_streams_that_were_made_anew_are_refused(rig: Rig) -> None:
     names = streams("main", 2**28)
     await rig.bus.ensure_stream(names.submissions)
@@ -187,6 +198,24 @@ async def test_a_server_without_room_for_the_streams_is_refused_with_what_to_do(
     specs = await recovery.ensure_streams(rig.bus, fitting)
     assert await recovery.ensure_streams(rig.bus, fitting) == specs
     assert sum(spec.max_bytes for spec in specs) <= 512 * 2**20
+
+
+async def test_a_stream_that_was_made_lazy_stays_so_and_is_no_hindrance(rig: Rig) -> None:
+    """How a stream writes to the disk cannot be changed; a yard of before has other streams like that."""
+    events = streams("main", 2**28).events
+    for first, then in ((False, True), (True, False)):
+        spec = dataclasses.replace(events, name=f"EVT_{first}", subjects=(f"lazy.{first}.>",), is_lazy=first)
+        await rig.bus.ensure_stream(spec)
+        await rig.bus.ensure_stream(dataclasses.replace(spec, is_lazy=then, max_bytes=2**20))
+        assert (await rig.bus.stream_state(spec.name)).max_bytes == 2**20
+
+
+async def test_a_stream_that_is_none_of_the_yards_is_refused_with_its_name(rig: Rig, tmp_path: Path) -> None:
+    body = {"name": "EVT_main", "subjects": ["evt.>"], "storage": "memory", "retention": "limits", "num_replicas": 1}
+    await rig.bus.request("$JS.API.STREAM.CREATE.EVT_main", encode(body))
+    config = DaemonConfig(state=str(tmp_path), journal=JournalConfig(budget=Memory.parse("256Mi")))
+    with pytest.raises(StartRefused, match="EVT_main was made with settings that cannot be changed"):
+        await recovery.ensure_streams(rig.bus, config)
 
 
 def test_an_empty_directory_begins_an_empty_yard(tmp_path: Path) -> None:

@@ -156,3 +156,22 @@ async def test_limits_and_usage_survive_the_daemon(yard: Yard) -> None:
             return (after.gpus_max_milli, after.used_milli_ms) == (before.gpus_max_milli, before.used_milli_ms)
 
         await eventually(same, "the daemon is back with the same account")
+
+
+async def test_who_submits_faster_than_agreed_is_told_when_to_come_again(yard: Yard) -> None:
+    await _reload(yard, "[tenants.main]\nsubmissions_per_s = 1\nsubmissions_burst = 2\n")
+    async with yard.connect() as client:
+        refused: gpuyard.Rejected | None = None
+        for _ in range(5):
+            try:
+                await client.submit(command=["true"])
+            except gpuyard.Rejected as error:
+                refused = error
+                break
+        assert refused is not None
+        assert refused.reason == "RateLimited"
+        assert "1 submissions a second, and 2 at once" in refused.text
+        assert 0 < refused.retry_after_ms <= 1000
+        await asyncio.sleep(refused.retry_after_ms / 1000 + 0.05)
+        await client.submit(command=["true"])
+    await _reload(yard, "")

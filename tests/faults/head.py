@@ -26,6 +26,8 @@ from gpuyard_daemon.exits import EXIT_INVARIANT, Fate
 from gpuyard_daemon.health import Health
 from gpuyard_daemon.ingress import Ingress
 from gpuyard_daemon.journal import Journal, JournalRefused, LeadershipLost, SnapshotPointer
+from gpuyard_daemon.leases import TICK_S as LEASES_TICK_S
+from gpuyard_daemon.leases import Leases
 from gpuyard_daemon.measures import Measures
 from gpuyard_daemon.node_monitor import TICK_S, NodeMonitor
 from gpuyard_daemon.recovery import Restored
@@ -154,7 +156,13 @@ class Head(Party):
             runtime.inbox.add_fact(NodeIncompatible(node=node, reason=detail))
 
         dispatcher = self._dispatcher = Dispatcher(
-            bus, core, journal.epoch, is_settled=lambda: runtime.is_settled, on_stale=node_is_ahead
+            bus,
+            core,
+            journal.epoch,
+            is_settled=lambda: runtime.is_settled,
+            on_stale=node_is_ahead,
+            may_command=journal.is_ours,
+            clock_of=lambda node: monitor.clock_of(node),
         )
         monitor = NodeMonitor(
             core,
@@ -163,6 +171,15 @@ class Head(Party):
             suspected_after_s=5.0,
             lost_after_s=30.0,
             monotonic=loop.time,
+        )
+
+        leases = Leases(
+            bus,
+            core,
+            journal.epoch,
+            clock_of=monitor.clock_of,
+            is_settled=lambda: runtime.is_settled,
+            is_ours=journal.is_ours,
         )
 
         def durable(stored: Durable) -> None:
@@ -195,6 +212,7 @@ class Head(Party):
         self.spawn(runtime.run())
         dispatcher.sync_all()
         self.spawn(self._every(TICK_S, monitor.tick))
+        self.spawn(self._renew(leases))
         self.spawn(self._every(10.0, lambda: self._mark(clock)))
         self.spawn(self._purge(ingress, runtime))
         ending = await fate.wait()
@@ -260,6 +278,14 @@ class Head(Party):
             return  # the turns meet the same, and the next snapshot comes
         finally:
             self._is_making_snapshot = False
+
+    async def _renew(self, leases: Leases) -> None:
+        try:
+            while True:
+                await asyncio.sleep(LEASES_TICK_S)
+                await leases.tick()
+        finally:
+            leases.close()
 
     async def _purge(self, ingress: Ingress, runtime: Runtime) -> None:
         while True:

@@ -1,8 +1,9 @@
 """A GPU host as it is: what outlives its agent, and what a reboot takes away.
 
 The launcher starts a key once until it is told to forget it, serves one agent process at a time, and keeps every exit
-until it is forgotten. Partitions stay made until they are undone. The ledger holds what was committed. A reboot ends
-processes, partitions and the launcher's memory; the ledger stays.
+until it is forgotten; it ends what has outlived its lease, whether an agent runs or not. Partitions stay made until
+they are undone. The ledger holds what was committed. A reboot ends processes, partitions and the launcher's memory; the
+ledger stays.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from gpuyard_agent.core.actions import Turn
 from gpuyard_agent.core.book import Counters
 from gpuyard_agent.core.events import ProcessExited, ProcessFound
 from gpuyard_agent.core.model import Assignment, Closed
+from gpuyard_agent.launch.leases import LOOK_S, Lease, Leases
 from gpuyard_protocol.codec import decode, encode
 from gpuyard_protocol.names import AssignmentKey
 from gpuyard_protocol.nodes import Inventory, Launch
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
     from faults.node import AgentProcess
 
 WALL_START_MS = 1_700_000_000_000
+#: Far more than any clock drifts that anybody has not thrown away: a hundredth part is 14 minutes a day.
+DRIFT_MAX = 0.03
 
 
 @dataclass(slots=True)
@@ -105,11 +109,15 @@ class Host:
         self.owner: AgentProcess | None = None
         #: How far the wall clock is off.
         self.wall_error_ms = 0
+        #: How much faster than time itself its clocks go.
+        self.drift = rng.uniform(-DRIFT_MAX, DRIFT_MAX)
         self._witness = witness
         self._rng = rng
         self._loop = asyncio.get_running_loop()
         self._booted_at = -100.0
         self._pids = 0
+        self.leases = Leases()
+        self._loop.call_later(LOOK_S, self._look_at_leases)
 
     @property
     def boot_id(self) -> str:
@@ -117,7 +125,7 @@ class Host:
 
     def clock_ms(self) -> int:
         """Since the boot."""
-        return int((self._loop.time() - self._booted_at) * 1000)
+        return int((self._loop.time() - self._booted_at) * 1000 * (1 + self.drift))
 
     def wall_ms(self) -> int:
         return max(1, WALL_START_MS + int(self._loop.time() * 1000) + self.wall_error_ms)
@@ -146,8 +154,9 @@ class Host:
             for _, process in sorted(self.processes.items())
         )
 
-    def launch(self, key: AssignmentKey, launch: Launch) -> Process:
+    def launch(self, key: AssignmentKey, launch: Launch, renewed_ms: int) -> Process:
         """Started now, or at an earlier call."""
+        self.leases.renew(renewed_ms)
         known = self.processes.get(key)
         if known is not None:
             return known
@@ -157,6 +166,7 @@ class Host:
         self._pids += 1
         process = Process(key, launch, self._pids, self.wall_ms())
         self.processes[key] = process
+        self.leases.hold(key, Lease(launch.lease_ms, launch.stop_grace_ms))
         seconds, exit_code = float(launch.argv[1]), int(launch.argv[2])
         if seconds >= 0:
             process.timers.append(self._loop.call_later(seconds, self._end, process, exit_code, 0))
@@ -174,6 +184,12 @@ class Host:
         process = self.processes.get(key)
         if process is not None and process.end is not None:
             del self.processes[key]
+            self.leases.drop(key)
+
+    def _look_at_leases(self) -> None:
+        for key, grace_ms in self.leases.run_out(self.clock_ms()):
+            self.stop(key, grace_ms)
+        self._loop.call_later(LOOK_S, self._look_at_leases)
 
     def _end(self, process: Process, exit_code: int, signal: int) -> None:
         if process.end is not None:
@@ -181,7 +197,12 @@ class Host:
         self._cancel(process)
         self._witness.process_ends(process.key, exit_code, signal)
         process.end = ProcessExited(
-            process.key, exit_code=exit_code, signal=signal, at_ms=self.wall_ms(), started_ms=process.started_ms
+            process.key,
+            exit_code=exit_code,
+            signal=signal,
+            at_ms=self.wall_ms(),
+            started_ms=process.started_ms,
+            expired=self.leases.is_over(process.key),
         )
         if self.owner is not None:
             self.owner.process_ended(process)
@@ -201,5 +222,6 @@ class Host:
             self._witness.process_ends(process.key, 0, 9, vanished=True)
         self.processes.clear()
         self.made.clear()
+        self.leases = Leases()
         self.boot += 1
         self._booted_at = self._loop.time()

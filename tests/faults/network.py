@@ -62,8 +62,7 @@ class FaultyBroker(MemoryBroker):
             if self.is_running and sender.connection == connection:
                 MemoryBroker.route(self, subject, data, reply, headers)
 
-        # A heartbeat does not straggle: its connection is ordered, ends with its process, and nobody sends it again.
-        sender.travel(arrive, "out", may_straggle=not subject.startswith("hb."))
+        sender.travel(arrive, "out")
 
     def _store(self, stream: object, subject: str, data: bytes, headers: Mapping[str, str]) -> bytes:
         memory_stream = self.streams[stream.spec.name]  # type: ignore[attr-defined]  # a MemoryStream, as in the parent
@@ -87,7 +86,7 @@ class FaultyBroker(MemoryBroker):
             if bus.connection == connection and bus.is_connected and not subscription.is_closed:
                 subscription.handler(message)
 
-        bus.travel(arrive, "in", may_straggle=not message.subject.startswith("hb."))
+        bus.travel(arrive, "in")
 
 
 class _InOrder(set[MemoryReader]):
@@ -114,7 +113,7 @@ class FaultyBus(MemoryBus):
         #: When the last message of each direction arrives: the next one does not overtake it.
         self._free_at = {"in": 0.0, "out": 0.0}
 
-    def travel(self, arrive: Callable[[], None], direction: str, *, may_straggle: bool) -> None:
+    def travel(self, arrive: Callable[[], None], direction: str) -> None:
         weather, rng = self.weather, self._rng
         if weather.loss and rng.random() < weather.loss:
             return
@@ -124,7 +123,7 @@ class FaultyBus(MemoryBus):
             if not weather.reorder:
                 at = self._free_at[direction] = max(at, self._free_at[direction])
             self._loop.call_at(at, arrive)
-        if may_straggle and weather.straggle and rng.random() < weather.straggle:
+        if weather.straggle and rng.random() < weather.straggle:
             self._loop.call_later(rng.uniform(*STRAGGLE_S), arrive)
 
     def connection_ended(self, reason: str) -> None:

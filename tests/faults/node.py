@@ -22,6 +22,7 @@ from gpuyard_agent.core.actions import (
     ForgetProcess,
     HoldPort,
     PreparePartition,
+    RenewLeases,
     StartProcess,
     StopProcess,
     Turn,
@@ -38,6 +39,7 @@ from gpuyard_agent.core.events import (
     ProcessesListed,
     ProcessRefused,
     ProcessStarted,
+    RenewalReceived,
     ReportsDelivered,
     SyncReceived,
     TimePassed,
@@ -49,7 +51,7 @@ from gpuyard_protocol import subjects
 from gpuyard_protocol.bus.base import BusError, Message
 from gpuyard_protocol.codec import decode, encode
 from gpuyard_protocol.names import AssignmentKey
-from gpuyard_protocol.nodes import Command, Heartbeat, OrderBatch, Sync
+from gpuyard_protocol.nodes import Command, Heartbeat, OrderBatch, Renew, Sync
 from gpuyard_protocol.resources import Partition
 
 #: Where an agent may die: between deciding and the commit, after it, with a partition or a process that it has told
@@ -180,6 +182,8 @@ class AgentProcess(Party):
                     self.spawn(self._undo(key))
                 case ForgetProcess(key=key):
                     self.spawn(self._forget(key))
+                case RenewLeases(renewed_ms=renewed_ms):
+                    self.spawn(self._renew(renewed_ms))
                 case Answer(request=request, answer=answer):
                     if (reply := self._replies.pop(request, "")) != "":
                         self.spawn(self._publish(reply, encode(answer)))
@@ -216,7 +220,7 @@ class AgentProcess(Party):
             if start.key not in self.host.processes and self._goes_wrong():
                 results.append(ProcessRefused(start.key, "CommandNotFound", "no such program"))
                 continue
-            process = self.host.launch(start.key, start.launch)
+            process = self.host.launch(start.key, start.launch, start.renewed_ms)
             results.append(ProcessStarted(start.key, process.pid, process.started_ms))
         self.passes("launched")
         await self._pause(0.0005, 0.02)
@@ -226,6 +230,10 @@ class AgentProcess(Party):
     async def _stop(self, key: AssignmentKey, grace_ms: int) -> None:
         await self._pause(0.0005, 0.01)
         self.host.stop(key, grace_ms)
+
+    async def _renew(self, renewed_ms: int) -> None:
+        await self._pause(0.0005, 0.01)
+        self.host.leases.renew(renewed_ms)
 
     async def _forget(self, key: AssignmentKey) -> None:
         await self._pause(0.0005, 0.01)
@@ -261,6 +269,7 @@ class AgentProcess(Party):
                 applied=core.counters.applied,
                 reported=core.counters.reported,
                 running=core.running,
+                clock_ms=self.host.clock_ms(),
             )
             await self._publish(subjects.heartbeat(self.host.name), encode(beat))
             await asyncio.sleep(1.0)
@@ -275,6 +284,8 @@ class AgentProcess(Party):
                 self._inbox.put(OrdersReceived(request, command))
             case Sync():
                 self._inbox.put(SyncReceived(request, command))
+            case Renew():
+                self._inbox.put(RenewalReceived(request, command))
             case _:
                 raise AssertionError(f"no such command is sent here: {command}")
 

@@ -21,6 +21,12 @@ def test_sixty_random_kills_lose_nothing_and_run_nothing_twice() -> None:
     assert figures.acknowledged == figures.submitted > KILLS
 
 
+def test_random_kills_with_two_daemons_lose_nothing_and_run_nothing_twice() -> None:
+    figures = run_kills(KILLS // 2, SEED, standby=True)
+    assert figures.problems == [], f"again with: python -m bench.kills --kills {KILLS // 2} --seed {SEED} --standby"
+    assert figures.is_clean
+
+
 def _line(what: str, at: int, key: str, card: str) -> str:
     return f"{what} {at} {key} {card}\n"
 

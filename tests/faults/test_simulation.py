@@ -13,18 +13,41 @@ import pytest
 
 from faults.host import LedgerFile
 from faults.simulate import SimulationFailed, simulate
+from faults.world import Kind
 from gpuyard_agent.core.book import Counters
 from gpuyard_agent.core.model import Assignment, Closed
+from gpuyard_agent.launch.leases import Leases
+from gpuyard_daemon.core import deadlines, lost_facts
 from gpuyard_daemon.dispatch import Dispatcher
 from gpuyard_protocol.names import AssignmentKey
 
 SEEDS = range(1, 51)
+PARTITION_SEEDS = range(1, 13)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_nothing_is_lost_or_run_or_given_twice_and_in_the_end_all_is_done(seed: int) -> None:
     played = simulate(seed)
     assert played.records > 0
+
+
+@pytest.mark.parametrize("seed", PARTITION_SEEDS)
+def test_hosts_that_are_cut_off_for_long_keep_every_promise_too(seed: int) -> None:
+    """Leases run out, jobs start elsewhere, and hosts come back with what was given up."""
+    played = simulate(seed, kind="partitions")
+    assert played.records > 0
+
+
+def test_the_bench_sees_leases_that_are_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    hasty = lambda node, assignment, spec: node.lost_ms + assignment.lease_ms // 8  # noqa: E731  a mutant of one line
+    for module in (lost_facts, deadlines):
+        monkeypatch.setattr(module, "lapses_ms", hasty)
+    assert _fails_within(10, "partitions")
+
+
+def test_the_bench_sees_leases_that_nobody_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Leases, "run_out", lambda self, now_ms: ())
+    assert _fails_within(10, "partitions")
 
 
 def test_equal_seeds_give_equal_runs_in_every_process() -> None:
@@ -35,10 +58,10 @@ def test_equal_seeds_give_equal_runs_in_every_process() -> None:
     assert f"digest {simulate(7).digest}" in other.stdout, other.stdout + other.stderr
 
 
-def _fails_within(seeds: int) -> bool:
+def _fails_within(seeds: int, kind: Kind = "crashes") -> bool:
     for seed in range(1, seeds + 1):
         try:
-            simulate(seed)
+            simulate(seed, kind=kind)
         except SimulationFailed:
             return True
     return False

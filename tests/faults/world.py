@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Callable
+from typing import Literal, TypeAlias
 
 from faults import head as heads
 from faults import node as nodes
@@ -28,6 +29,8 @@ from support.builders import node as inventory
 #: After the faults, everything must come to its end within this much simulated time.
 HEALED_MAX_S = 3600.0
 JOBS_MAX = 80
+#: What happens most: processes die, in quick succession; or hosts are cut off for long while the yard goes on.
+Kind: TypeAlias = Literal["crashes", "partitions"]
 
 
 class LivenessViolated(Exception):
@@ -46,7 +49,7 @@ class World:
         self.disk = HeadDisk()
         self.heads: list[Head] = []
         self.hosts = [
-            Host(inventory(f"n-{number}", self.rng.choice((2, 4))), self.witness, self.rng)
+            Host(inventory(f"n-{number}", self.rng.choice((2, 4)), keeps_leases=True), self.witness, self.rng)
             for number in range(1, self.rng.randint(3, 6))
         ]
         self.agents: dict[str, AgentProcess] = {}
@@ -142,29 +145,31 @@ class World:
 
     # --- faults ---
 
-    async def suffer(self, steps: int) -> None:
+    async def suffer(self, steps: int, kind: Kind = "crashes") -> None:
         """So many things happen, good and bad."""
-        things: list[tuple[int, Callable[[], None]]] = [
-            (30, self._submit),
-            (6, self._cancel),
-            (3, self.tenants.apply_service),
-            (4, self._load),
-            (8, self._head_dies),
-            (3, self._second_head),
-            (10, self._agent_dies),
-            (4, self._reboot),
-            (10, self._weather_changes),
-            (4, self._server_dies),
-            (4, self._line_breaks),
-            (3, self._clock_steps),
-            (3, self._trouble_changes),
-        ]
-        weights = [weight for weight, _ in things]
+        things: dict[str, tuple[Callable[[], None], int, int]] = {
+            "submit": (self._submit, 30, 30),
+            "cancel": (self._cancel, 6, 2),
+            "apply_service": (self.tenants.apply_service, 3, 1),
+            "load": (self._load, 4, 1),
+            "head_dies": (self._head_dies, 8, 1),
+            "second_head": (self._second_head, 3, 1),
+            "agent_dies": (self._agent_dies, 10, 5),
+            "reboot": (self._reboot, 4, 1),
+            "weather_changes": (self._weather_changes, 10, 2),
+            "server_dies": (self._server_dies, 4, 1),
+            "line_breaks": (self._line_breaks, 4, 2),
+            "host_vanishes": (self._host_vanishes, 4, 25),
+            "clock_steps": (self._clock_steps, 3, 3),
+            "trouble_changes": (self._trouble_changes, 3, 1),
+        }
+        column, pauses = (1, (0.0, 0.01, 0.3, 1.0, 3.0)) if kind == "crashes" else (2, (0.3, 1.0, 3.0, 10.0, 20.0))
+        weights = [row[column] for row in things.values()]
         for _ in range(steps):
-            thing = self.rng.choices(things, weights)[0][1]
-            self.note(thing.__name__.strip("_"))
-            thing()
-            await asyncio.sleep(self.rng.choice((0.0, 0.01, 0.3, 1.0, 3.0)))
+            name = self.rng.choices(list(things), weights)[0]  # type: ignore[arg-type]  # numbers all
+            self.note(name)
+            things[name][0]()
+            await asyncio.sleep(self.rng.choice(pauses))
             self.raise_failure()
 
     def _submit(self) -> None:
@@ -252,6 +257,16 @@ class World:
         if bus is not None and party.is_alive:
             bus.cut()
             self._later(self.rng.uniform(0.01, 40.0), bus.heal)
+
+    def _host_vanishes(self) -> None:
+        """Cut off for so long that it is lost; what it sent, or was sent, arrives when it is back."""
+        weather = self.weather[self.rng.choice(self.hosts).name]
+        weather.mute = weather.deaf = True
+        self._later(self.rng.uniform(20.0, 150.0), lambda: self._back_again(weather))
+
+    def _back_again(self, weather: Weather) -> None:
+        weather.mute = weather.deaf = False
+        self._hear_again()
 
     def _clock_steps(self) -> None:
         step_ms = self.rng.choice((-3_600_000, -5_000, 5_000, 3_600_000))

@@ -20,7 +20,9 @@ from gpuyard_daemon.core.inputs import (
     CancelRequested,
     HoldRequested,
     LoadReported,
+    NodeDeclaredDead,
     NodeLost,
+    NodeRemoved,
     NodeReported,
     NodeSuspected,
     PolicyChanged,
@@ -51,7 +53,11 @@ SERVICES = ("chat", "embed")
 
 def inventories() -> list[Inventory]:
     small = [gpu(index, node="n-3", model="NVIDIA A30", memory_mib=24_000, modes=("whole", "mps")) for index in (0, 1)]
-    return [node("n-1", 4, cpu_milli=16_000), node("n-2", 4), node("n-3", devices=small, labels={"zone": "b"})]
+    return [
+        node("n-1", 4, cpu_milli=16_000, keeps_leases=True),
+        node("n-2", 4, keeps_leases=True),
+        node("n-3", devices=small, labels={"zone": "b"}),
+    ]
 
 
 isolations: st.SearchStrategy[Isolation] = st.sampled_from(("hard", "soft", "none"))
@@ -70,14 +76,17 @@ needs = st.one_of(
     st.just({"node_labels": (("zone", "b"),)}),
 )
 specs = st.builds(
-    lambda wants, replicas, priority, retries, allow: job(
-        replicas=replicas, priority=priority, retries=retries, allow_pending=allow, **wants
+    lambda wants, replicas, priority, retries, allow, lease_ms: msgspec.structs.replace(
+        job(replicas=replicas, priority=priority, retries=retries, allow_pending=allow, **wants),
+        on_node_lost="restart" if lease_ms else "",
+        lease_ms=lease_ms,
     ),
     needs,
     st.sampled_from((1, 1, 1, 2, 3, 9)),
     st.integers(-2, 2),
     st.integers(0, 2),
     st.booleans(),
+    st.sampled_from((0, 0, 10_000)),
 )
 ends = st.sampled_from(
     (
@@ -294,13 +303,17 @@ class CoreMachine(RuleBasedStateMachine):
         space = self.harness.core.cluster.pool.spaces.get(name)
         return space is not None and key in space.assignments
 
-    @rule(name=st.sampled_from(NODES), heard=st.sampled_from(("hardly", "no more", "again")))
+    @rule(name=st.sampled_from(NODES), heard=st.sampled_from(("hardly", "no more", "again", "dead", "out")))
     def a_node_is_heard(self, name: str, heard: str) -> None:
         match heard:
             case "hardly":
                 self.harness.turn(NodeSuspected(node=name))
             case "no more":
                 self.harness.turn(NodeLost(node=name))
+            case "dead":
+                self.harness.turn(NodeDeclaredDead(node=name, by="root"))
+            case "out":
+                self.harness.turn(NodeRemoved(node=name, by="root"))
             case _:
                 self.world.heard_again(self.world.nodes[name])
         self.check_work_goes_on()

@@ -7,11 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gpuyard_daemon.core import exchange, prediction, priority
 from gpuyard_daemon.sim.experiments import JOB_POLICIES, job_policy
 from gpuyard_daemon.sim.history import GittinsTable
 from gpuyard_daemon.sim.jobs_run import JobsRun, RunJob
-from gpuyard_daemon.sim.measures import jain, job_measures
+from gpuyard_daemon.sim.measures import entitlements, further_measures, jain, jain_24h, job_measures
 from gpuyard_daemon.sim.trace_jobs import TraceJob
 
 
@@ -74,61 +73,35 @@ def test_gittins_rank_is_the_best_ratio_over_all_horizons():
         assert table.rank(attained) == pytest.approx(min(ratios))
 
 
-def test_levels_are_octaves():
-    unit = priority.LEVEL_UNIT
-    assert [priority.natural_level(size) for size in (0, unit - 1, unit, 2 * unit - 1, 2 * unit)] == [0, 0, 1, 1, 2]
-    for level in range(1, priority.LEVEL_MAX):
-        assert priority.natural_level(priority.level_begins(level)) == level
-
-
-@given(st.integers(1, 1 << 40), st.integers(1, 64))
-def test_a_job_reaches_the_top_within_a_bound_of_its_own_size(size, gpus):
-    level = priority.natural_level(size)
-    waits = [priority.lift_wait_ms(at, gpus) for at in range(level, priority.LEVEL_TOP, -1)]
-    bound = 2 * priority.LIFT_FACTOR * size // gpus + priority.LIFT_MIN_MS * (level + 1)
-    assert sum(waits) <= bound
-
-
-def test_a_victim_is_a_level_larger_even_with_its_cost():
-    unit = priority.LEVEL_UNIT
-    large = exchange.Victim(1, 5, 1, 0)
-    assert exchange.may_take(unit, 1, large)
-    assert not exchange.may_take(unit << 4, 5, large)
-    assert not exchange.may_take(unit, 1, large._replace(cost=unit << 3))
-
-
-def test_nobody_is_stopped_needlessly():
-    victims = [exchange.Victim(1, 9, 1, 10), exchange.Victim(2, 8, 4, 5)]
-    assert exchange.cheapest(victims, 4) == exchange.Plan((2,), 5)
-    assert exchange.cheapest(victims, 6) is None
-
-
 def test_jain_is_one_for_equals_and_least_for_a_monopoly():
     assert jain([2.0, 2.0, 2.0]) == pytest.approx(1.0)
     assert jain([1.0, 0.0]) == pytest.approx(0.5)
 
 
-def test_measures_have_the_promised_keys():
-    result = job_measures(_run("fifo", [(0, 1, 10), (5, 8, 10)]))
+def test_who_wants_little_gets_it_and_the_rest_is_divided():
+    assert entitlements({"a": 1.0, "b": 9.0, "c": 9.0}, 11.0) == {"a": 1.0, "b": 5.0, "c": 5.0}
+    assert entitlements({"a": 1.0, "b": 2.0}, 11.0) == {"a": 1.0, "b": 2.0}
+
+
+def test_a_tenant_that_gets_what_it_is_due_counts_as_served_whatever_others_want():
+    # One GPU; "greedy" asks for days, "modest" for an hour a day, and gets it at once under shortest first.
+    jobs = [TraceJob(0, 0.0, 1, 5 * 86_400.0, tenant="greedy")]
+    jobs += [TraceJob(n, n * 86_400.0 - 50_000, 1, 3600.0, tenant="modest") for n in (1, 2, 3)]
+    made = [RunJob(job, 0.0, job.service_s) for job in jobs]
+    run = JobsRun(made, 1, 1, job_policy("srtf", made, 1, 1))
+    run.go()
+    assert jain_24h(run) == pytest.approx(1.0)
+    made = [RunJob(job, 0.0, job.service_s) for job in jobs]
+    run = JobsRun(made, 1, 1, job_policy("fifo", made, 1, 1))
+    run.go()
+    assert jain_24h(run) == pytest.approx(0.5)
+
+
+def test_measures_have_exactly_the_promised_keys():
+    run = _run("fifo", [(0, 1, 10), (5, 8, 10)])
     promised = (
         "policy jobs avg_jct_s p50_jct_s p99_jct_s avg_queue_s makespan_s preemptions_per_job first_start_p99_s "
         "worst_slowdown jain_24h"
     )
-    assert set(promised.split()) <= set(result)
-
-
-def test_ranks_stay_level_without_a_tail_and_grow_with_one():
-    even, heavy = prediction.SizeHistory(), prediction.SizeHistory()
-    for _ in range(100):
-        for level in range(9):
-            even.enter(level)
-        even.end(8)
-    assert even.rank(3) >= even.rank(7) >= even.rank(8)
-    left = 1024
-    for level in range(10):
-        for _ in range(left):
-            heavy.enter(level)
-        left //= 2
-        for _ in range(left):
-            heavy.end(level)
-    assert heavy.rank(2) < heavy.rank(4) < heavy.rank(6)
+    assert list(job_measures(run)) == promised.split()
+    assert not set(promised.split()) & set(further_measures(run))

@@ -1,6 +1,7 @@
 """Trace readers: every format, plain and gzipped, and what a broken file is told."""
 
 import gzip
+from xml.etree import ElementTree
 
 import pytest
 from typer import Typer
@@ -93,6 +94,13 @@ def test_simulate_compares_policies_and_draws(tmp_path):
         root, ["simulate", str(path), "--nodes", "2", "--gpus-per-node", "4", "--plot", str(tmp_path)]
     )
     assert result.exit_code == 0, result.output
-    assert (tmp_path / "jct.svg").read_text().startswith("<svg")
+    drawn = {path.name: path.read_text() for path in tmp_path.glob("*.svg")}
+    assert sorted(drawn) == [
+        "allocation.svg", "fragmentation.svg", "jct.svg", "queue.svg", "tenants-fifo-skip.svg", "tenants-gpuyard.svg",
+        "tenants-srsf.svg",
+    ]  # fmt: skip
+    for name, text in drawn.items():
+        ElementTree.fromstring(text)
+        assert text.count("<polyline") == (2 if name.startswith("tenants") else 3)
     refused = runner.invoke(root, ["simulate", str(tmp_path / "none.csv")])
     assert refused.exit_code == 2

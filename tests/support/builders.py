@@ -84,6 +84,7 @@ def node(
     memory_mib: int = 1024 * 1024,
     labels: dict[str, str] | None = None,
     accounts: tuple[str, ...] = ("*/*",),
+    keeps_leases: bool = False,
 ) -> Inventory:
     """What a node has: eight H100 and plenty of everything else."""
     cards = tuple(devices) if devices is not None else tuple(gpu(index, node=name) for index in range(gpus))
@@ -96,6 +97,7 @@ def node(
         labels=tuple(sorted((labels or {}).items())),
         accounts=accounts,
         simulated=True,
+        keeps_leases=keeps_leases,
     )
 
 

@@ -10,7 +10,20 @@ from typing import Any
 
 from gpuyard_daemon.core.inputs import NodeReported, NodeReturned
 from gpuyard_protocol.names import AssignmentKey
-from gpuyard_protocol.nodes import Desired, Ended, Inventory, Joined, Prepared, Report, Started
+from gpuyard_protocol.nodes import (
+    Desired,
+    Ended,
+    Inventory,
+    Joined,
+    Prepared,
+    Report,
+    Resume,
+    Resumed,
+    Started,
+    Suspend,
+    Suspended,
+    SuspendFailed,
+)
 from support.builders import CoreHarness
 
 
@@ -22,11 +35,13 @@ class WorldNode:
         self.inventory = inventory
         self.process = 0
         self.is_up = False
-        #: "held" (prepared), "running" or "ended".
+        #: "held" (prepared), "running", "suspended" or "ended".
         self.ledger: dict[AssignmentKey, str] = {}
         #: Every report ever written, in order; a report's number is its position + 1.
         self.outbox: list[Report] = []
         self.delivered = 0
+        #: The newest order to suspend or resume that was taken, by replica.
+        self.steps: dict[AssignmentKey, int] = {}
 
     @property
     def instance(self) -> str:
@@ -91,6 +106,21 @@ class World:
         elif state == "held" and wanted.go is not None:
             node.ledger[key] = "running"
             node.outbox.append(Started(key=key, at_ms=0))
+        elif wanted.standing is not None and node.steps.get(key, 0) < wanted.standing.step:
+            self._step(node, wanted.standing)
+
+    def _step(self, node: WorldNode, order: Suspend | Resume) -> None:
+        """Suspend or resume a replica; some jobs cannot be suspended."""
+        key, step = order.key, order.step
+        node.steps[key] = step
+        if isinstance(order, Resume):
+            node.ledger[key] = "running"
+            node.outbox.append(Resumed(key=key, step=step, at_ms=0))
+        elif key.job % 5 == 0:
+            node.outbox.append(SuspendFailed(key=key, step=step, at_ms=0, code="NotSuspendable"))
+        else:
+            node.ledger[key] = "suspended"
+            node.outbox.append(Suspended(key=key, step=step, at_ms=0, image_mib=100))
 
     def end(
         self, node: WorldNode, key: AssignmentKey, outcome: Any, *, exit_code: int = 0, signal: int = 0, code: str = ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -40,7 +41,11 @@ class DaemonProcess:
         self.state = directory / "state"
         self._url = url
         self._authenticate = authenticate
+        self.http = "127.0.0.1:0"
         self._process: subprocess.Popen[bytes] | None = None
+        #: Module that is started, and its first arguments.
+        self.entry: tuple[str, ...] = ("gpuyard_daemon",)
+        self.environment: dict[str, str] = {}
         directory.mkdir(parents=True, exist_ok=True)
         self._config = directory / "daemon.toml"
         self._config.write_text(settings or SETTINGS)
@@ -53,18 +58,55 @@ class DaemonProcess:
 
     def spawn(self) -> None:
         arguments = ["--config", str(self._config), "--state", str(self.state), "--nats", self._url]
-        arguments += ["--http", "127.0.0.1:0"]
+        arguments += ["--http", self.http]
         arguments += [] if self._authenticate else ["--no-authentication"]
         with (self.directory / "daemon.log").open("ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "gpuyard_daemon", *arguments], stdin=subprocess.DEVNULL, stdout=log, stderr=log
+                [sys.executable, "-m", *self.entry, *arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                # For entries that are tests' own.
+                env={
+                    **os.environ,
+                    "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+                    **self.environment,
+                },
             )
 
-    def _is_ready(self) -> bool:
+    def start_standby(self) -> None:
+        """Start and wait until it stands by and is up to date."""
+        (self.state / "daemon" / "http.url").unlink(missing_ok=True)
+        self.spawn()
+        wait_until(self._stands_by, DEADLINE_S, lambda: f"the daemon does not stand by:\n{self.log}")
+
+    def _stands_by(self) -> bool:
+        self._must_run()
+        return (self.state / "daemon" / "http.url").exists() and "standby.up-to-date" in self.log
+
+    def _must_run(self) -> None:
         assert self._process is not None
         if self._process.poll() is not None:
             raise AssertionError(f"the daemon ended with {self._process.returncode}:\n{self.log}")
         time.sleep(0.02)
+
+    def wait_ready(self) -> None:
+        """Wait until it leads."""
+        wait_until(self._is_ready, DEADLINE_S, lambda: f"the daemon is not ready:\n{self.log}")
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
+
+    def suspend(self) -> None:
+        os.kill(self.pid, signal.SIGSTOP)
+
+    def resume(self) -> None:
+        os.kill(self.pid, signal.SIGCONT)
+
+    def _is_ready(self) -> bool:
+        self._must_run()
         return (self.state / "daemon" / "http.url").exists() and self.get("/readyz")[0] == 200
 
     @property

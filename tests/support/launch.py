@@ -7,6 +7,7 @@ import os
 import pwd
 import shutil
 import signal
+import subprocess
 import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Iterable
@@ -121,6 +122,19 @@ class LaunchYard:
     async def run(self, launcher: Launcher, spec: ProcessSpec) -> ProcessExit:
         await start(launcher, spec)
         return await ended(launcher, spec.key)
+
+    def memory_limit_mib(self, job: int, pid: int) -> int | None:
+        """As whoever keeps it says; None: nobody keeps it here."""
+        if KIND == "systemd":
+            unit = f"gpuyard-{self.node}-{key(job)}.service"
+            told = subprocess.run(
+                ["systemctl", "show", "--value", "-p", "MemoryMax", unit], capture_output=True, text=True, check=True
+            ).stdout.strip()
+        else:
+            group = next(line[3:] for line in Path(f"/proc/{pid}/cgroup").read_text().splitlines() if line[:3] == "0::")
+            files = [Path(f"{root}{group}/memory.max") for root in ("/sys/fs/cgroup", "/sys/fs/cgroup/unified")]
+            told = next((file.read_text().strip() for file in files if file.exists()), "")
+        return int(told) // 2**20 if told.isdigit() else None
 
     def supervisor_log(self) -> str:
         return (self.directory / "state" / "supervisor.log").read_text()

@@ -85,10 +85,18 @@ class Yard:
 
 
 @contextlib.contextmanager
-def running_yard(*, nodes: int = 2, simulate: str = "4xH100-80GB", settings: str = "") -> Iterator[Yard]:
+def running_yard(
+    *,
+    nodes: int = 2,
+    simulate: str = "4xH100-80GB",
+    settings: str = "",
+    flags: tuple[str, ...] = (),
+    streams_at: Path | None = None,
+) -> Iterator[Yard]:
     """`gpuyard up` until every node has joined; SIGTERM at the end, and nothing of it may be left.
 
-    `settings`: of the daemon, TOML beside its `[journal]`.
+    `settings`: of the daemon, TOML beside its `[journal]`. `flags`: more for `gpuyard up`. `streams_at`: where the NATS
+    server keeps its files, for a disk of its own.
 
     Not below pytest's own temporary directory: every new session of pytest closes that to other accounts, and jobs run
     as one.
@@ -96,22 +104,26 @@ def running_yard(*, nodes: int = 2, simulate: str = "4xH100-80GB", settings: str
     with tempfile.TemporaryDirectory(prefix="gpuyard-test-") as name:
         directory = Path(name)
         directory.chmod(0o755)
+        if streams_at is not None:
+            (directory / "state").mkdir()
+            (directory / "state" / "nats").symlink_to(streams_at / "nats")
+            (streams_at / "nats").mkdir(mode=0o700)
         if settings:
             file = directory / "state" / "daemon" / "daemon.toml"
             file.parent.mkdir(parents=True)
             file.write_text('[journal]\nbudget = "256Mi"\n' + settings)
-        with _up(directory, nodes, simulate) as yard:
+        with _up(directory, nodes, simulate, flags) as yard:
             yield yard
 
 
 @contextlib.contextmanager
-def _up(directory: Path, nodes: int, simulate: str) -> Iterator[Yard]:
+def _up(directory: Path, nodes: int, simulate: str, flags: tuple[str, ...]) -> Iterator[Yard]:
     state, scratch = directory / "state", directory / "scratch"
     scratch.mkdir()
     scratch.chmod(0o777)
     with (directory / "up.log").open("ab") as log:
         arguments = ["up", "--state", str(state), "--port", "0"]
-        arguments += ["--nodes", str(nodes), "--simulate", simulate]
+        arguments += ["--nodes", str(nodes), "--simulate", simulate, *flags]
         command = [sys.executable, "-m", "gpuyard.cli", *arguments]
         up = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
     yard = Yard(state, scratch, up)

@@ -16,7 +16,12 @@ ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "systemd"
 UNITS = sorted(FOLDER.glob("*.service"))
 #: systemd's measure of exposure, in tenths: 100 is a plain root service. The agent's work is done as root on devices.
-EXPOSURE_MAX = {"gpuyard-nats.service": 15, "gpuyard-daemon.service": 15, "gpuyard-agent.service": 90}
+EXPOSURE_MAX = {
+    "gpuyard-nats.service": 15,
+    "gpuyard-nats-watch.service": 15,
+    "gpuyard-daemon.service": 15,
+    "gpuyard-agent.service": 90,
+}
 PREFIX = "/opt/gpuyard"
 
 
@@ -52,7 +57,7 @@ def run(*command: str, at: Path) -> subprocess.CompletedProcess[str]:
 
 def test_there_is_a_unit_for_each_process() -> None:
     names = {unit.name for unit in UNITS}
-    assert names == {f"gpuyard-{name}.service" for name in ("nats", "daemon", "agent", "supervisor")}
+    assert names == {f"gpuyard-{name}.service" for name in ("nats", "nats-watch", "daemon", "agent", "supervisor")}
 
 
 def test_systemd_finds_nothing_wrong_with_the_units(installed: Path) -> None:

@@ -12,7 +12,20 @@ from typing import Annotated
 
 import typer
 
-from gpuyard.cli import audit, cancelling, jobs, logs, nodes, running, services, submitting, usage
+from gpuyard.cli import (
+    audit,
+    cancelling,
+    cordon,
+    handover,
+    jobs,
+    logs,
+    nodes,
+    running,
+    services,
+    submitting,
+    top,
+    usage,
+)
 from gpuyard.cli.session import Session
 from gpuyard.errors import GpuyardError
 
@@ -44,7 +57,7 @@ def build_app() -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
     )
     app.callback()(_root)
-    for module in (submitting, running, jobs, logs, cancelling, nodes, services, usage, audit):
+    for module in (submitting, running, jobs, logs, cancelling, nodes, cordon, top, services, usage, audit, handover):
         module.register(app)
     _load_components(app)
     return app

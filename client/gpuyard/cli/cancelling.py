@@ -42,9 +42,9 @@ def release(ctx: typer.Context, jobs: Jobs, array: Array = False) -> None:
     _each(ctx, jobs, lambda yard, job: yard.release(job, array=array), f"Released {_what(array)}")
 
 
-def requeue(ctx: typer.Context, jobs: Jobs, hold: Annotated[bool, _Hold] = False) -> None:
+def requeue(ctx: typer.Context, jobs: Jobs, hold: Annotated[bool, _Hold] = False, array: Array = False) -> None:
     """Stop running jobs with grace; they wait again, uncharged."""
-    _each(ctx, jobs, lambda yard, job: yard.requeue(job, hold=hold), "Requeued job")
+    _each(ctx, jobs, lambda yard, job: yard.requeue(job, hold=hold, array=array), f"Requeued {_what(array)}")
 
 
 def _what(array: bool) -> str:

@@ -7,17 +7,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from gpuyard.cli.explaining import why_lines
 from gpuyard.cli.output import AsJson, ago, clock, now_ms, print_fields, print_json, print_table, remark, rough, say
 from gpuyard.cli.session import session_of
 from gpuyard_protocol.jobs import FINAL_STATES, JobSpec, JobView, ReplicaView
 from gpuyard_protocol.names import nearest
-from gpuyard_protocol.queries import NodeReason, WhyAnswer
+from gpuyard_protocol.queries import WhyAnswer
 from gpuyard_protocol.units import format_mib, format_milli, format_ms
 
 if TYPE_CHECKING:
     from gpuyard.client import Client
 
-STATES = ("pending", "starting", "running", "stopping", "succeeded", "failed", "cancelled")
+STATES = ("pending", "starting", "running", "suspended", "stopping", "succeeded", "failed", "cancelled")
 #: Rows without --limit.
 DEFAULT_ROWS = 100
 #: Each reason is a question of its own: so many a list.
@@ -92,7 +93,7 @@ def _checked_states(given: list[str]) -> list[str]:
 async def _reasons(yard: Client, found: list[JobView]) -> dict[int, str]:
     """Why the longest waiting of the jobs wait, for those whose view does not say."""
     waiting = [view.job for view in found if view.state == "pending" and view.reason is None][-EXPLAINED_ROWS:]
-    answers = await asyncio.gather(*(yard.why(job) for job in waiting), return_exceptions=True)
+    answers = await asyncio.gather(*(yard.why(job, brief=True) for job in waiting), return_exceptions=True)
     return {answer.job: answer.summary for answer in answers if isinstance(answer, WhyAnswer)}
 
 
@@ -191,19 +192,5 @@ def why(ctx: typer.Context, job: JobNumber, as_json: AsJson = False) -> None:
     if as_json:
         print_json(answer)
         return
-    say(f"job {answer.job} is {answer.state}: {answer.summary}")
-    if answer.position:
-        say(f"  number {answer.position} of those waiting, {answer.ahead} ahead of it")
-    for reason in answer.reasons:
-        say(f"  {_reason_line(reason)}")
-    if answer.story:
-        say("what happened:")
-        for line in answer.story:
-            say(f"  {line}")
-
-
-def _reason_line(reason: NodeReason) -> str:
-    nodes = "1 node" if reason.nodes == 1 else f"{reason.nodes} nodes"
-    more = ", …" if reason.nodes > len(reason.examples) else ""
-    examples = f" ({', '.join(reason.examples)}{more})" if reason.examples else ""
-    return f"{nodes}: {reason.reason.text}{examples}"
+    for line in why_lines(answer, now_ms()):
+        say(line)

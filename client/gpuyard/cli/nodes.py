@@ -35,10 +35,10 @@ def nodes(
 ) -> None:
     """List nodes, and how full they are."""
 
-    async def work(yard: Client) -> tuple[NodeView, ...]:
-        return await yard.nodes()
+    async def work(yard: Client) -> tuple[tuple[NodeView, ...], tuple[str, ...]]:
+        return await yard.nodes(), (await yard.stats()).alarms
 
-    found = session_of(ctx).run(work)
+    found, alarms = session_of(ctx).run(work)
     if node:
         chosen = tuple(view for view in found if node in (view.node, view.hostname))
         if not chosen:
@@ -54,11 +54,26 @@ def nodes(
         print_table(CARD_COLUMNS, [_card_row(view, card) for view in found for card in view.cards])
     else:
         print_table(NODE_COLUMNS, [_node_row(view) for view in found])
+    if not as_json:
+        for alarm in alarms:
+            remark(f"alarm: {alarm}")
 
 
 def short_model(card: CardView) -> str:
     """`H100` out of "NVIDIA H100 80GB HBM3"."""
     return Device(uuid=card.uuid, index=card.index, model=card.model, memory_mib=card.memory_mib, modes=()).short_model
+
+
+def state_of(view: NodeView) -> str:
+    """Its state; of a node that an operator keeps new work away from, whether anything is there still."""
+    if not view.cordoned or view.state != "ready":
+        return view.state
+    return "draining" if is_used(view) else "cordoned"
+
+
+def is_used(view: NodeView) -> bool:
+    """Something holds a part of it."""
+    return bool(view.cpu_held_milli or view.memory_held_mib or any(card.held_milli for card in view.cards))
 
 
 def _node_row(view: NodeView) -> tuple[str, ...]:
@@ -68,7 +83,7 @@ def _node_row(view: NodeView) -> tuple[str, ...]:
     held = sum(card.held_milli for card in view.cards)
     return (
         view.node,
-        view.state,
+        state_of(view),
         ", ".join(f"{count}×{model}" for model, count in sorted(models.items())) + (" sim" if view.simulated else ""),
         " ".join(f"{mode}:{count}" for mode, count in sorted(modes.items())) + (f" faulty:{faulty}" if faulty else ""),
         f"{format_milli(held)}/{len(view.cards)}",
@@ -118,5 +133,6 @@ def stats(ctx: typer.Context, as_json: AsJson = False) -> None:
             ("finished", str(found.finished)),
             ("started", str(found.started)),
             ("average wait", rough(found.wait_sum_ms // found.started) if found.started else ""),
+            *(("alarm", alarm) for alarm in found.alarms),
         ]
     )

@@ -43,8 +43,17 @@ _REPLICAS = _option("--replicas", "-r", metavar="N", text="Processes that start 
 _CPUS = _option("--cpus", metavar="N", text="CPU cores per replica: 4, 0.5, 500m.")
 _MEMORY = _option("--memory", metavar="SIZE", text="Host memory per replica: 8Gi.")
 _TIME = _option("--time", "-t", metavar="TIME", text="Limit: 90s, 1h30m, 1-12:00:00; a bare number is minutes.")
-_PRIORITY = _option("--priority", metavar="-2..2", text="Larger goes first (default 0).")
+_PRIORITY = _option(
+    "--priority", metavar="-2..2", text="Each step goes before jobs 4 times smaller, and costs double (default 0)."
+)
+_QUEUE = _option("--queue", metavar="NAME", text="A queue of the yard (default: the tenant's).")
+_ESTIMATE = _option("--estimate", metavar="TIME", text="About how long it will run: small jobs go first.")
+_DEADLINE = _option("--deadline", metavar="TIME", text="When it should have ended: 2030-01-01T08:00:00Z, +8h.")
 _RETRIES = _option("--retries", metavar="N", text="Starts after a failure of the job's own (default 0).")
+_ON_NODE_LOST = _option(
+    "--on-node-lost", metavar="wait|restart", text="When its node falls silent: wait for it, or start elsewhere."
+)
+_LEASE = _option("--lease", metavar="TIME", text="… once it has run so long unheard, and then ended: 10m.")
 _ENV = _option("--env", metavar="K=V", text="A variable for the job; repeatable.")
 _CWD = _option("--cwd", metavar="DIR", text="Directory to run in (default: the current one; '': its own).")
 _NAME = _option("--name", "-n", metavar="TEXT", text="A name for people.")
@@ -76,7 +85,12 @@ class JobOptions:
     memory: Annotated[str | None, _MEMORY] = None
     time: Annotated[str | None, _TIME] = None
     priority: Annotated[int | None, _PRIORITY] = None
+    queue: Annotated[str | None, _QUEUE] = None
+    estimate: Annotated[str | None, _ESTIMATE] = None
+    deadline: Annotated[str | None, _DEADLINE] = None
     retries: Annotated[int | None, _RETRIES] = None
+    on_node_lost: Annotated[str | None, _ON_NODE_LOST] = None
+    lease: Annotated[str | None, _LEASE] = None
     env: Annotated[list[str] | None, _ENV] = None
     cwd: Annotated[str | None, _CWD] = None
     name: Annotated[str | None, _NAME] = None
@@ -118,7 +132,12 @@ class JobOptions:
             "memory": self.memory,
             "time_limit": None if self.time is None else _time_limit(self.time),
             "priority": self.priority,
+            "queue": self.queue,
+            "estimate": None if self.estimate is None else _time_limit(self.estimate),
+            "deadline": self.deadline,
             "retries": self.retries,
+            "on_node_lost": self.on_node_lost,
+            "lease": None if self.lease is None else _time_limit(self.lease),
             "env": _pairs(self.env, "--env"),
             "cwd": os.path.abspath(self.cwd) if self.cwd else None,
             "name": self.name,

@@ -19,9 +19,10 @@ from gpuyard_protocol.units import format_ms
 AsJson: TypeAlias = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 STATE_STYLES = {
-    "running": "green", "starting": "cyan", "stopping": "yellow", "pending": "yellow", "succeeded": "dim",
+    "running": "green", "starting": "cyan", "suspended": "magenta", "stopping": "yellow", "pending": "yellow",
+    "succeeded": "dim",
     "failed": "red", "cancelled": "dim", "ready": "green", "suspected": "yellow", "joining": "cyan",
-    "lost": "red", "incompatible": "red",
+    "lost": "red", "incompatible": "red", "cordoned": "yellow", "draining": "yellow",
 }  # fmt: skip
 #: Wide enough that nothing is cut where nobody looks at a screen.
 _PIPE_WIDTH = 2000

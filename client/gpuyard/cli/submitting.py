@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from gpuyard.cli.explaining import dry_run_lines
 from gpuyard.cli.options import Command, JobOptions, takes_job_options
-from gpuyard.cli.output import AsJson, print_json, remark, say
+from gpuyard.cli.output import AsJson, now_ms, print_json, remark, say
 from gpuyard.cli.session import session_of
 from gpuyard.errors import GpuyardError, Rejected
 from gpuyard.job import Job
+from gpuyard_protocol.queries import DryRun
 
 if TYPE_CHECKING:
     from gpuyard.client import Client
@@ -27,10 +29,16 @@ def submit(
     parsable: Annotated[
         bool, typer.Option("--parsable", "--quiet", "-q", help="Print the job's number and nothing else.")
     ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say where and when it would start, or why not; submit nothing.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Submit a job: gpuyard submit --gpus 2 -- python train.py"""
     requests = options.requests(command)
+    if dry_run:
+        _plan(ctx, requests, as_json=as_json)
+        return
 
     async def work(yard: Client) -> list[Job | Rejected]:
         if len(requests) == 1:
@@ -50,6 +58,26 @@ def submit(
         remark(f"gpuyard: job {place + 1} of {options.file}: {outcome}")
     if refused:
         raise GpuyardError(f"{len(refused)} of {len(outcomes)} jobs were rejected; the others are submitted")
+
+
+def _plan(ctx: typer.Context, requests: list[dict[str, Any]], *, as_json: bool) -> None:
+    """What would become of each job, asked alone; exit code 1 if any would be rejected."""
+
+    async def work(yard: Client) -> list[DryRun]:
+        return [await yard.plan(request) for request in requests]
+
+    plans = session_of(ctx).run(work)
+    if as_json:
+        print_json(plans[0] if len(plans) == 1 else plans)
+    else:
+        now = now_ms()
+        for place, plan in enumerate(plans):
+            if len(plans) > 1:
+                say(f"job {place + 1}:")
+            for line in dry_run_lines(plan, now):
+                say(line)
+    if any(plan.verdict == "rejected" for plan in plans):
+        raise typer.Exit(1)
 
 
 def _plain(job: Job) -> dict[str, int | str]:

@@ -8,31 +8,40 @@ refused as well; both may be let in later, so those refusals are not remembered.
 
 from __future__ import annotations
 
+from msgspec.structs import replace
+
 from gpuyard_daemon.core import facts as f
 from gpuyard_daemon.core.answers import answer as give_answer
 from gpuyard_daemon.core.answers import answer_again, answer_again_chosen, kept_until, refuse
+from gpuyard_daemon.core.cluster import Cluster
 from gpuyard_daemon.core.dependencies import refused
 from gpuyard_daemon.core.draft import Draft
 from gpuyard_daemon.core.impossible import Missing
 from gpuyard_daemon.core.inputs import (
     JobSubmitted,
     RequestMalformed,
+    RequestRefused,
     ServiceApplied,
     ServiceDeleted,
 )
+from gpuyard_daemon.core.limits import never_within, refused_queue
+from gpuyard_daemon.core.promises import promise
 from gpuyard_daemon.core.services import apply_service, remove_service
 from gpuyard_daemon.core.tenancy import OVER_QUOTA, least_held
-from gpuyard_protocol.jobs import SubmissionAnswer, Why
-from gpuyard_protocol.names import SubmissionId, Tenant, is_submission_id, nearest
+from gpuyard_protocol.jobs import JobSpec, SubmissionAnswer, Why
+from gpuyard_protocol.names import SubmissionId, Tenant, User, is_submission_id, nearest
 
 
 def submit(draft: Draft, request: JobSubmitted) -> None:
     if request.chosen_id and answer_again(draft, request.tenant, request.submission_id):
         return
-    spec = request.spec
+    spec = _settled(draft, request.tenant, request.spec)
     count = spec.array.count if spec.array else 1
     if refusal := _too_many_jobs(draft, request.tenant, count):
         _reject_for_now(draft, request.tenant, request.submission_id, refusal)
+        return
+    if refusal_and_near := refused_queue(draft.cluster, request.tenant, spec):
+        refuse(draft, request, refusal_and_near[0], near=refusal_and_near[1])
         return
     if not spec.allow_pending:
         missing = draft.possibilities.missing(
@@ -44,11 +53,15 @@ def submit(draft: Draft, request: JobSubmitted) -> None:
         if never := draft.cluster.tenancy.never(request.tenant, least_held(spec.need, spec.replicas)):
             _reject_for_now(draft, request.tenant, request.submission_id, never)
             return
+        if never := never_within(draft.cluster, request.tenant, spec):
+            _reject_for_now(draft, request.tenant, request.submission_id, never)
+            return
     if refusal_and_near := refused(draft, request.tenant, spec):
         refuse(draft, request, refusal_and_near[0], near=refusal_and_near[1])
         return
     until_ms = kept_until(draft, chosen=request.chosen_id)
     accepted = f.JobAccepted if spec.array is None else f.ArrayAccepted
+    expected = expectation(draft.cluster, request.tenant, request.user, spec)
     draft.add(
         accepted(
             draft.cluster.last_job + 1,
@@ -58,8 +71,27 @@ def submit(draft: Draft, request: JobSubmitted) -> None:
             spec,
             until_ms,
             request.chosen_id,
+            *expected,
+            promise(draft.cluster, request.tenant, spec, expected[0], draft.now_ms),
         )
     )
+
+
+def expectation(cluster: Cluster, tenant: Tenant, user: User, spec: JobSpec) -> tuple[int, str]:
+    """How long a job will run, ms, and how that is known (`estimate`, `history`); 0: it is not."""
+    return cluster.lore.expected(tenant, user, spec)
+
+
+def _settled(draft: Draft, tenant: Tenant, spec: JobSpec) -> JobSpec:
+    """The specification with what it leaves to the yard and its queue."""
+    settings = draft.settings
+    what = spec.on_node_lost or settings.on_node_lost
+    if (idle := draft.cluster.quota.idle_rule(tenant, spec.queue)) is not None:
+        spec = replace(spec, idle=idle)
+    if what == "wait":
+        # As written: most jobs say nothing, and nothing is what the journal then keeps.
+        return spec
+    return replace(spec, on_node_lost=what, lease_ms=spec.lease_ms or settings.lease_ms)
 
 
 def refuse_malformed(draft: Draft, request: RequestMalformed) -> None:
@@ -77,6 +109,13 @@ def refuse_malformed(draft: Draft, request: RequestMalformed) -> None:
         at_ms=draft.now_ms,
     )
     give_answer(draft, request.tenant, answer)
+
+
+def refuse_unseen(draft: Draft, request: RequestRefused) -> None:
+    """Refused before anybody looked at it. Not remembered: a repetition is decided anew."""
+    if answer_again_chosen(draft, request.tenant, request.submission_id):
+        return
+    _reject_for_now(draft, request.tenant, request.submission_id, request.reason, request.retry_after_ms)
 
 
 def apply(draft: Draft, request: ServiceApplied) -> None:
@@ -139,9 +178,17 @@ def _too_many_jobs(draft: Draft, tenant: Tenant, count: int) -> Why | None:
     return Why(OVER_QUOTA, text)
 
 
-def _reject_for_now(draft: Draft, tenant: Tenant, submission_id: SubmissionId, why: Why) -> None:
+def _reject_for_now(
+    draft: Draft, tenant: Tenant, submission_id: SubmissionId, why: Why, retry_after_ms: int = 0
+) -> None:
     """Refuse what may be let in later: also under a chosen id, so that a repetition is decided anew."""
-    answer = SubmissionAnswer(submission_id=submission_id, accepted=False, reason=why, at_ms=draft.now_ms)
+    answer = SubmissionAnswer(
+        submission_id=submission_id,
+        accepted=False,
+        reason=why,
+        retry_after_ms=retry_after_ms,
+        at_ms=draft.now_ms,
+    )
     draft.add(f.RequestAnswered(tenant, answer, kept_until(draft, chosen=False), False))
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from gpuyard_daemon.core.model import Array, Job
 from gpuyard_protocol.names import JobId
 
-LIVE_STATES = frozenset({"starting", "running", "stopping"})
+LIVE_STATES = frozenset({"starting", "running", "suspended", "stopping"})
 
 
 class Throttle:

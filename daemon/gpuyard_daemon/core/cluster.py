@@ -15,11 +15,26 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
+from gpuyard_daemon.core import (
+    claim_facts,
+    cordon_facts,
+    fairness,
+    holdings,
+    job_facts,
+    learning,
+    lost_facts,
+    node_facts,
+    request_facts,
+    service_facts,
+    suspend_facts,
+)
 from gpuyard_daemon.core import facts as f
-from gpuyard_daemon.core import job_facts, node_facts, request_facts, service_facts
 from gpuyard_daemon.core.arrays import LIVE_STATES, Arrays
 from gpuyard_daemon.core.capacity import ANY_MODE, NodeSpace, Pool
+from gpuyard_daemon.core.claims import Claims
+from gpuyard_daemon.core.demand import LiveDemand
 from gpuyard_daemon.core.effects import Effects
+from gpuyard_daemon.core.fairness import Fairness
 from gpuyard_daemon.core.gates import Gates
 from gpuyard_daemon.core.listing import JobList
 from gpuyard_daemon.core.model import (
@@ -32,9 +47,15 @@ from gpuyard_daemon.core.model import (
     Totals,
     Verdict,
 )
+from gpuyard_daemon.core.policy import Policy
+from gpuyard_daemon.core.prediction import Lore
+from gpuyard_daemon.core.quota import QuotaTree
+from gpuyard_daemon.core.ranking import Ranking
+from gpuyard_daemon.core.running import Running
 from gpuyard_daemon.core.states import InvariantViolated, check_assignment_move, check_job_move
 from gpuyard_daemon.core.tenancy import Tenancy
 from gpuyard_daemon.core.timers import Timer, Timers
+from gpuyard_daemon.core.underway import Underway
 from gpuyard_protocol.jobs import JobState, SubmissionAnswer, Why
 from gpuyard_protocol.names import AssignmentKey, JobId, NodeId, ServiceName, SubmissionId, Tenant
 from gpuyard_protocol.nodes import Go, Stop
@@ -58,22 +79,41 @@ class Cluster:
         self.totals = Totals()
         #: The policy and what was used are durable, what is held is derived.
         self.tenancy = Tenancy()
+        #: What is asked for: counts and the mix in use are durable, what waits of it is derived.
+        self.demand = LiveDemand()
+        #: Queues, and what is used of their quotas: derived from policy and assignments.
+        self.quota = QuotaTree()
+        #: What tenants were charged lately, and their shifts.
+        self.fairness = Fairness()
+        #: What ended jobs taught.
+        self.lore = Lore()
+        #: What running jobs have had so far: derived.
+        self.underway = Underway()
         #: The newest job's number.
         self.last_job: JobId = 0
         #: The yard is stopping or stopped: nothing starts.
         self.draining = False
         # --- derived
         self.pool = Pool()
+        #: Places kept for jobs in line: the records are durable, what the spaces know of them is derived.
+        self.claims = Claims(self.pool)
         self.timers = Timers()
+        #: Jobs that have not ended and whose deadline was promised.
+        self.promised: dict[JobId, None] = {}
         #: Who waits for other jobs.
         self.gates = Gates()
         self.arrays = Arrays()
         #: Jobs that may start now, by id.
         self.waiting: dict[JobId, Job] = {}
-        #: Their order keys.
-        self.waiting_keys: dict[JobId, int] = {}
-        #: Jobs that began to wait since the queue last looked; None: too many, it must look at them all.
-        self.newly_waiting: list[JobId] | None = []
+        #: Jobs that began or ceased to wait since the line last looked; None: too many, it must look at them all.
+        self.line_changes: list[JobId] | None = []
+        self.ranking = Ranking(self)
+        #: Jobs that run.
+        self.running = Running()
+        #: Jobs that were told to stop and have not ended.
+        self.leaving: dict[JobId, Job] = {}
+        #: Suspended jobs that wait for their cards.
+        self.suspended: dict[JobId, Job] = {}
         #: Finished jobs, longest ago first.
         self.finished: OrderedDict[JobId, None] = OrderedDict()
         #: Jobs of each service that are not final, oldest first.
@@ -82,6 +122,8 @@ class Cluster:
         self.unsettled: dict[ServiceKey, None] = {}
         #: Services that may still have replicas of an earlier generation.
         self.changing: dict[ServiceKey, None] = {}
+        #: Replicas under a lease, by node, with the lease.
+        self.leased: dict[NodeId, dict[AssignmentKey, int]] = {}
         #: By tenant, and "" for all.
         self.lists: dict[Tenant, JobList] = {"": JobList()}
 
@@ -133,9 +175,12 @@ class Cluster:
     # nodes
 
     def refit(self, space: NodeSpace) -> None:
-        """Recount a node's space after its inventory changed."""
-        needs = [self.jobs[key.job].spec.need for key in space.assignments]
-        self.pool.refit(space, sum(n.cpu_milli for n in needs), sum(n.memory_mib for n in needs))
+        """Recount a node's space after its inventory changed; what is held there may count for more or less now."""
+        before = {key: holdings.amounts_of(space, held.partition) for key, held in space.assignments.items()}
+        amounts = [held.held(self.jobs[key.job].spec.need) for key, held in space.assignments.items()]
+        self.pool.refit(space, sum([cpu for cpu, _ in amounts]), sum([memory for _, memory in amounts]))
+        for key, counted in before.items():
+            holdings.recount(self, self.jobs[key.job], space, space.assignments[key], counted)
 
     def drop_absent(self, space: NodeSpace) -> None:
         """Forget cards that are gone, once nothing holds them any more."""
@@ -154,7 +199,15 @@ class Cluster:
     # the yard
 
     def _on_policy(self, fact: f.PolicySet, now_ms: int, effects: Effects) -> None:
-        self.tenancy.set_policy(fact.policy)
+        self.set_policy(fact.policy)
+        for space in self.pool.spaces.values():
+            for key, assignment in space.assignments.items():
+                holdings.enter_in_queue(self, self.jobs[key.job], space, assignment)
+
+    def set_policy(self, policy: Policy) -> None:
+        """Enter what tenants and queues are granted; what is held counts for no queue yet."""
+        self.tenancy.set_policy(policy)
+        self.quota.set_policy(policy, holdings.capacity_by_model(self.pool))
 
     def _on_draining(self, fact: f.YardDraining, now_ms: int, effects: Effects) -> None:
         self.draining = True
@@ -168,6 +221,7 @@ class Cluster:
         for node in self.nodes.values():
             if node.state in ("ready", "suspected", "lost"):
                 node.state, node.reason = "joining", "its agent has not joined since the yard was started"
+                node.lost_ms = 0
                 self.pool.touch(self.pool.spaces[node.id])
         self.unsettled.update(dict.fromkeys(self.services))
 
@@ -182,7 +236,15 @@ class Cluster:
         self.park(job)
         if (throttle := self.arrays.throttle(job)) is not None:
             throttle.lives((to in LIVE_STATES) - (job.state in LIVE_STATES))
+        if job.state == "running":
+            self.running.leave(job)
         job.state = to
+        if to == "running":
+            self.running.enter(job, self.totals.summed_to_ms)
+        if to == "stopping":
+            self.leaving[job.id] = job
+        else:
+            self.leaving.pop(job.id, None)
         if to == "pending":
             self.queue_up(job)
         self.settle_array(job)
@@ -198,8 +260,13 @@ class Cluster:
         self._leave_line(job.id)
 
     def _leave_line(self, job: JobId) -> None:
-        if job in self.waiting:
-            del self.waiting[job], self.waiting_keys[job]
+        left = self.waiting.pop(job, None)
+        if left is not None:
+            self.demand.waits(left.spec.need, -left.spec.replicas)
+            left.waited_ms = self.totals.summed_to_ms - left.waits_since_ms
+            left.waits_since_ms = 0
+            self._note_line(job)
+            self.claims.drop(job)
 
     def settle_array(self, job: Job) -> None:
         """Let as many elements of a job's array look for a place as may go at once."""
@@ -233,12 +300,19 @@ class Cluster:
         if job.id in self.waiting:
             return
         self.waiting[job.id] = job
-        self.waiting_keys[job.id] = job.order_key
-        if self.newly_waiting is not None:
-            self.newly_waiting.append(job.id)
-            if len(self.newly_waiting) > 1024 + 2 * len(self.waiting):
+        self.demand.waits(job.spec.need, job.spec.replicas)
+        if not job.waits_since_ms:
+            now_ms = self.totals.summed_to_ms
+            job.level = self.ranking.natural_of(job, now_ms)
+            job.waits_since_ms = max(1, now_ms)
+        self._note_line(job.id)
+
+    def _note_line(self, job: JobId) -> None:
+        if self.line_changes is not None:
+            self.line_changes.append(job)
+            if len(self.line_changes) > 1024 + 2 * len(self.waiting):
                 # Nobody is reading: a standby, or a long replay.
-                self.newly_waiting = None
+                self.line_changes = None
 
     def unsettle(self, job: Job) -> None:
         """A service's replica changed: look at the service again."""
@@ -255,6 +329,8 @@ class Cluster:
                 jobs = self.lists[owner] = JobList()
             jobs.add(job.id)
             jobs.counts[job.state] += 1
+        if job.promised and not job.is_final:
+            self.promised[job.id] = None
         if job.service and not job.is_final:
             self.service_jobs.setdefault((job.tenant, job.service), {})[job.id] = job
         if not job.is_final:
@@ -262,6 +338,12 @@ class Cluster:
         if job.state in LIVE_STATES and (throttle := self.arrays.throttle(job)) is not None:
             throttle.lives(1)
             self.settle_array(job)
+        if job.state == "running":
+            self.running.enter(job, self.totals.summed_to_ms)
+        if job.state == "stopping" or any(each.state == "suspending" for each in job.assignments):
+            self.leaving[job.id] = job
+        if any(each.state == "suspended" for each in job.assignments):
+            self.suspended[job.id] = job
         if job.state == "pending":
             self.queue_up(job)
 
@@ -289,6 +371,13 @@ _HANDLERS: dict[type, Callable[[Cluster, Any, int, Effects], None]] = {
     f.AnswerRepeated: request_facts.repeated,
     f.AnswersForgotten: request_facts.forgotten,
     f.JobPlaced: job_facts.placed,
+    f.ClaimMade: claim_facts.made,
+    f.ClaimDropped: claim_facts.dropped,
+    f.ReplicaSuspended: suspend_facts.suspended,
+    f.SuspensionFailed: suspend_facts.suspension_failed,
+    f.JobResuming: suspend_facts.resuming,
+    f.ReplicaResumed: suspend_facts.resumed,
+    f.ResumptionFailed: suspend_facts.resumption_failed,
     f.GangReleased: job_facts.gang_released,
     f.JobStopping: job_facts.stopping,
     f.JobRequeued: job_facts.requeued,
@@ -301,6 +390,11 @@ _HANDLERS: dict[type, Callable[[Cluster, Any, int, Effects], None]] = {
     f.LedgerReplaced: node_facts.new_ledger,
     f.NodeJoined: node_facts.joined,
     f.NodeChanged: node_facts.node_changed,
+    f.ReplicasGivenUp: lost_facts.given_up,
+    f.GivenUpGone: lost_facts.gone,
+    f.NodeForgotten: lost_facts.forgotten,
+    f.NodeCordoned: cordon_facts.cordoned,
+    f.NodeUncordoned: cordon_facts.uncordoned,
     f.NodeAvoided: node_facts.avoided,
     f.NodeForgiven: node_facts.forgiven,
     f.ReplicaPrepared: job_facts.prepared,
@@ -312,6 +406,8 @@ _HANDLERS: dict[type, Callable[[Cluster, Any, int, Effects], None]] = {
     f.ServiceScaled: service_facts.scaled,
     f.ReplicaWanted: service_facts.replica_wanted,
     f.ServiceFaltered: service_facts.faltered,
+    f.SizesLearnt: learning.learnt,
+    f.TenantsShifted: fairness.shifted,
     f.PolicySet: Cluster._on_policy,
     f.YardDraining: Cluster._on_draining,
     f.YardResumed: Cluster._on_resumed,

@@ -12,13 +12,15 @@ from collections.abc import Collection
 from gpuyard_daemon.core import facts as f
 from gpuyard_daemon.core.cluster import AnswerKey, Cluster
 from gpuyard_daemon.core.draft import Draft
+from gpuyard_daemon.core.lost_facts import lapses_ms
+from gpuyard_daemon.core.lost_nodes import lease_ran_out
 from gpuyard_daemon.core.model import Job, KeptAnswer
 from gpuyard_daemon.core.outcomes import give_up_preparing
 from gpuyard_daemon.core.services import rescale
 from gpuyard_daemon.core.settings import CoreSettings
 from gpuyard_daemon.core.timers import Timer
 from gpuyard_daemon.core.views import job_view
-from gpuyard_protocol.names import JobId
+from gpuyard_protocol.names import AssignmentKey, JobId
 
 
 def next_deadline_ms(cluster: Cluster, settings: CoreSettings) -> int | None:
@@ -40,6 +42,8 @@ def _holds(cluster: Cluster, entry: tuple[int, Timer, JobId, str, str]) -> bool:
         case Timer.PREPARE:
             job = cluster.jobs.get(job_id)
             return job is not None and job.prepare_until_ms == at_ms
+        case Timer.RESUME:
+            return job_id in cluster.suspended and cluster.jobs[job_id].resume_after_ms == at_ms
         case Timer.FORGIVE:
             node = cluster.nodes.get(owner)
             return node is not None and name in node.avoided and node.avoided[name].until_ms == at_ms
@@ -49,6 +53,12 @@ def _holds(cluster: Cluster, entry: tuple[int, Timer, JobId, str, str]) -> bool:
         case Timer.REPLACE:
             service = cluster.services.get((owner, name))
             return service is not None and service.not_before_ms == at_ms and not cluster.draining
+        case Timer.LEASE:
+            node, key = cluster.nodes[owner], AssignmentKey.parse(name)
+            if node.state != "lost" or key not in cluster.leased.get(owner, {}):
+                return False
+            job = cluster.jobs[key.job]
+            return lapses_ms(node, job.assignments[key.replica], job.spec) == at_ms
 
 
 def fire_due(draft: Draft) -> None:
@@ -70,12 +80,17 @@ def _fire(draft: Draft, entry: tuple[int, Timer, JobId, str, str]) -> None:
             draft.add(f.JobWoken(job_id))
         case Timer.PREPARE:
             give_up_preparing(draft, cluster.jobs[job_id])
+        case Timer.RESUME:
+            # The turn itself is what it waited for.
+            pass
         case Timer.FORGIVE:
             draft.add(f.NodeForgiven(owner, name))
         case Timer.SCALE_DOWN:
             rescale(draft, cluster.services[owner, name])
         case Timer.REPLACE:
             draft.add(f.ServiceFaltered(owner, name, cluster.services[owner, name].crashes, 0))
+        case Timer.LEASE:
+            lease_ran_out(draft, owner, AssignmentKey.parse(name))
 
 
 #: Of the tenants' own text that the retired jobs of one record may carry: scripts can be long, escaped even longer.

@@ -27,10 +27,10 @@ def direct(draft: Draft, request: Directive) -> None:
         return
     refusal: Why | None = None
     match request:
-        case RequeueRequested():
-            refusal = _requeue(draft, job, request)
         case _ if request.array:
             refusal = _direct_array(draft, job, request)
+        case RequeueRequested():
+            refusal = _requeue(draft, job, request)
         case CancelRequested():
             _cancel(draft, job, request)
         case HoldRequested():
@@ -51,7 +51,7 @@ def _own_job(draft: Draft, request: Directive) -> Job | None:
     if job is None and (array := cluster.arrays.records.get(request.job)) is not None:
         # Its first elements have been put away; any other of them speaks for the array.
         job = next(job for number in range(array.id, array.id + array.count) if (job := cluster.jobs.get(number)))
-        if isinstance(request, RequeueRequested) or not request.array:
+        if not request.array:
             job = None
     if job is None or job.tenant != request.tenant:
         jobs = cluster.lists.get(request.tenant)
@@ -62,7 +62,7 @@ def _own_job(draft: Draft, request: Directive) -> Job | None:
     if job.user != request.user:
         refuse(draft, request, Why("NotYours", f"job {job.id} belongs to user {job.user}"))
         return None
-    if job.is_final and (isinstance(request, RequeueRequested) or not request.array):
+    if job.is_final and not request.array:
         refuse(draft, request, Why("AlreadyEnded", f"job {job.id} has {job.state} already"))
         return None
     return job
@@ -76,7 +76,7 @@ def _cancel(draft: Draft, job: Job, request: CancelRequested) -> None:
         draft.add(f.JobStopping(job.id, "cancel", why, "cancelled"))
 
 
-def _direct_array(draft: Draft, job: Job, request: CancelRequested | HoldRequested | ReleaseRequested) -> Why | None:
+def _direct_array(draft: Draft, job: Job, request: Directive) -> Why | None:
     """The same for every element of the job's array."""
     cluster = draft.cluster
     if not job.array:
@@ -90,6 +90,8 @@ def _direct_array(draft: Draft, job: Job, request: CancelRequested | HoldRequest
             draft.add(f.JobHeld(job.id, request.user, whole_array=True))
         case ReleaseRequested() if any(element.held_by for element in waiting):
             draft.add(f.JobReleased(job.id, whole_array=True))
+        case RequeueRequested():
+            return _requeue_array(draft, record, bool(waiting), request)
         case CancelRequested():
             return Why("AlreadyEnded", f"every element of array {job.array} has ended already")
         case HoldRequested():
@@ -107,6 +109,18 @@ def _cancel_array(draft: Draft, record: Array, any_waits: bool, request: CancelR
         element = draft.cluster.jobs.get(number)
         if element is not None and element.live:
             _cancel(draft, element, request)
+
+
+def _requeue_array(draft: Draft, record: Array, any_waits: bool, request: RequeueRequested) -> Why | None:
+    """Those that run wait again; with a hold nothing of the array starts until it is released."""
+    elements = [draft.cluster.jobs.get(number) for number in range(record.id, record.id + record.count)]
+    live = [element for element in elements if element is not None and element.live]
+    if request.hold and any_waits:
+        draft.add(f.JobHeld(next(job.id for job in elements if job is not None), request.user, whole_array=True))
+    requeued = [_requeue(draft, element, request) is None for element in live]
+    if not any(requeued) and not (request.hold and any_waits):
+        return Why("NotRunning", f"no element of array {record.id} runs")
+    return None
 
 
 def _hold(draft: Draft, job: Job, request: HoldRequested) -> Why | None:

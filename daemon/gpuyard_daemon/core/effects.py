@@ -9,7 +9,7 @@ from gpuyard_daemon.core.model import Assignment, Job, Node
 from gpuyard_daemon.core.turn import AnswerNotice, JobNotice, NodeOrders, Notice
 from gpuyard_protocol.jobs import JobEvent, SubmissionAnswer
 from gpuyard_protocol.names import JobId, NodeId, Tenant
-from gpuyard_protocol.nodes import Launch, Order, Start
+from gpuyard_protocol.nodes import Launch, Order, Resume, Start, Suspend
 
 
 class Effects:
@@ -72,12 +72,21 @@ def event_of(job: Job, now_ms: int) -> JobEvent:
     )
 
 
+def standing_order(assignment: Assignment) -> Suspend | Resume | None:
+    """The newest of the orders to suspend or resume a replica."""
+    if not assignment.step:
+        return None
+    if assignment.state in ("suspending", "suspended"):
+        return Suspend(key=assignment.key, step=assignment.step)
+    return Resume(key=assignment.key, step=assignment.step)
+
+
 def start_order(job: Job, assignment: Assignment) -> Start:
     """The order that starts one replica; the same whenever it is asked for."""
     spec = job.spec
     return Start(
         key=assignment.key,
-        partition=assignment.partition,
+        partition=assignment.home or assignment.partition,
         launch=Launch(
             tenant=job.tenant,
             user=job.user,
@@ -97,6 +106,9 @@ def start_order(job: Job, assignment: Assignment) -> Start:
             array_job=job.array,
             array_index=job.array_index,
             array_count=spec.array.count if job.array and spec.array else 0,
+            lease_ms=assignment.lease_ms,
+            suspendable=spec.preemption == "suspend",
+            idle=spec.idle,
         ),
         hold=spec.replicas > 1,
     )

@@ -27,6 +27,9 @@ NodeState: TypeAlias = Literal["joining", "ready", "suspected", "lost", "incompa
 #: `cancel`: cancelled. `fail`: a failure of its own, which a retry may follow. `abort`: failed, without retry.
 #: `requeue`: it waits again, uncharged.
 VerdictKind: TypeAlias = Literal["cancel", "fail", "abort", "requeue"]
+#: `preempt`: the place is being freed for the job. `reserve`: it is kept until those who hold it have ended.
+ClaimKind: TypeAlias = Literal["preempt", "reserve"]
+EvictionKind: TypeAlias = Literal["requeue", "checkpoint", "suspend"]
 
 
 class _Fact(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -48,6 +51,11 @@ class JobAccepted(_Fact, frozen=True, tag="accepted"):
     answer_until_ms: int
     #: The tenant chose the submission id.
     chosen: bool = False
+    #: Run time it is expected to need, ms, and from what: `estimate`, `history`; 0: unknown.
+    expected_ms: int = 0
+    expected_from: str = ""
+    #: What was said about its deadline; None: it has none.
+    deadline: Why | None = None
 
 
 class ArrayAccepted(_Fact, frozen=True, tag="array"):
@@ -60,6 +68,10 @@ class ArrayAccepted(_Fact, frozen=True, tag="array"):
     spec: JobSpec
     answer_until_ms: int
     chosen: bool = False
+    expected_ms: int = 0
+    expected_from: str = ""
+    #: What was said about its deadline; None: it has none.
+    deadline: Why | None = None
 
 
 class ArrayCancelled(_Fact, frozen=True, tag="array-cancelled"):
@@ -109,6 +121,71 @@ class JobPlaced(_Fact, frozen=True, tag="placed"):
     placements: tuple[Placement, ...]
     #: A gang that is not prepared by then gives its places back; 0 for a single replica.
     prepare_until_ms: int = 0
+    #: On a place that is kept for that job; 0: on none.
+    guest_of: JobId = 0
+
+
+class Eviction(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """One who gives way to a claim, and what that costs."""
+
+    job: JobId
+    #: How: it is stopped and starts anew, or it is told to save its state first.
+    kind: EvictionKind
+    #: Run time that it will have to spend again, ms.
+    overhead_ms: int
+    #: The same over its GPUs, thousandths of a card × ms.
+    lost_milli_ms: int
+    why: Why
+
+
+class ClaimMade(_Fact, frozen=True, tag="claimed"):
+    """Places are kept for a waiting job, and those who stand in its way are told to go: all of this or nothing."""
+
+    job: JobId
+    kind: ClaimKind
+    placements: tuple[Placement, ...]
+    evictions: tuple[Eviction, ...] = ()
+
+
+class ReplicaSuspended(_Fact, frozen=True, tag="suspended"):
+    """Off its card, into the host's memory."""
+
+    key: AssignmentKey
+    image_mib: int
+
+
+class SuspensionFailed(_Fact, frozen=True, tag="not-suspended"):
+    """It runs on as before, and is not asked again."""
+
+    key: AssignmentKey
+    why: Why
+
+
+class JobResuming(_Fact, frozen=True, tag="resuming"):
+    """Its card is free again: back to it."""
+
+    job: JobId
+
+
+class ReplicaResumed(_Fact, frozen=True, tag="resumed-replica"):
+    """Back on its card, and it goes on."""
+
+    key: AssignmentKey
+
+
+class ResumptionFailed(_Fact, frozen=True, tag="not-resumed"):
+    """It is suspended as before, and not asked again before that."""
+
+    key: AssignmentKey
+    again_ms: int
+    why: Why
+
+
+class ClaimDropped(_Fact, frozen=True, tag="unclaimed"):
+    """Nothing is kept for the job any more."""
+
+    job: JobId
+    why: Why
 
 
 class GangReleased(_Fact, frozen=True, tag="released"):
@@ -213,6 +290,43 @@ class NodeChanged(_Fact, frozen=True, tag="node"):
     node: NodeId
     state: NodeState
     reason: str = ""
+    #: Fenced because two agent processes speak for it.
+    twins: bool = False
+
+
+class ReplicasGivenUp(_Fact, frozen=True, tag="given-up"):
+    """What a lost node had is taken for gone, and the node is told to stop it. Their ends follow as facts of their own;
+    the node takes no work until it has confirmed each."""
+
+    node: NodeId
+    keys: tuple[AssignmentKey, ...]
+
+
+class GivenUpGone(_Fact, frozen=True, tag="gone"):
+    """The node says that what was given up does not run there (any more)."""
+
+    node: NodeId
+    key: AssignmentKey
+
+
+class NodeCordoned(_Fact, frozen=True, tag="cordoned"):
+    """An operator keeps new work away from a node; what runs there goes on."""
+
+    node: NodeId
+    by: User
+    reason: str = ""
+
+
+class NodeUncordoned(_Fact, frozen=True, tag="uncordoned"):
+    """It takes work again."""
+
+    node: NodeId
+
+
+class NodeForgotten(_Fact, frozen=True, tag="node-removed"):
+    """A node has left the yard. Its numbers are kept, should it ever come back."""
+
+    node: NodeId
 
 
 class NodeAvoided(_Fact, frozen=True, tag="avoided"):
@@ -251,6 +365,8 @@ class ReplicaEnded(_Fact, frozen=True, tag="replica-ended"):
     signal: int = 0
     code: str = ""
     detail: str = ""
+    #: Of a refusal: the node said that it is to blame, whatever the code.
+    node_fault: bool = False
 
 
 # --- services --------------------------------------------------------------------------------------------------------
@@ -307,6 +423,21 @@ class ServiceFaltered(_Fact, frozen=True, tag="faltered"):
     not_before_ms: int
 
 
+# --- what is learnt ---------------------------------------------------------------------------------------------------
+
+
+class SizesLearnt(_Fact, frozen=True, tag="sizes"):
+    """What a job of unknown length is taken for by the GPU time that it has had: by level, GPU-milliseconds."""
+
+    ranks: tuple[int, ...]
+
+
+class TenantsShifted(_Fact, frozen=True, tag="shifted"):
+    """Tenants' usage moved against their shares: the levels by which their jobs sink (below 0: rise) from now on."""
+
+    shifts: tuple[tuple[Tenant, int], ...]
+
+
 # --- the yard --------------------------------------------------------------------------------------------------------
 
 
@@ -334,6 +465,13 @@ Fact: TypeAlias = (
     | AnswerRepeated
     | AnswersForgotten
     | JobPlaced
+    | ClaimMade
+    | ClaimDropped
+    | ReplicaSuspended
+    | SuspensionFailed
+    | JobResuming
+    | ReplicaResumed
+    | ResumptionFailed
     | GangReleased
     | JobStopping
     | JobRequeued
@@ -346,6 +484,11 @@ Fact: TypeAlias = (
     | LedgerReplaced
     | NodeJoined
     | NodeChanged
+    | ReplicasGivenUp
+    | GivenUpGone
+    | NodeForgotten
+    | NodeCordoned
+    | NodeUncordoned
     | NodeAvoided
     | NodeForgiven
     | ReplicaPrepared
@@ -357,6 +500,8 @@ Fact: TypeAlias = (
     | ServiceScaled
     | ReplicaWanted
     | ServiceFaltered
+    | SizesLearnt
+    | TenantsShifted
     | PolicySet
     | YardDraining
     | YardResumed

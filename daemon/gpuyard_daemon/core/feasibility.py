@@ -6,14 +6,24 @@ cannot differ. It looks at one replica and one node; gangs and the choice betwee
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from enum import StrEnum
 
 from gpuyard_daemon.core.capacity import ANY_MODE, NodeSpace
-from gpuyard_daemon.core.partitions import Card, cut, fit, mode_for
+from gpuyard_daemon.core.partitions import Card, cut, fit, geometry_of, mode_for
 from gpuyard_daemon.core.states import InvariantViolated
-from gpuyard_protocol.names import Tenant, User
+from gpuyard_protocol.names import JobId, Tenant, User
 from gpuyard_protocol.nodes import Inventory
-from gpuyard_protocol.resources import Mode, NoGpu, Partition, ResourceNeed, WholeCards, model_matches, share_of
+from gpuyard_protocol.resources import (
+    Device,
+    Mode,
+    NoGpu,
+    Partition,
+    ResourceNeed,
+    WholeCards,
+    model_matches,
+    share_of,
+)
 from gpuyard_protocol.units import MILLI
 
 
@@ -41,6 +51,7 @@ class Reason(StrEnum):
     LOST = "NodeLost"
     INCOMPATIBLE = "NodeIncompatible"
     CARDS_UNHEALTHY = "CardsUnhealthy"
+    CORDONED = "NodeCordoned"
     MODE_AVOIDED = "ModeAvoided"
     # What others hold.
     CPUS_BUSY = "CpusBusy"
@@ -48,6 +59,8 @@ class Reason(StrEnum):
     CARDS_BUSY = "CardsBusy"
     PROFILE_BUSY = "MigSlicesBusy"
     SHARE_BUSY = "SharesBusy"
+    #: There is room, and it is kept for a job that goes first. Told by `survey`; `judge` gives what it sees beside it.
+    CLAIMED = "PlacesKept"
 
 
 #: Reasons that waiting cannot cure.
@@ -70,43 +83,58 @@ _BY_STATE = {
 class Shape:
     """What equal jobs have in common: if one does not fit, none does."""
 
-    __slots__ = ("_eligible", "need", "replicas", "tenant", "timeslice_milli_max", "user")
+    __slots__ = ("_eligible", "domain", "need", "open_to_all", "replicas", "tenant", "timeslice_milli_max", "user")
 
     def __init__(
-        self, need: ResourceNeed, replicas: int, tenant: Tenant, user: User, timeslice_milli_max: int = 4000
+        self,
+        need: ResourceNeed,
+        replicas: int,
+        tenant: Tenant,
+        user: User,
+        timeslice_milli_max: int = 4000,
+        *,
+        domain: Tenant | None = None,
+        open_to_all: bool = False,
     ) -> None:
         self.need = need
         self.replicas = replicas
         self.tenant = tenant
         self.user = user
+        #: Whose shared cards it may join.
+        self.domain = tenant if domain is None else domain
+        #: For whoever has an account everywhere: accounts are not asked for.
+        self.open_to_all = open_to_all
         self.timeslice_milli_max = timeslice_milli_max
-        #: By node number: (inventory version, what the node as such says, positions of the cards in question).
-        self._eligible: dict[int, tuple[int, Reason | None, tuple[int, ...]]] = {}
+        #: By kind of node (of a shape that names nodes, by number and inventory version): what the node as such says,
+        #: and positions of the cards in question.
+        self._eligible: dict[int | tuple[int, int], tuple[Reason | None, tuple[int, ...]]] = {}
+
+    def learn_with(self, other: Shape) -> None:
+        """Share what is found out about inventories with a shape of the same need and owner."""
+        self._eligible = other._eligible
 
     def eligible(self, space: NodeSpace) -> tuple[Reason | None, tuple[int, ...]]:
         """What the node's inventory says: a lasting reason, or the cards that the shape could use."""
-        known = self._eligible.get(space.node.number)
-        if known is None or known[0] != space.inventory_version:
-            reason, positions = _eligible_cards(self, space)
-            known = self._eligible[space.node.number] = (space.inventory_version, reason, positions)
-        return known[1], known[2]
+        key = (space.node.number, space.inventory_version) if self.need.nodes else space.kind
+        known = self._eligible.get(key)
+        if known is None:
+            known = self._eligible[key] = _eligible_cards(self, space)
+        return known
 
 
-def judge(space: NodeSpace, shape: Shape, *, spanning: bool = False) -> int | Reason:
+def judge(space: NodeSpace, shape: Shape, *, spanning: bool = False, owner: JobId = 0) -> int | Reason:
     """How much would be left over (smaller: snugger) if one replica went there now, or why it cannot.
 
-    `spanning`: the replica belongs to a gang over several nodes, which is never time-sliced.
+    `spanning`: the replica belongs to a gang over several nodes, which is never time-sliced. `owner`: the job whose
+    claims do not stand in its way; those of others always do.
     """
-    reason, positions = shape.eligible(space)
+    reason = could_go(space, shape, owner=owner)
     if reason is not None:
         return reason
-    node, need = space.node, shape.need
-    if node.state != "ready" and not space.is_imagined:
-        return _BY_STATE[node.state]
-    if space.cpu_free_milli < need.cpu_milli:
-        return Reason.CPUS_BUSY
-    if space.memory_free_mib < need.memory_mib:
-        return Reason.MEMORY_BUSY
+    _, positions = shape.eligible(space)
+    if space.claims:
+        space = space.beside_claims(owner)
+    need = shape.need
     if not need.wants_gpu:
         # Away from the GPUs where possible, then where the CPUs are fullest.
         if "idle" not in space.modes:
@@ -120,6 +148,25 @@ def judge(space: NodeSpace, shape: Shape, *, spanning: bool = False) -> int | Re
             return (idle - need.gpus) * MILLI + _cpu_left(space, need)
         return _cards_reason(space, positions, need.gpus)
     return _judge_cards(space, shape, positions, spanning)
+
+
+def could_go(space: NodeSpace, shape: Shape, *, owner: JobId = 0) -> Reason | None:
+    """What of a node but its cards stands in the way; None if nothing does."""
+    reason, _ = shape.eligible(space)
+    if reason is not None:
+        return reason
+    if space.claims:
+        space = space.beside_claims(owner)
+    node, need = space.node, shape.need
+    if node.state != "ready" and not space.is_imagined:
+        return _BY_STATE[node.state]
+    if node.cordoned_by and not space.is_imagined:
+        return Reason.CORDONED
+    if space.cpu_free_milli < need.cpu_milli:
+        return Reason.CPUS_BUSY
+    if space.memory_free_mib < need.memory_mib:
+        return Reason.MEMORY_BUSY
+    return None
 
 
 def _cpu_left(space: NodeSpace, need: ResourceNeed) -> int:
@@ -137,7 +184,7 @@ def _count_idle(space: NodeSpace, positions: tuple[int, ...]) -> int:
 
 
 def _cards_reason(space: NodeSpace, positions: tuple[int, ...], wanted: int) -> Reason:
-    usable = sum(1 for position in positions if space.cards[position].takes_work)
+    usable = sum(1 for position in positions if space.cards[position].device.healthy)
     return Reason.CARDS_UNHEALTHY if usable < wanted else Reason.CARDS_BUSY
 
 
@@ -148,7 +195,7 @@ def _judge_cards(space: NodeSpace, shape: Shape, positions: tuple[int, ...], spa
         # Between equal cards, the node with fewer idle ones: the others stay whole.
         return best[0] * 64 + min(63, space.idle_cards)
     cards = [space.cards[position] for position in positions]
-    if not any(card.takes_work for card in cards):
+    if not any(card.device.healthy for card in cards):
         return Reason.CARDS_UNHEALTHY
     if len(modes) < len(ANY_MODE) and all(mode_for(card, shape.need, modes) is None for card in cards):
         return Reason.MODE_MISSING if spanning and modes is not space.modes else Reason.MODE_AVOIDED
@@ -163,7 +210,7 @@ def _snuggest(
     space: NodeSpace, shape: Shape, positions: tuple[int, ...], modes: tuple[Mode, ...]
 ) -> tuple[int, int] | None:
     """(left over, position) of the card that a share or MIG instance fits best; None if none has room."""
-    cards, need, tenant, most = space.cards, shape.need, shape.tenant, shape.timeslice_milli_max
+    cards, need, tenant, most = space.cards, shape.need, shape.domain, shape.timeslice_milli_max
     best: tuple[int, int] | None = None
     tried: Card | None = None
     for position in positions:
@@ -183,20 +230,61 @@ def _snuggest(
     return best
 
 
-def carve(space: NodeSpace, shape: Shape, *, spanning: bool = False) -> Partition:
+def carve(space: NodeSpace, shape: Shape, *, spanning: bool = False, owner: JobId = 0) -> Partition:
     """The partition for a replica that `judge` let in."""
     need = shape.need
     _, positions = shape.eligible(space)
+    if space.claims:
+        space = space.beside_claims(owner)
     if not need.wants_gpu:
         return NoGpu()
     if need.gpus:
-        idle = [space.cards[p] for p in positions if space.cards[p].mode == "idle" and space.cards[p].takes_work]
-        return WholeCards(devices=tuple([card.device.uuid for card in idle[: need.gpus]]))
-    modes = modes_for(space, spanning=spanning)
-    best = _snuggest(space, shape, positions, modes)
+        return carve_from(space, shape, whole_cards(space, positions, need.gpus)[0], spanning=spanning)
+    best = _snuggest(space, shape, positions, modes_for(space, spanning=spanning))
     if best is None:
         raise InvariantViolated(f"node {space.node.id} was judged to fit {need.describe()} and has no card for it")
-    return cut(space.cards[best[1]], need, modes)
+    return carve_from(space, shape, (best[1],), spanning=spanning)
+
+
+def carve_from(space: NodeSpace, shape: Shape, cards: tuple[int, ...], *, spanning: bool = False) -> Partition:
+    """The partition for a replica on cards that were chosen for it, by position."""
+    need = shape.need
+    if not need.wants_gpu:
+        return NoGpu()
+    if need.gpus:
+        return WholeCards(devices=tuple([space.cards[position].device.uuid for position in cards]))
+    return cut(space.cards[cards[0]], need, modes_for(space, spanning=spanning))
+
+
+def whole_cards(space: NodeSpace, positions: tuple[int, ...], count: int) -> tuple[tuple[int, ...], bool]:
+    """(idle cards to take whole, whether each reaches each over links): the best linked ones, else the first."""
+    idle = tuple([p for p in positions if space.cards[p].mode == "idle" and space.cards[p].takes_work])
+    if space.wiring is None:
+        return idle[:count], True
+    return space.wiring.pick(idle, count)
+
+
+def least_milli(need: ResourceNeed, devices: Iterable[Device]) -> int:
+    """The least compute that one replica will count for on any of these cards; 0 where none could serve it."""
+    if need.gpus:
+        return need.gpus * MILLI
+    if not need.wants_gpu:
+        return 0
+    amounts: list[int] = []
+    for device in devices:
+        if need.models and not any(model_matches(device.model, model) for model in need.models):
+            continue
+        geometry = geometry_of(device)
+        profile = geometry.profiles.get(need.mig) if need.mig else None
+        if need.is_share:
+            profile = geometry.covering(need.share_milli, need.share_memory_mib) if need.isolation != "none" else None
+            if need.isolation != "hard":
+                amounts.append(share_of(device.memory_mib, need)[0])
+            elif profile is None:
+                amounts.append(MILLI)
+        if profile is not None:
+            amounts.append(profile.compute_slices * MILLI // max(1, device.mig_compute_slices))
+    return min(amounts, default=0)
 
 
 # --- what an inventory says ------------------------------------------------------------------------------------------
@@ -254,7 +342,8 @@ def _node_reason(shape: Shape, space: NodeSpace, inventory: Inventory) -> Reason
         labels = dict(inventory.labels)
         if any(labels.get(name) != value for name, value in need.node_labels):
             return Reason.LABEL_MISSING
-    if not any(_account_matches(pattern, shape.tenant, shape.user) for pattern in inventory.accounts):
+    accounts = inventory.accounts
+    if not shape.open_to_all and not any(_account_matches(each, shape.tenant, shape.user) for each in accounts):
         return Reason.NO_ACCOUNT
     return None
 

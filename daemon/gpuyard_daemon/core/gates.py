@@ -126,9 +126,7 @@ class Gates:
         return freed
 
     def why(self, job: Job, jobs: Mapping[JobId, Job], arrays: Arrays) -> Why | None:
-        """What a pending job waits for; None if nothing of this kind."""
-        if self.is_open(job):
-            return None
+        """What a pending job waits for, or would wait for if it were one; None if nothing of this kind."""
         waits = []
         for kind, number in job.spec.depends_on:
             target = target_of(number, jobs, arrays)
@@ -136,9 +134,9 @@ class Gates:
                 continue
             what = f"job {number} ({target.state})" if isinstance(target, Job) else f"all of array {number}"
             waits.append(f"{what} to {_VERBS[kind]}")
-        if job.spec.singleton and (first := next(iter(self._named[_group(job)]))) != job.id:
+        if job.spec.singleton and (first := next(iter(self._named.get(_group(job), ())), job.id)) != job.id:
             waits.append(f"job {first}, also named {job.spec.name!r}, to end")
-        return Why("Dependency", f"waits for {', and '.join(waits)}")
+        return Why("Dependency", f"waits for {', and '.join(waits)}") if waits else None
 
 
 def _is_news(target: Job | Array) -> bool:

@@ -11,7 +11,7 @@ from typing import TypeAlias
 import msgspec
 
 from gpuyard_daemon.core.policy import Policy
-from gpuyard_protocol.jobs import JobSpec
+from gpuyard_protocol.jobs import JobSpec, Why
 from gpuyard_protocol.names import JobId, NodeId, ServiceName, SubmissionId, Tenant, User
 from gpuyard_protocol.nodes import Report
 from gpuyard_protocol.services import ServiceSpec
@@ -43,6 +43,17 @@ class RequestMalformed(msgspec.Struct, frozen=True, kw_only=True):
     found: str
     expected: str
     nearest: str = ""
+
+
+class RequestRefused(msgspec.Struct, frozen=True, kw_only=True):
+    """A request that was not even looked at, such as one beyond its tenant's rate; it is answered like any other."""
+
+    tenant: Tenant
+    user: User
+    submission_id: SubmissionId
+    reason: Why
+    #: When it may be sent again.
+    retry_after_ms: int = 0
 
 
 class CancelRequested(msgspec.Struct, frozen=True, kw_only=True):
@@ -77,6 +88,7 @@ class RequeueRequested(msgspec.Struct, frozen=True, kw_only=True):
     job: JobId
     #: Then it is held.
     hold: bool = False
+    array: bool = False
 
 
 class ServiceApplied(msgspec.Struct, frozen=True, kw_only=True):
@@ -134,10 +146,43 @@ class NodeReturned(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class NodeIncompatible(msgspec.Struct, frozen=True, kw_only=True):
-    """The agent speaks no version that this daemon speaks: cordoned, its jobs untouched."""
+    """The agent cannot be worked with: cordoned, its jobs untouched, until it joins anew."""
 
     node: NodeId
     reason: str
+    #: Because two agent processes speak for the node: over once one of them has fallen silent (`NodeReturned`).
+    twins: bool = False
+
+
+class NodeDeclaredDead(msgspec.Struct, frozen=True, kw_only=True):
+    """An operator says that a lost node will not go on with what it had: its jobs may start elsewhere."""
+
+    node: NodeId
+    by: User
+
+
+class NodeRemoved(msgspec.Struct, frozen=True, kw_only=True):
+    """An operator takes a node out of the yard for good."""
+
+    node: NodeId
+    by: User
+
+
+class NodeCordonAsked(msgspec.Struct, frozen=True, kw_only=True):
+    """An operator keeps new work away from a node."""
+
+    node: NodeId
+    by: User
+    reason: str = ""
+    #: And jobs that may be preempted leave it: they end with grace and wait again, uncharged.
+    requeue: bool = False
+
+
+class NodeUncordonAsked(msgspec.Struct, frozen=True, kw_only=True):
+    """An operator lets work go to a node again."""
+
+    node: NodeId
+    by: User
 
 
 class PolicyChanged(msgspec.Struct, frozen=True, kw_only=True):
@@ -163,6 +208,7 @@ class YardStarted(msgspec.Struct, frozen=True, kw_only=True):
 Input: TypeAlias = (
     JobSubmitted
     | RequestMalformed
+    | RequestRefused
     | CancelRequested
     | HoldRequested
     | ReleaseRequested
@@ -175,6 +221,10 @@ Input: TypeAlias = (
     | NodeLost
     | NodeReturned
     | NodeIncompatible
+    | NodeDeclaredDead
+    | NodeRemoved
+    | NodeCordonAsked
+    | NodeUncordonAsked
     | PolicyChanged
     | RequeueAll
     | YardStarted

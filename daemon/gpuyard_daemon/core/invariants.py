@@ -9,13 +9,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from gpuyard_daemon.core.capacity import NodeSpace, Pool
+from gpuyard_daemon.core.arrays import LIVE_STATES
+from gpuyard_daemon.core.capacity import ClaimedPlace, NodeSpace, Pool
 from gpuyard_daemon.core.cluster import Cluster
+from gpuyard_daemon.core.holdings import amounts_of
 from gpuyard_daemon.core.listing import JOB_STATES
-from gpuyard_daemon.core.model import Assignment, Job
+from gpuyard_daemon.core.model import LEAVING, Assignment, Job
 from gpuyard_daemon.core.partitions import Card, amounts_on, mode_of, slices_at
+from gpuyard_daemon.core.quota import QuotaTree
 from gpuyard_daemon.core.states import InvariantViolated, story_of
 from gpuyard_daemon.core.tenancy import held_by
+from gpuyard_protocol.jobs import PRIORITY_MIN
 from gpuyard_protocol.names import AssignmentKey
 from gpuyard_protocol.resources import MigInstance, MpsShare, Partition, devices_of
 from gpuyard_protocol.units import MILLI
@@ -30,6 +34,8 @@ def check(cluster: Cluster) -> None:
         *_services(cluster),
         *_tenants(cluster),
         *_arrays(cluster),
+        *_claims(cluster),
+        *_leases(cluster),
     ]
     if problems:
         raise InvariantViolated("\n".join(problems[:20]))
@@ -115,9 +121,9 @@ def _instances(card: Card, instances: list[MigInstance]) -> Iterator[str]:
 
 def _totals(cluster: Cluster, space: NodeSpace, held: dict[AssignmentKey, Assignment]) -> Iterator[str]:
     inventory = space.node.inventory
-    needs = [cluster.jobs[key.job].spec.need for key in held]
-    cpu = (inventory.cpu_milli if inventory else 0) - sum(need.cpu_milli for need in needs)
-    memory = (inventory.memory_mib if inventory else 0) - sum(need.memory_mib for need in needs)
+    amounts = [assignment.held(cluster.jobs[key.job].spec.need) for key, assignment in held.items()]
+    cpu = (inventory.cpu_milli if inventory else 0) - sum(amount[0] for amount in amounts)
+    memory = (inventory.memory_mib if inventory else 0) - sum(amount[1] for amount in amounts)
     if (cpu, memory) != (space.cpu_free_milli, space.memory_free_mib):
         counted = f"{space.cpu_free_milli} and {space.memory_free_mib}"
         yield f"node {space.node.id}: {cpu} CPU milli and {memory} MiB free, not {counted}"
@@ -126,6 +132,25 @@ def _totals(cluster: Cluster, space: NodeSpace, held: dict[AssignmentKey, Assign
         yield f"node {space.node.id}: {idle} idle cards, not {space.idle_cards}"
     if any(not card.present and not card.held for card in space.cards):
         yield f"node {space.node.id}: keeps a card that is gone and free"
+
+
+def _leases(cluster: Cluster) -> Iterator[str]:
+    leased: dict[str, dict[AssignmentKey, int]] = {}
+    for job in cluster.jobs.values():
+        for assignment in job.assignments:
+            if assignment.is_live and assignment.lease_ms:
+                leased.setdefault(assignment.node, {})[assignment.key] = assignment.lease_ms
+    if leased != cluster.leased:
+        yield f"leases {cluster.leased}; by the jobs {leased}"
+    for node in cluster.nodes.values():
+        if bool(node.lost_ms) != (node.state == "lost"):
+            yield f"node {node.id}: {node.state}, lost since {node.lost_ms}"
+        space = cluster.pool.spaces[node.id]
+        for entry in node.given_up:
+            if entry.key in space.assignments:
+                yield f"node {node.id}: {entry.key} was given up and is held"
+        if node.is_removed and space.assignments:
+            yield f"node {node.id}: was taken out and holds {sorted(space.assignments)}"
 
 
 # --- jobs ------------------------------------------------------------------------------------------------------------
@@ -181,8 +206,10 @@ def _indexes(cluster: Cluster) -> Iterator[str]:
     waiting -= _throttled(cluster, waiting)
     if waiting != set(cluster.waiting):
         yield f"waiting: {sorted(cluster.waiting)[:20]}; by the jobs {sorted(waiting)[:20]}"
-    if cluster.waiting_keys != {number: job.order_key for number, job in cluster.waiting.items()}:
-        yield "order keys are not those of the waiting jobs"
+    waiters = cluster.waiting.keys() | cluster.suspended.keys()
+    strangers = [job.id for job in cluster.jobs.values() if bool(job.waits_since_ms) != (job.id in waiters)]
+    if strangers:
+        yield f"jobs {strangers[:20]} do not know whether they stand in line"
     finished = {job.id for job in cluster.jobs.values() if job.is_final}
     if finished != set(cluster.finished):
         yield f"finished: {len(cluster.finished)}; by the jobs {len(finished)}"
@@ -203,7 +230,7 @@ def _throttled(cluster: Cluster, waiting: set[int]) -> set[int]:
     for array in cluster.arrays.records.values():
         mine = [job for job in cluster.jobs.values() if job.array == array.id]
         at_once = array.spec.array.at_once if array.spec.array else 0
-        room = at_once - sum(1 for job in mine if job.state in ("starting", "running", "stopping"))
+        room = at_once - sum(1 for job in mine if job.state in LIVE_STATES)
         if at_once:
             throttled.update(sorted(job.id for job in mine if job.id in waiting)[max(0, room) :])
     return throttled
@@ -279,5 +306,77 @@ def _tenants(cluster: Cluster) -> Iterator[str]:
             yield f"{name} hold {said}; by the jobs {found}"
 
 
+    yield from _quotas(cluster)
+
+
+def _quotas(cluster: Cluster) -> Iterator[str]:
+    """What queues are said to use, and to keep from lending, is what their jobs hold and do not."""
+    tenancy, quota = cluster.tenancy, cluster.quota
+    counted = QuotaTree()
+    counted.set_policy(tenancy.policy, {})
+    by_model: dict[tuple[str, str, str], tuple[int, int]] = {}
+    rates: dict[str, int] = {}
+    for job in cluster.jobs.values():
+        for assignment in job.assignments:
+            if not assignment.is_live:
+                continue
+            amounts = amounts_of(cluster.pool.spaces[assignment.node], assignment.partition)
+            counted.take(quota.queue_of(job), amounts)
+            charged = sum(amounts.values()) << (job.spec.priority - PRIORITY_MIN)
+            rates[job.tenant] = rates.get(job.tenant, 0) + charged
+            for (model, _), milli in amounts.items():
+                held, ran = by_model.get((job.tenant, job.user, model), (0, 0))
+                by_model[job.tenant, job.user, model] = (held + milli, ran + (milli if assignment.started_ms else 0))
+    for name, queue in quota.queues.items():
+        for said, found in zip(queue.allotments, counted.queues[name].allotments, strict=True):
+            if (said.used_milli, said.unlent_milli) != (found.used_milli, found.unlent_milli):
+                yield f"queue {name}: {said.used_milli} and {said.unlent_milli} of {said.model!r}, not {found.used_milli}"
+    if cluster.fairness.rates() != {tenant: rate for tenant, rate in rates.items() if rate}:
+        yield f"tenants are charged {cluster.fairness.rates()}; by the jobs {rates}"
+    said_by_model = tenancy.held_by_model()
+    if said_by_model != {key: amounts for key, amounts in by_model.items() if any(amounts)}:
+        yield f"users hold {said_by_model} by model; by the jobs {by_model}"
+
+
 def _nonzero(amounts: dict[Any, int]) -> dict[Any, int]:
     return {name: amount for name, amount in amounts.items() if amount}
+
+
+# --- claims ----------------------------------------------------------------------------------------------------------
+
+
+def _claims(cluster: Cluster) -> Iterator[str]:
+    """Claims are for jobs in line, whole, and what is kept on a node is there once those who leave have left."""
+    kept: dict[str, list[ClaimedPlace]] = {}
+    for number, claim in cluster.claims.records.items():
+        job = cluster.waiting.get(number)
+        if number != claim.job or job is None:
+            yield f"job {number} has a claim and is not in line"
+            continue
+        if len(claim.placements) != job.spec.replicas:
+            yield f"job {number} claims {len(claim.placements)} places for {job.spec.replicas} replicas"
+        need = job.spec.need
+        for placement in claim.placements:
+            place = ClaimedPlace(number, job.tenant, placement.partition, need.cpu_milli, need.memory_mib)
+            kept.setdefault(placement.node, []).append(place)
+    for name, space in cluster.pool.spaces.items():
+        if kept.get(name, []) != space.claims:
+            yield f"node {name} keeps {space.claims}; by the claims {kept.get(name, [])}"
+        preempting = [place for place in space.claims if cluster.claims.records[place.job].kind == "preempt"]
+        if preempting and space.node.state == "ready":
+            yield from _kept(space, preempting)
+
+
+def _kept(space: NodeSpace, places: list[ClaimedPlace]) -> Iterator[str]:
+    trial = space.copy(with_holders=True)
+    for key, assignment in space.assignments.items():
+        if assignment.state in LEAVING:
+            trial.give(key, assignment.partition)
+    for number, place in enumerate(places):
+        cards = [trial.by_uuid.get(uuid) for uuid in devices_of(place.partition)]
+        short = trial.cpu_free_milli < place.cpu_milli or trial.memory_free_mib < place.memory_mib
+        if short or any(card is None or not card.could_take(place.partition, place.tenant) for card in cards):
+            yield f"node {space.node.id}: what is kept for job {place.job} was given away: {place.partition}"
+            return
+        key = AssignmentKey(place.job, 0, number)
+        trial.take(key, place.partition, place.tenant, place.cpu_milli, place.memory_mib)

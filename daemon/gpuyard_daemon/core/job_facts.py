@@ -9,12 +9,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from gpuyard_daemon.core import facts as f
-from gpuyard_daemon.core import node_facts
+from gpuyard_daemon.core import holdings, learning, lost_facts, node_facts, suspend_facts
 from gpuyard_daemon.core.effects import Effects, start_order
 from gpuyard_daemon.core.model import EARLIER_ATTEMPTS_MAX, Assignment, Job, Verdict
 from gpuyard_daemon.core.partitions import mode_of
 from gpuyard_daemon.core.states import InvariantViolated
-from gpuyard_daemon.core.tenancy import held_by
 from gpuyard_daemon.core.timers import Timer
 from gpuyard_protocol.names import AssignmentKey
 
@@ -41,10 +40,14 @@ def placed(cluster: Cluster, fact: f.JobPlaced, now_ms: int, effects: Effects) -
         key = AssignmentKey(job.id, job.attempt, replica)
         assignment = Assignment(key, placement.node, placement.partition)
         space = cluster.pool.spaces[placement.node]
+        assignment.lease_ms = lost_facts.lease_on(space.node, spec)
+        lost_facts.note_lease(cluster, assignment)
         cluster.pool.take(space, assignment, job.tenant, spec.need.cpu_milli, spec.need.memory_mib)
-        cluster.tenancy.take(job.tenant, job.user, held_by(space, placement.partition), now_ms)
+        holdings.take(cluster, job, space, assignment, now_ms)
         job.assignments.append(assignment)
         effects.order(space.node, start_order(job, assignment))
+    if (claim := cluster.claims.of(fact.guest_of)) is not None:
+        claim.guests.append(job.id)
     job.live = spec.replicas
     if job.prepare_until_ms:
         cluster.timers.set_job(job.prepare_until_ms, Timer.PREPARE, job.id)
@@ -69,9 +72,11 @@ def stopping(cluster: Cluster, fact: f.JobStopping, now_ms: int, effects: Effect
 def stop_job(cluster: Cluster, job: Job, verdict: Verdict, now_ms: int, effects: Effects) -> None:
     job.verdict = verdict
     job.prepare_until_ms = 0
+    suspend_facts.forget_suspension(cluster, job, now_ms)
     for assignment in job.assignments:
         if assignment.state not in ("stopping", "ended"):
             cluster.move_assignment(job, assignment, "stopping")
+            cluster.pool.leaving(cluster.pool.spaces[assignment.node])
             effects.order(cluster.nodes[assignment.node], cluster.stop_order(job, assignment))
     job.note(now_ms, f"stopping: {verdict.why.text}")
     if job.state != "stopping":
@@ -85,6 +90,7 @@ def requeued(cluster: Cluster, fact: f.JobRequeued, now_ms: int, effects: Effect
     job = cluster.job(fact.job)
     if job.live:
         raise InvariantViolated(f"job {job.id} was requeued while {job.live} of its replicas live")
+    learning.bank_run_time(cluster, job, now_ms)
     job.verdict = None
     job.prepare_until_ms = 0
     job.retries_left -= fact.charged
@@ -133,10 +139,13 @@ def ended(cluster: Cluster, fact: f.JobEnded, now_ms: int, effects: Effects) -> 
     job = cluster.job(fact.job)
     if job.live:
         raise InvariantViolated(f"job {job.id} ended while {job.live} of its replicas live")
+    learning.bank_run_time(cluster, job, now_ms)
     job.verdict = None
     job.prepare_until_ms = job.not_before_ms = 0
     job.why, job.exit_code, job.ended_ms = fact.why, fact.exit_code, now_ms
     cluster.move_job(job, fact.state)
+    learning.note_end(cluster, job)
+    cluster.promised.pop(job.id, None)
     cluster.arrays.ended(job)
     for freed in cluster.gates.leave(job, cluster.jobs, cluster.arrays):
         if cluster.jobs[freed].state == "pending":
@@ -180,6 +189,7 @@ def started(cluster: Cluster, fact: f.ReplicaStarted, now_ms: int, effects: Effe
     cluster.totals.started += 1
     if assignment.state != "stopping":
         cluster.move_assignment(job, assignment, "running")
+    holdings.run(cluster, job, cluster.pool.spaces[assignment.node], assignment, now_ms)
     node = cluster.nodes[assignment.node]
     if node.avoided:
         node_facts.forget_avoidance(cluster, node, mode_of(assignment.partition))
@@ -187,6 +197,7 @@ def started(cluster: Cluster, fact: f.ReplicaStarted, now_ms: int, effects: Effe
         job.first_started_ms = now_ms
     if job.state == "starting" and not any(a.state in ("ordered", "prepared", "released") for a in job.assignments):
         job.started_ms = now_ms
+        learning.begin_run_time(cluster, job, now_ms)
         cluster.move_job(job, "running")
         job.note(now_ms, "running")
         effects.tell(job, now_ms)
@@ -198,12 +209,13 @@ def replica_ended(cluster: Cluster, fact: f.ReplicaEnded, now_ms: int, effects: 
     job, assignment = _live(cluster, fact.key)
     cluster.move_assignment(job, assignment, "ended")
     assignment.outcome, assignment.exit_code, assignment.signal = fact.outcome, fact.exit_code, fact.signal
-    assignment.code, assignment.detail = fact.code, fact.detail
+    assignment.code, assignment.detail, assignment.node_fault = fact.code, fact.detail, fact.node_fault
     job.live -= 1
+    suspend_facts.forget_suspension(cluster, job, now_ms)
+    lost_facts.drop_lease(cluster, assignment)
     space = cluster.pool.spaces[assignment.node]
-    need = job.spec.need
-    cluster.tenancy.give(job.tenant, job.user, held_by(space, assignment.partition), now_ms)
-    cluster.pool.give(space, assignment, need.cpu_milli, need.memory_mib)
+    holdings.give(cluster, job, space, assignment, now_ms)
+    cluster.pool.give(space, assignment)
     if space.node.absent:
         cluster.drop_absent(space)
     if len(job.assignments) > 1 or fact.outcome != "exited":

@@ -11,7 +11,9 @@ from collections.abc import Iterator
 from gpuyard_protocol.jobs import JobState
 from gpuyard_protocol.names import JobId
 
-JOB_STATES: tuple[JobState, ...] = ("pending", "starting", "running", "stopping", "succeeded", "failed", "cancelled")
+JOB_STATES: tuple[JobState, ...] = (
+    "pending", "starting", "running", "suspended", "stopping", "succeeded", "failed", "cancelled"
+)  # fmt: skip
 
 
 class JobList:
@@ -32,7 +34,8 @@ class JobList:
     def unfinished(self) -> int:
         """How many have not ended."""
         counts = self.counts
-        return counts["pending"] + counts["starting"] + counts["running"] + counts["stopping"]
+        live = counts["starting"] + counts["running"] + counts["suspended"] + counts["stopping"]
+        return counts["pending"] + live
 
     def add(self, job: JobId) -> None:
         self._ids.append(job)

@@ -11,16 +11,21 @@ from typing import Literal, TypeAlias
 
 import msgspec
 
-from gpuyard_daemon.core.facts import NodeState, VerdictKind
-from gpuyard_protocol.jobs import PRIORITY_MAX, JobSpec, JobState, SubmissionAnswer, Why
+from gpuyard_daemon.core.facts import ClaimKind, NodeState, Placement, VerdictKind
+from gpuyard_protocol.jobs import JobSpec, JobState, SubmissionAnswer, Why
 from gpuyard_protocol.names import AssignmentKey, JobId, NodeId, ServiceName, SubmissionId, Tenant, User
 from gpuyard_protocol.nodes import Inventory
-from gpuyard_protocol.resources import Device, Partition
+from gpuyard_protocol.resources import Device, Partition, ResourceNeed
 from gpuyard_protocol.services import ServiceSpec
 
 #: `ordered`: the node was told to start (or prepare) it. `prepared`: waits for the gang. `released`: told to go.
 #: `stopping`: told to stop; its resources are held until `ended`.
-AssignmentState: TypeAlias = Literal["ordered", "prepared", "released", "running", "stopping", "ended"]
+#: `suspending`, `suspended`, `resuming`: on the way off its card, off it, and on the way back.
+AssignmentState: TypeAlias = Literal[
+    "ordered", "prepared", "released", "running", "suspending", "suspended", "resuming", "stopping", "ended"
+]
+#: States in which a place is about to be free.
+LEAVING = ("stopping", "suspending")
 
 #: Lines of a job's story that are kept, the newest.
 STORY_LINES_MAX = 50
@@ -48,6 +53,20 @@ class Assignment(_Record):
     signal: int = 0
     code: str = ""
     detail: str = ""
+    #: It ends by itself once its node has heard nothing of the daemon for so long; 0: it does not.
+    lease_ms: int = 0
+    #: It was refused, and the node said that it is to blame, whatever the code.
+    node_fault: bool = False
+    #: Of the last order to suspend or resume it; 0: there was none.
+    step: int = 0
+    #: Its place while it is suspended; it holds only memory of the host then. None: it is not.
+    home: Partition | None = None
+    #: Memory of the host that its work takes while it is suspended.
+    image_mib: int = 0
+
+    def held(self, need: ResourceNeed) -> tuple[int, int]:
+        """(CPU, memory) of its node that it holds: suspended, no CPU, and memory for its image beside its own."""
+        return (need.cpu_milli, need.memory_mib) if self.home is None else (0, need.memory_mib + self.image_mib)
 
     @property
     def is_live(self) -> bool:
@@ -111,21 +130,52 @@ class Job(_Record):
     #: The array it is an element of, by its first job's number, and which one. 0: none.
     array: JobId = 0
     array_index: int = 0
+    #: Run time until `runs_since_ms`, of all attempts; and since when all its replicas run, 0: they do not.
+    served_ms: int = 0
+    runs_since_ms: int = 0
+    #: Run time of one attempt as it was expected at acceptance, and from what (`estimate`, `history`); 0: unknown.
+    expected_ms: int = 0
+    expected_from: str = ""
+    #: When it should have ended, and whether that was promised; 0: whenever.
+    deadline_ms: int = 0
+    promised: bool = False
+    #: In line for a place since then; 0: it is not.
+    waits_since_ms: int = 0
+    #: Level of its size when it last came into line.
+    level: int = 0
+    #: How long it stood in line before the present attempt.
+    waited_ms: int = 0
+    #: Times it gave way to others, and the run time that this cost it, ms.
+    preemptions: int = 0
+    overhead_ms: int = 0
+    #: Its node could not suspend it: it gives way by starting anew.
+    refused_suspension: bool = False
+    #: A suspended job is not resumed before this.
+    resume_after_ms: int = 0
 
     @property
     def is_final(self) -> bool:
         return self.state in ("succeeded", "failed", "cancelled")
-
-    @property
-    def order_key(self) -> int:
-        """Place in the waiting line, smaller first: by priority, then by number; one integer, quick to compare."""
-        return (PRIORITY_MAX - self.spec.priority) << 48 | self.id
 
     def note(self, now_ms: int, text: str) -> None:
         if len(self.story) >= STORY_LINES_MAX:
             # The first line (its acceptance) stays, whatever else goes.
             del self.story[1]
         self.story.append((now_ms, text))
+
+
+class Claim(_Record):
+    """Places kept for a waiting job while others leave them. Nobody else is placed there."""
+
+    job: JobId
+    kind: ClaimKind
+    #: By replica.
+    placements: list[Placement]
+    since_ms: int
+    #: Who was told to go for it.
+    evicted: list[JobId] = []
+    #: Who was let in meanwhile, to go when nobody else is left.
+    guests: list[JobId] = []
 
 
 class Avoidance(_Record):
@@ -135,6 +185,16 @@ class Avoidance(_Record):
     until_ms: int
     #: Refusals in a row; a success takes the whole entry away.
     times: int
+
+
+class GivenUp(_Record):
+    """What a lost node had, taken for gone before the node said so: enough to tell it to stop."""
+
+    key: AssignmentKey
+    partition: Partition
+    tenant: Tenant
+    user: User
+    grace_ms: int
 
 
 class Node(_Record):
@@ -164,6 +224,17 @@ class Node(_Record):
     avoided: dict[str, Avoidance] = {}
     #: Identity of its ledger, whose reports are numbered through; "": never told.
     ledger: str = ""
+    #: Incompatible because two agent processes speak for it.
+    is_twinned: bool = False
+    #: Since when it is lost; 0: it is not.
+    lost_ms: int = 0
+    #: What it must confirm to be gone before it takes work again.
+    given_up: list[GivenUp] = []
+    #: An operator took it out of the yard: nobody sees it, and it has nothing, until it joins again.
+    is_removed: bool = False
+    #: The operator who keeps new work away from it, and why; "": nobody does.
+    cordoned_by: User = ""
+    cordon_reason: str = ""
 
 
 class Service(_Record):
@@ -207,6 +278,9 @@ class Totals(_Record):
     held_milli_ms: int = 0
     capacity_milli_ms: int = 0
     summed_to_ms: int = 0
+    #: Times that a running job gave way to another, and the GPU time that this cost, thousandths of a card × ms.
+    preempted: int = 0
+    preempted_milli_ms: int = 0
 
 
 class Array(_Record):
@@ -224,6 +298,30 @@ class Array(_Record):
     unsuccessful: int = 0
 
 
+class Standing(_Record):
+    """What a tenant was charged lately, and what follows for its jobs."""
+
+    tenant: Tenant
+    #: Up to here `recent` is summed, and from here on `charged` has to decay.
+    summed_to_ms: int
+    folded_ms: int
+    #: Thousandths of a card × ms × 2^(class + 2).
+    charged: int = 0
+    recent: int = 0
+    #: Levels by which its jobs sink; below 0 they rise.
+    shift: int = 0
+
+
+class ModelUsage(_Record):
+    """GPU compute of one model of card, summed over time: thousandths of a card × ms."""
+
+    #: From the order to start until the place was free again.
+    held_milli_ms: int
+    #: While the replica's process ran.
+    ran_milli_ms: int
+    summed_to_ms: int
+
+
 class Usage(_Record):
     """GPU compute that one user of a tenant has held, summed over time: thousandths of a card × ms."""
 
@@ -233,6 +331,8 @@ class Usage(_Record):
     since_ms: int
     used_milli_ms: int
     summed_to_ms: int
+    #: By short name of the model, in the order in which the user first held one.
+    models: dict[str, ModelUsage] = {}
 
 
 def replica_spec(spec: ServiceSpec) -> JobSpec:

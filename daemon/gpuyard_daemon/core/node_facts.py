@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from gpuyard_daemon.core import facts as f
+from gpuyard_daemon.core import lost_facts
 from gpuyard_daemon.core.effects import Effects
 from gpuyard_daemon.core.model import Avoidance, Node
 from gpuyard_daemon.core.timers import Timer
@@ -29,7 +30,10 @@ def reports(cluster: Cluster, fact: f.ReportsTaken, now_ms: int, effects: Effect
 
 
 def new_ledger(cluster: Cluster, fact: f.LedgerReplaced, now_ms: int, effects: Effects) -> None:
-    cluster.nodes[fact.node].reports_seen = 0
+    node = cluster.nodes[fact.node]
+    node.reports_seen = 0
+    # It knows nothing of what it had.
+    node.given_up = []
 
 
 def joined(cluster: Cluster, fact: f.NodeJoined, now_ms: int, effects: Effects) -> None:
@@ -40,6 +44,8 @@ def joined(cluster: Cluster, fact: f.NodeJoined, now_ms: int, effects: Effects) 
     node.instance, node.boot_id = fact.instance, fact.boot_id
     node.ledger = fact.ledger or node.ledger
     node.state, node.reason = "ready", ""
+    node.is_twinned = node.is_removed = False
+    node.lost_ms = 0
     space = cluster.pool.spaces[node.id]
     if fact.inventory != node.inventory:
         listed = {device.uuid for device in fact.inventory.devices}
@@ -52,7 +58,10 @@ def joined(cluster: Cluster, fact: f.NodeJoined, now_ms: int, effects: Effects) 
 
 def node_changed(cluster: Cluster, fact: f.NodeChanged, now_ms: int, effects: Effects) -> None:
     node = cluster.nodes[fact.node]
-    node.state, node.reason = fact.state, fact.reason
+    node.state, node.reason, node.is_twinned = fact.state, fact.reason, fact.twins
+    node.lost_ms = now_ms if fact.state == "lost" else 0
+    if fact.state == "lost":
+        lost_facts.await_leases(cluster, node)
     cluster.pool.touch(cluster.pool.spaces[node.id])
 
 

@@ -19,15 +19,26 @@ from __future__ import annotations
 from gpuyard_daemon.core import facts as f
 from gpuyard_daemon.core.draft import Draft
 from gpuyard_daemon.core.inputs import NodeReported
+from gpuyard_daemon.core.lost_facts import is_given_up
 from gpuyard_daemon.core.model import Assignment, Job, Node
 from gpuyard_daemon.core.partitions import mode_of
 from gpuyard_daemon.core.services import replica_ended
+from gpuyard_daemon.core.suspension import take_report
 from gpuyard_protocol.jobs import Why
-from gpuyard_protocol.names import NodeId
-from gpuyard_protocol.nodes import Ended, Joined, Prepared, Report, Started
+from gpuyard_protocol.names import AssignmentKey, NodeId
+from gpuyard_protocol.nodes import (
+    NODE_FAULTS,
+    Ended,
+    Joined,
+    Prepared,
+    Report,
+    Resumed,
+    ResumeFailed,
+    Started,
+    Suspended,
+    SuspendFailed,
+)
 
-#: Refusals that are the node's fault. Every other is the job's: it would be refused elsewhere too.
-NODES_FAULT = frozenset({"PartitionUnavailable", "PartitionLost", "NoFreePort", "OutputUnavailable"})
 TIME_LIMIT = "TimeLimit"
 #: What is kept of a node's own words: they are repeated in reasons, stories and views.
 _CODE_CHARS_MAX = 64
@@ -73,6 +84,13 @@ def _take_report(draft: Draft, batch: NodeReported, report: Report) -> None:
     if isinstance(report, Joined):
         _take_joined(draft, batch, report)
         return
+    node = draft.cluster.nodes[batch.node]
+    if node.given_up and isinstance(report, Ended) and is_given_up(node, report.key):
+        # All that is believed of it: it is gone there.
+        draft.add(f.GivenUpGone(node.id, report.key))
+        if not node.given_up and node.state == "joining":
+            draft.add(f.NodeChanged(node.id, "ready"))
+        return
     assignment = draft.cluster.assignment(report.key)
     if assignment is None or not assignment.is_live or assignment.node != batch.node:
         return
@@ -87,6 +105,8 @@ def _take_report(draft: Draft, batch: NodeReported, report: Report) -> None:
             told = "released" if is_gang else "ordered"
             if not assignment.started_ms and assignment.state in (told, "stopping"):
                 draft.add(f.ReplicaStarted(key, port))
+        case Suspended() | Resumed() | SuspendFailed() | ResumeFailed():
+            take_report(draft, report, assignment)
         case Ended():
             end_replica(draft, report)
 
@@ -102,8 +122,16 @@ def _take_joined(draft: Draft, batch: NodeReported, report: Joined) -> None:
         if key not in held and (assignment.started_ms or assignment.state in ("prepared", "released", "running"))
     ]
     for key in vanished:
-        detail = "the node no longer holds it"
-        _end(draft, f.ReplicaEnded(key, "lost", code="LedgerLost", detail=detail))
+        end_lost(draft, key, "LedgerLost", "the node no longer holds it")
+    node = draft.cluster.nodes[batch.node]
+    if node.given_up:
+        draft.add(f.NodeChanged(node.id, "joining", still_to_end(node)))
+
+
+def still_to_end(node: Node) -> str:
+    """Why a node that is back takes no work yet."""
+    names = ", ".join(str(entry.key) for entry in node.given_up[:4])
+    return f"it must first end what was given up while it was lost: {names}" + (" …" if node.given_up[4:] else "")
 
 
 def _release_if_prepared(draft: Draft, job: Job) -> None:
@@ -113,14 +141,20 @@ def _release_if_prepared(draft: Draft, job: Job) -> None:
 
 def end_replica(draft: Draft, report: Ended) -> None:
     code, detail = report.code[:_CODE_CHARS_MAX], report.detail[:_DETAIL_CHARS_MAX]
-    _end(draft, f.ReplicaEnded(report.key, report.outcome, report.exit_code, report.signal, code, detail))
+    node_fault = report.outcome == "refused" and (report.node_fault or code in NODE_FAULTS)
+    _end(draft, f.ReplicaEnded(report.key, report.outcome, report.exit_code, report.signal, code, detail, node_fault))
+
+
+def end_lost(draft: Draft, key: AssignmentKey, code: str, detail: str) -> None:
+    """A replica is gone, and its node did not say how."""
+    _end(draft, f.ReplicaEnded(key, "lost", code=code, detail=detail))
 
 
 def _end(draft: Draft, fact: f.ReplicaEnded) -> None:
     job = draft.cluster.jobs[fact.key.job]
     assignment = job.assignments[fact.key.replica]
     draft.add(fact)
-    if fact.outcome == "refused" and fact.code in NODES_FAULT:
+    if fact.node_fault:
         _avoid(draft, assignment.node, assignment)
     if job.live == 0:
         settle(draft, job)
@@ -157,7 +191,8 @@ def judge_end(assignment: Assignment) -> tuple[f.VerdictKind, Why, int | None]:
         case "signalled":
             code = assignment.code or "Signalled"
             return "fail", Why(code, f"{where} was killed by signal {assignment.signal}{said}"), _exit_code(assignment)
-        case "refused" if assignment.code not in NODES_FAULT:
+        # The code alone in journals of before.
+        case "refused" if not assignment.node_fault and assignment.code not in NODE_FAULTS:
             return "fail", Why(assignment.code or "Refused", f"{where} could not start{said}"), None
         case "refused":
             return "requeue", Why(assignment.code, f"{where} could not start{said}"), None
@@ -206,7 +241,7 @@ def _settle(draft: Draft, job: Job) -> None:
 
 
 def _requeue(draft: Draft, job: Job, why: Why) -> None:
-    if why.code in ("Shutdown", "Requeued"):
+    if why.code in ("Shutdown", "Requeued", "Preempted"):
         # Asked for, and nobody's fault.
         draft.add(f.JobRequeued(job.id, False, why, 0, job.uncharged))
         return

@@ -21,11 +21,12 @@ that costs the other profiles the fewest starts, and the highest of those: 3g go
 
 from __future__ import annotations
 
-from typing import Literal, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 from gpuyard_daemon.core.states import InvariantViolated
 from gpuyard_protocol.names import AssignmentKey, Tenant
 from gpuyard_protocol.resources import (
+    GPU_LOADS,
     Device,
     MigInstance,
     MigProfileFacts,
@@ -58,13 +59,16 @@ class Geometry:
     nothing depend on history.
     """
 
-    __slots__ = ("_covering", "_starts", "compute_slices", "profiles", "slices")
+    __slots__ = ("_covering", "_packable", "_starts", "compute_slices", "number", "profiles", "slices")
 
     def __init__(self, slices: int, compute_slices: int, profiles: tuple[MigProfileFacts, ...]) -> None:
+        #: Equal for equal geometries, and for no others.
+        self.number = len(_GEOMETRIES)
         self.slices = slices
         self.compute_slices = compute_slices
         self.profiles = {profile.name: profile for profile in profiles}
         self._starts: dict[tuple[int, str], int] = {}
+        self._packable: dict[tuple[int, str], int] = {}
         self._covering: dict[tuple[int, int], MigProfileFacts | None] = {}
 
     def free_start(self, mask: int, profile: MigProfileFacts) -> int:
@@ -89,6 +93,18 @@ class Geometry:
             if not mask & slices_at(start, profile.size)
         )
 
+    def packable(self, mask: int, profile: MigProfileFacts) -> int:
+        """Most instances of one profile that still go on a card whose taken memory slices are `mask`."""
+        count = self._packable.get((mask, profile.name))
+        if count is None:
+            count, taken = 0, mask
+            for start in sorted(profile.starts):
+                if not taken & slices_at(start, profile.size):
+                    taken |= slices_at(start, profile.size)
+                    count += 1
+            count = self._packable[mask, profile.name] = min(count, profile.count_max)
+        return count
+
     def covering(self, share_milli: int, memory_mib: int) -> MigProfileFacts | None:
         """The smallest plain profile with at least this compute and memory; None if none has."""
         key = (share_milli, memory_mib)
@@ -111,6 +127,64 @@ def slices_at(start: int, size: int) -> int:
     return ((1 << size) - 1) << start
 
 
+class Look(NamedTuple):
+    """All that decides what else goes on a card, but whose it is while it is shared. Equal looks, equal cards."""
+
+    kind: int
+    mode: Mode
+    milli: int
+    memory_mib: int
+    clients: int
+    mask: int
+    profiles: tuple[tuple[str, int], ...]
+    takes_work: bool
+    loads: tuple[int, ...]
+
+
+#: Kinds of card met so far, by what a card of the kind is: numbers that mean nothing but equality.
+_KINDS: dict[tuple[object, ...], int] = {}
+#: One card of each kind.
+_SAMPLES: list[Device] = []
+
+
+def kind_of(device: Device) -> int:
+    """Equal for cards that can be cut alike."""
+    geometry = geometry_of(device).number
+    key = (device.model, device.memory_mib, device.modes, geometry, device.mps_clients_max, device.mig_taken)
+    kind = _KINDS.get(key)
+    if kind is None:
+        kind = _KINDS[key] = len(_SAMPLES)
+        _SAMPLES.append(device)
+    return kind
+
+
+def sample_of(kind: int) -> Device:
+    """A card of a kind."""
+    return _SAMPLES[kind]
+
+
+class Room(NamedTuple):
+    """What is free on a card, coarsely: what the measures of waste look at. Packed into an integer while kept."""
+
+    kind: int
+    #: 0: nothing can go there. 1: it is not cut. 2: it is shared, by MPS or in turns. 3: it is cut by MIG.
+    tag: int
+    #: Free compute in thousandths; of MIG the taken memory slices, as bits.
+    first: int
+    #: Free memory in thousandths of the card's; of MIG the free compute slices.
+    second: int
+
+    def pack(self) -> int:
+        return ((self.kind << 2 | self.tag) << 16 | self.first) << 16 | self.second
+
+    @classmethod
+    def unpack(cls, packed: int) -> Room:
+        return cls(packed >> 34, packed >> 32 & 3, packed >> 16 & 0xFFFF, packed & 0xFFFF)
+
+
+NO_ROOM = 0
+
+
 _GEOMETRIES: dict[tuple[int, int, tuple[MigProfileFacts, ...]], Geometry] = {}
 
 
@@ -126,11 +200,16 @@ class Card:
     """One physical GPU: its mode, and the sums over its partitions. Derived from assignments, never saved."""
 
     __slots__ = (
+        "_look",
+        "_room",
         "clients",
         "device",
         "domain",
+        "foreign",
         "geometry",
         "held",
+        "kind",
+        "loads",
         "mask",
         "memory_mib",
         "milli",
@@ -150,7 +229,12 @@ class Card:
         #: Something new may go there.
         self.takes_work = present and device.healthy
         self.geometry = geometry_of(device)
-        self.mode: Mode = "idle"
+        self.kind = kind_of(device)
+        self._look: Look | None = None
+        self._room: int | None = None
+        #: Slices that somebody outside the yard holds: the card is cut by MIG, whatever the yard does.
+        self.foreign = sum([slices_at(first, size) for first, size in device.mig_taken])
+        self.mode: Mode = "mig" if self.foreign else "idle"
         #: Whose it is while it is shared by MPS or time-slice.
         self.domain: Tenant = ""
         #: Who holds what; the sums below are over these.
@@ -161,18 +245,75 @@ class Card:
         #: Processes under MPS.
         self.clients = 0
         #: Taken MIG memory slices.
-        self.mask = 0
+        self.mask = self.foreign
         self.profile_counts: dict[str, int] = {}
+        #: Shares that said what they lean on, counted in the order of `GPU_LOADS`.
+        self.loads: tuple[int, ...] = (0,) * len(GPU_LOADS)
 
-    def copy(self) -> Card:
-        """For trying placements: the sums are its own, what holds them is not carried over."""
+    def copy(self, *, with_holders: bool = False) -> Card:
+        """For trying placements: the sums are its own; what holds them is carried over only when asked for."""
         twin = Card.__new__(Card)
         twin.device, twin.position, twin.geometry = self.device, self.position, self.geometry
+        twin.foreign, twin.loads = self.foreign, self.loads
+        twin.kind, twin._look, twin._room = self.kind, self._look, self._room
         twin.present, twin.takes_work = self.present, self.takes_work
         twin.mode, twin.domain, twin.milli, twin.memory_mib = self.mode, self.domain, self.milli, self.memory_mib
         twin.clients, twin.mask, twin.profile_counts = self.clients, self.mask, dict(self.profile_counts)
-        twin.held = {}
+        twin.held = dict(self.held) if with_holders else {}
         return twin
+
+    @property
+    def look(self) -> Look:
+        look = self._look
+        if look is None:
+            profiles = tuple(sorted(self.profile_counts.items())) if self.mode == "mig" else ()
+            look = self._look = Look(
+                self.kind,
+                self.mode,
+                self.milli,
+                self.memory_mib,
+                self.clients,
+                self.mask,
+                profiles,
+                self.takes_work,
+                self.loads,
+            )
+        return look
+
+    def room_after(self, milli: int = 0, memory_mib: int = 0, mask: int = 0, slices: int = 0) -> int:
+        """The packed `Room` once so much more is taken of it; of MIG the slices at `mask`, and compute slices."""
+        device, mode = self.device, self.mode
+        if not self.takes_work or mode == "whole":
+            return NO_ROOM
+        if mode == "mig" or mask:
+            free = max(0, device.mig_compute_slices - self._slices_held() - slices)
+            return ((self.kind << 2 | 3) << 16 | self.mask | mask) << 16 | free
+        if mode == "idle" and not milli and not memory_mib:
+            return ((self.kind << 2 | 1) << 16 | MILLI) << 16 | MILLI
+        left = max(0, MILLI - self.milli - milli)
+        memory = max(0, device.memory_mib - self.memory_mib - memory_mib) * MILLI // max(1, device.memory_mib)
+        return ((self.kind << 2 | 2) << 16 | left) << 16 | memory
+
+    def _count_load(self, partition: Partition, change: int) -> None:
+        load = partition.load if isinstance(partition, MpsShare | TimeSliceShare) else ""
+        if load:
+            self.loads = tuple([n + change * (load == each) for each, n in zip(GPU_LOADS, self.loads, strict=True)])
+
+    def _slices_held(self) -> int:
+        profiles = self.geometry.profiles
+        return sum([profiles[name].compute_slices * n for name, n in self.profile_counts.items() if name in profiles])
+
+    @property
+    def room(self) -> int:
+        room = self._room
+        if room is None:
+            room = self._room = self.room_after()
+        return room
+
+    def changed(self) -> None:
+        """It does not look as before."""
+        self._room = None
+        self._look = None
 
     def take(self, key: AssignmentKey, partition: Partition, tenant: Tenant) -> None:
         """Enter a partition; `InvariantViolated` if the card cannot hold it."""
@@ -193,14 +334,30 @@ class Card:
                 self.profile_counts[profile] = self.profile_counts.get(profile, 0) + 1
             case MpsShare(processes=processes):
                 self.clients += processes
+        self._count_load(partition, 1)
+        self.changed()
         self.held[key] = partition
         self.mode = mode
         self.domain = tenant if mode in ("mps", "timeslice") else ""
         self.milli += milli
         self.memory_mib += memory
 
+    def could_take(self, partition: Partition, tenant: Tenant) -> bool:
+        """Whether the card, healthy or not, has room for just this partition now: whether `take` would not object."""
+        mode = mode_of(partition)
+        milli, memory = amounts_on(self.device, partition)
+        if self.mode not in ("idle", mode) or (mode == "whole" and self.mode == "whole"):
+            return False
+        if mode in ("mps", "timeslice") and self.domain not in ("", tenant):
+            return False
+        over_memory = mode != "mig" and self.memory_mib + memory > self.device.memory_mib
+        if over_memory or (mode != "timeslice" and self.milli + milli > MILLI):
+            return False
+        return not (isinstance(partition, MigInstance) and self.mask & slices_at(partition.start, partition.size))
+
     def give(self, key: AssignmentKey) -> None:
         """Take a partition out again."""
+        self.changed()
         partition = self.held.pop(key)
         milli, memory = amounts_on(self.device, partition)
         self.milli -= milli
@@ -211,9 +368,31 @@ class Card:
                 self.profile_counts[profile] -= 1
             case MpsShare(processes=processes):
                 self.clients -= processes
+        self._count_load(partition, -1)
         if not self.held:
-            self.mode, self.domain = "idle", ""
+            self.mode, self.domain = "mig" if self.foreign else "idle", ""
             self.profile_counts = {}
+
+
+def claim_on(twin: Card, card: Card, partition: Partition, tenant: Tenant, leaving: list[AssignmentKey]) -> None:
+    """Make a copy of a card look as to everybody else: what is claimed counts as taken, beyond what leaves for it."""
+    mode = mode_of(partition)
+    twin.changed()
+    if mode == "whole" or (twin.mode not in ("idle", mode)):
+        # It is to be whole, or to be cut otherwise than it is now: nothing new goes there.
+        twin.takes_work = False
+        return
+    freed = [card.held[key] for key in leaving if key in card.held]
+    milli, memory = amounts_on(card.device, partition)
+    twin.milli += max(0, milli - sum(amounts_on(card.device, each)[0] for each in freed))
+    twin.memory_mib += max(0, memory - sum(amounts_on(card.device, each)[1] for each in freed))
+    match partition:
+        case MigInstance(start=start, size=size):
+            twin.mask |= slices_at(start, size)
+        case MpsShare(processes=processes):
+            twin.clients += processes
+    if twin.mode == "idle":
+        twin.mode, twin.domain = mode, tenant if mode in ("mps", "timeslice") else ""
 
 
 def mode_of(partition: Partition) -> Mode:
@@ -346,10 +525,16 @@ def cut(card: Card, need: ResourceNeed, modes: tuple[Mode, ...]) -> Partition:
                 )
         case "mps":
             milli, memory = share_of(device.memory_mib, need)
-            return MpsShare(device=device.uuid, share_milli=milli, memory_mib=memory, processes=need.gpu_processes)
+            return MpsShare(
+                device=device.uuid,
+                share_milli=milli,
+                memory_mib=memory,
+                processes=need.gpu_processes,
+                load=need.gpu_load,
+            )
         case "timeslice":
             milli, memory = share_of(device.memory_mib, need)
-            return TimeSliceShare(device=device.uuid, share_milli=milli, memory_mib=memory)
+            return TimeSliceShare(device=device.uuid, share_milli=milli, memory_mib=memory, load=need.gpu_load)
         case "whole":
             return WholeCards(devices=(device.uuid,))
     raise InvariantViolated(f"card {device.uuid} was cut for {need.describe()}, which it does not offer")

@@ -12,8 +12,9 @@ from gpuyard_daemon.core import job_facts
 from gpuyard_daemon.core.arrays import elements
 from gpuyard_daemon.core.effects import Effects
 from gpuyard_daemon.core.model import Array, Job, KeptAnswer
+from gpuyard_daemon.core.promises import deadline_of, is_promised
 from gpuyard_daemon.core.states import InvariantViolated
-from gpuyard_protocol.jobs import JobSpec, SubmissionAnswer
+from gpuyard_protocol.jobs import JobSpec, SubmissionAnswer, Why
 from gpuyard_protocol.names import Tenant
 
 if TYPE_CHECKING:
@@ -22,7 +23,20 @@ if TYPE_CHECKING:
 
 def accepted(cluster: Cluster, fact: f.JobAccepted, now_ms: int, effects: Effects) -> None:
     cluster.take_number(fact.job)
-    job = Job(
+    job = job_of(fact, now_ms)
+    cluster.demand.arrived(fact.spec.need, fact.spec.replicas, now_ms)
+    cluster.index_job(job)
+    answer = SubmissionAnswer(
+        submission_id=fact.submission_id, accepted=True, job=fact.job, note=_note(fact.deadline), at_ms=now_ms
+    )
+    _keep_answer(cluster, fact.tenant, answer, fact.answer_until_ms, chosen=fact.chosen)
+    effects.answer(fact.tenant, answer)
+    effects.tell_fresh(job, now_ms)
+
+
+def job_of(fact: f.JobAccepted, now_ms: int) -> Job:
+    """The record of a job that is accepted; a dry run asks for one as well."""
+    return Job(
         id=fact.job,
         tenant=fact.tenant,
         user=fact.user,
@@ -32,13 +46,12 @@ def accepted(cluster: Cluster, fact: f.JobAccepted, now_ms: int, effects: Effect
         retries_left=fact.spec.retries,
         not_before_ms=_begin_ms(fact.spec, now_ms),
         held_by=fact.user if fact.spec.hold else "",
-        story=[(now_ms, "accepted")],
+        story=[(now_ms, f"accepted; {fact.deadline.text}" if fact.deadline else "accepted")],
+        expected_ms=fact.expected_ms,
+        expected_from=fact.expected_from,
+        deadline_ms=deadline_of(fact.spec, now_ms),
+        promised=is_promised(fact.deadline),
     )
-    cluster.index_job(job)
-    answer = SubmissionAnswer(submission_id=fact.submission_id, accepted=True, job=fact.job, at_ms=now_ms)
-    _keep_answer(cluster, fact.tenant, answer, fact.answer_until_ms, chosen=fact.chosen)
-    effects.answer(fact.tenant, answer)
-    effects.tell_fresh(job, now_ms)
 
 
 def array_accepted(cluster: Cluster, fact: f.ArrayAccepted, now_ms: int, effects: Effects) -> None:
@@ -47,6 +60,7 @@ def array_accepted(cluster: Cluster, fact: f.ArrayAccepted, now_ms: int, effects
     count = fact.spec.array.count
     array = Array(fact.first, fact.tenant, count, fact.spec, count, count)
     cluster.arrays.add(array)
+    cluster.demand.arrived(fact.spec.need, fact.spec.replicas * count, now_ms)
     begin_ms, holder = _begin_ms(fact.spec, now_ms), fact.user if fact.spec.hold else ""
     for number, index in elements(array):
         cluster.take_number(number)
@@ -63,14 +77,27 @@ def array_accepted(cluster: Cluster, fact: f.ArrayAccepted, now_ms: int, effects
                 held_by=holder,
                 array=fact.first,
                 array_index=index,
+                expected_ms=fact.expected_ms,
+                expected_from=fact.expected_from,
+                deadline_ms=deadline_of(fact.spec, now_ms),
+                promised=is_promised(fact.deadline),
                 story=[(now_ms, f"accepted as element {index} of array {fact.first}")],
             )
         )
     answer = SubmissionAnswer(
-        submission_id=fact.submission_id, accepted=True, job=fact.first, elements=count, at_ms=now_ms
+        submission_id=fact.submission_id,
+        accepted=True,
+        job=fact.first,
+        elements=count,
+        note=_note(fact.deadline),
+        at_ms=now_ms,
     )
     _keep_answer(cluster, fact.tenant, answer, fact.answer_until_ms, chosen=fact.chosen)
     effects.answer(fact.tenant, answer)
+
+
+def _note(deadline: Why | None) -> str:
+    return deadline.text if deadline is not None else ""
 
 
 def array_cancelled(cluster: Cluster, fact: f.ArrayCancelled, now_ms: int, effects: Effects) -> None:

@@ -10,29 +10,48 @@ placement pass. A turn in which nothing happened leaves no record and no trace.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
-from gpuyard_daemon.core import admission, deadlines, dependencies, directives, outcomes, services, views
+from gpuyard_daemon.core import (
+    admission,
+    cordons,
+    deadlines,
+    dependencies,
+    directives,
+    fairness,
+    learning,
+    lost_facts,
+    lost_nodes,
+    outcomes,
+    services,
+    usage_views,
+    views,
+)
 from gpuyard_daemon.core import facts as f
 from gpuyard_daemon.core import inputs as i
 from gpuyard_daemon.core.cluster import Cluster
 from gpuyard_daemon.core.draft import Draft
-from gpuyard_daemon.core.effects import Effects, start_order
+from gpuyard_daemon.core.effects import Effects, standing_order, start_order
 from gpuyard_daemon.core.impossible import Possibilities
 from gpuyard_daemon.core.inputs import Cursors, Input
+from gpuyard_daemon.core.keeping import serve_claims
 from gpuyard_daemon.core.order import WaitingLine
+from gpuyard_daemon.core.plan import Planner
 from gpuyard_daemon.core.policy import Policy
+from gpuyard_daemon.core.preemption import Rounds
 from gpuyard_daemon.core.round import place_waiting
 from gpuyard_daemon.core.settings import CoreSettings
 from gpuyard_daemon.core.snapshot import read_snapshot, take_snapshot
 from gpuyard_daemon.core.states import InvariantViolated
+from gpuyard_daemon.core.suspension import resume_waiting
 from gpuyard_daemon.core.turn import Record, Turn
 from gpuyard_daemon.core.views import Gauges
-from gpuyard_daemon.core.why import why
-from gpuyard_protocol.jobs import JobView, SubmissionAnswer
+from gpuyard_daemon.core.why import Asked, Explainer
+from gpuyard_protocol.jobs import JobSpec, JobView, SubmissionAnswer
 from gpuyard_protocol.names import JobId, NodeId, ServiceName, SubmissionId, Tenant, User
 from gpuyard_protocol.nodes import Desired
 from gpuyard_protocol.queries import (
+    DryRun,
     JobsPage,
     JobsQuery,
     NodeView,
@@ -59,6 +78,11 @@ class Scheduler:
     def _begin(self) -> None:
         self._line = WaitingLine(self.cluster, self.settings.timeslice_milli_max)
         self._possibilities = Possibilities()
+        self._rounds = Rounds()
+        #: When `handle` was last called, whether or not it left a record.
+        self._handled_ms = 0
+        self._explainer = Explainer(self.cluster, self._line, self.settings.timeslice_milli_max)
+        self._planner = Planner(self.cluster, self._explainer, self._possibilities, self.settings)
 
     # --- deciding ----------------------------------------------------------------------------------------------------
 
@@ -70,8 +94,15 @@ class Scheduler:
         deadlines.fire_due(draft)
         services.settle_services(draft)
         dependencies.end_doomed(draft)
+        learning.read_ranks(draft)
+        fairness.refresh(draft, self.now_ms)
+        resume_waiting(draft, self._line, first=True)
+        serve_claims(draft)
         unfinished = place_waiting(draft, self._line)
+        resume_waiting(draft, self._line, first=False)
         services.make_room_for_new(draft)
+        self._rounds.hold(draft, self._line, self.now_ms)
+        self._handled_ms = draft.now_ms
         unfinished = dependencies.end_doomed(draft) or unfinished
         if not draft.facts and cursors == self.cursors:
             return Turn(record=None, unfinished=unfinished)
@@ -83,7 +114,9 @@ class Scheduler:
 
     def next_deadline_ms(self) -> int | None:
         """When `handle` should be called though nothing came in; None: nothing to wait for."""
-        return deadlines.next_deadline_ms(self.cluster, self.settings)
+        round_ms = self._rounds.next_ms(self.cluster, self.settings, max(self._handled_ms, self.now_ms))
+        soonest = [deadlines.next_deadline_ms(self.cluster, self.settings), round_ms]
+        return min([at_ms for at_ms in soonest if at_ms is not None], default=None)
 
     # --- repeating ---------------------------------------------------------------------------------------------------
 
@@ -96,6 +129,12 @@ class Scheduler:
             self.cluster.apply_fact(fact, record.now_ms, effects)
         self._note(record)
         return Turn(record=record, orders=effects.orders(), notices=effects.notices())
+
+    def warm(self) -> None:
+        """For a core that only applies: bring what `handle` derives up to date, so that its first turn is no longer
+        than any other. Changes no state."""
+        self._line.catch_up(self.now_ms)
+        self.next_deadline_ms()
 
     def _note(self, record: Record) -> None:
         self.turn, self.now_ms, self.cursors = record.turn, record.now_ms, record.cursors
@@ -142,17 +181,35 @@ class Scheduler:
                     start=start_order(job, assignment),
                     go=self.cluster.go_order(job, assignment) if released else None,
                     stop=self.cluster.stop_order(job, assignment) if assignment.state == "stopping" else None,
+                    standing=standing_order(assignment),
                 )
             )
-        return known.orders_issued, tuple(wanted)
+        return known.orders_issued, (*wanted, *lost_facts.wanted_gone(known))
 
     def known_nodes(self) -> tuple[NodeId, ...]:
-        return tuple(self.cluster.nodes)
+        return tuple([name for name, node in self.cluster.nodes.items() if not node.is_removed])
+
+    def held_on(self, node: NodeId) -> int:
+        """How many replicas may run on a node now."""
+        space = self.cluster.pool.spaces.get(node)
+        return len(space.assignments) if space else 0
+
+    def leased(self, node: NodeId) -> Collection[int]:
+        """The leases of the replicas on a node, in milliseconds."""
+        return self.cluster.leased.get(node, {}).values()
+
+    def leased_nodes(self) -> tuple[NodeId, ...]:
+        """Nodes with replicas under a lease."""
+        return tuple(self.cluster.leased)
 
     def node_instance(self, node: NodeId) -> str:
         """The agent process that joined last, "" if none has."""
         known = self.cluster.nodes.get(node)
         return known.instance if known else ""
+
+    def node_is_twinned(self, node: NodeId) -> bool:
+        known = self.cluster.nodes.get(node)
+        return known is not None and known.is_twinned
 
     def node_state(self, node: NodeId) -> str:
         known = self.cluster.nodes.get(node)
@@ -186,11 +243,18 @@ class Scheduler:
     def submission(self, tenant: Tenant, submission_id: SubmissionId) -> SubmissionAnswer | None:
         return self.cluster.answer(tenant, submission_id)
 
-    def why(self, job: JobId, now_ms: int = 0) -> WhyAnswer | None:
+    def why(
+        self, job: JobId, now_ms: int = 0, *, viewer: Tenant | None = None, brief: bool = False
+    ) -> WhyAnswer | None:
+        """Why a job is where it is. `viewer`: the tenant who asks; None: an operator. `brief`: without what costs."""
         known = self.cluster.jobs.get(job)
         if known is None:
             return None
-        return why(self.cluster, known, max(now_ms, self.now_ms), self.settings.timeslice_milli_max)
+        return self._explainer.why(Asked(known, max(now_ms, self.now_ms), viewer, brief))
+
+    def plan(self, tenant: Tenant, user: User, spec: JobSpec, now_ms: int = 0) -> DryRun:
+        """What would become of a job if it were submitted now."""
+        return self._planner.plan(tenant, user, spec, max(now_ms, self.now_ms))
 
     def services_page(self, tenant: Tenant | None, query: ServicesQuery) -> ServicesPage:
         found = [
@@ -206,11 +270,11 @@ class Scheduler:
     def node_views(self, tenant: Tenant | None) -> tuple[NodeView, ...]:
         """All nodes by id; of jobs on cards, a tenant sees its own. Heartbeats and samples are the shell's to add."""
         spaces = sorted(self.cluster.pool.spaces.items())
-        return tuple(views.node_view(self.cluster, space, tenant) for _, space in spaces)
+        return tuple(views.node_view(self.cluster, space, tenant) for _, space in spaces if not space.node.is_removed)
 
     def usage(self, tenant: Tenant | None, now_ms: int) -> UsageReport:
         """What a tenant (None: each) holds, has used and may have."""
-        return views.usage_report(self.cluster, tenant, max(now_ms, self.now_ms))
+        return usage_views.usage_report(self.cluster, tenant, max(now_ms, self.now_ms))
 
     def stats(self, now_ms: int) -> Stats:
         return views.stats(self.cluster, now_ms, self.turn)
@@ -227,6 +291,8 @@ def _take(draft: Draft, given: Input) -> None:
             outcomes.take_reports(draft, given)
         case i.RequestMalformed():
             admission.refuse_malformed(draft, given)
+        case i.RequestRefused():
+            admission.refuse_unseen(draft, given)
         case i.CancelRequested() | i.HoldRequested() | i.ReleaseRequested() | i.RequeueRequested():
             directives.direct(draft, given)
         case i.ServiceApplied():
@@ -235,8 +301,17 @@ def _take(draft: Draft, given: Input) -> None:
             admission.delete(draft, given)
         case i.LoadReported():
             services.take_load(draft, given)
-        case i.NodeSuspected() | i.NodeLost() | i.NodeReturned() | i.NodeIncompatible():
-            _take_node_change(draft, given)
+        case (
+            i.NodeSuspected()
+            | i.NodeLost()
+            | i.NodeReturned()
+            | i.NodeIncompatible()
+            | i.NodeDeclaredDead()
+            | i.NodeRemoved()
+        ):
+            lost_nodes.take_node_change(draft, given)
+        case i.NodeCordonAsked() | i.NodeUncordonAsked():
+            cordons.take_cordon(draft, given)
         case i.PolicyChanged(policy=policy):
             if draft.cluster.tenancy.policy != policy:
                 draft.add(f.PolicySet(policy))
@@ -246,23 +321,4 @@ def _take(draft: Draft, given: Input) -> None:
         case i.YardStarted(epoch=epoch):
             if draft.cluster.draining:
                 draft.add(f.YardResumed(epoch))
-
-
-def _take_node_change(draft: Draft, given: i.NodeSuspected | i.NodeLost | i.NodeReturned | i.NodeIncompatible) -> None:
-    node = draft.cluster.nodes.get(given.node)
-    if node is None:
-        return
-    match given:
-        case i.NodeSuspected():
-            if node.state == "ready":
-                draft.add(f.NodeChanged(node.id, "suspected", "no heartbeat for some seconds"))
-        case i.NodeLost():
-            if node.state in ("ready", "suspected", "joining"):
-                draft.add(f.NodeChanged(node.id, "lost", "no heartbeat: its jobs wait for it"))
-                services.heal_from(draft, node.id)
-        case i.NodeReturned(instance=instance):
-            if node.state in ("suspected", "lost", "joining") and instance == node.instance:
-                draft.add(f.NodeChanged(node.id, "ready"))
-        case i.NodeIncompatible(reason=reason):
-            if node.state != "incompatible" or node.reason != reason:
-                draft.add(f.NodeChanged(node.id, "incompatible", reason))
+            lost_nodes.count_leases_anew(draft)

@@ -63,6 +63,7 @@ def replica_wanted(cluster: Cluster, fact: f.ReplicaWanted, now_ms: int, effects
         generation=service.generation,
         story=[(now_ms, f"asked for by service {service.spec.name}")],
     )
+    cluster.demand.arrived(job.spec.need, 1, now_ms)
     cluster.index_job(job)
     effects.tell_fresh(job, now_ms)
 

@@ -6,7 +6,11 @@ the same state under another.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import msgspec
+
+from gpuyard_protocol.jobs import LEASE_MIN_MS
 
 
 class CoreSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -43,12 +47,37 @@ class CoreSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     housekeeping_ms: int = 10_000
     #: Most compute promised on a time-sliced card, in thousandths of it: four jobs of a whole card's appetite.
     timeslice_milli_max: int = 4000
+    #: What becomes of a job on a node that is lost, where the job does not say: it waits for the node, or it starts
+    #: elsewhere once its lease has run out; and that lease.
+    on_node_lost: Literal["wait", "restart"] = "wait"
+    lease_ms: int = 600_000
+
+    #: All blocked jobs are looked at this often for whether somebody should give way to them; those that come in
+    #: between, at once.
+    preempt_every_ms: int = 10_000
+    #: Work of one such round: running jobs looked at, waiting ones, and nodes tried for them.
+    preempt_occupants: int = 1024
+    preempt_heads: int = 32
+    preempt_nodes: int = 512
+    #: Most of the yard's GPU compute that is on its way from one job to another, in thousandths, and in any case the
+    #: GPUs of one plan.
+    preempt_moving_permille: int = 20
+    #: What a new start costs a job that does not say, by its kind of preemption.
+    restart_requeue_ms: int = 10_000
+    restart_checkpoint_ms: int = 60_000
+    restart_suspend_ms: int = 20_000
+    #: How long a job has run at least before it is ended for one of a better band (the floor of a service: two
+    #: minutes).
+    reclaim_after_ms: int = 600_000
 
     def validate(self) -> None:
         """`ValueError` with one sentence if a value makes no sense."""
         for name in self.__struct_fields__:
-            if getattr(self, name) <= 0:
-                raise ValueError(f"scheduler.{name}: found {getattr(self, name)}; expected a number above 0")
+            value = getattr(self, name)
+            if isinstance(value, int) and value <= 0:
+                raise ValueError(f"scheduler.{name}: found {value}; expected a number above 0")
+        if self.lease_ms < LEASE_MIN_MS:
+            raise ValueError(f"scheduler.lease_ms: found {self.lease_ms}; expected at least {LEASE_MIN_MS}")
         if self.retry_backoff_max_ms < self.retry_backoff_ms:
             raise ValueError("scheduler.retry_backoff_max_ms: must be at least retry_backoff_ms")
         if self.timeslice_milli_max < 1000:

@@ -9,11 +9,14 @@ from __future__ import annotations
 import msgspec
 from msgspec.structs import replace
 
+from gpuyard_daemon.core import holdings, learning
 from gpuyard_daemon.core.cluster import Cluster
+from gpuyard_daemon.core.demand import DemandRecord, LiveDemand
 from gpuyard_daemon.core.inputs import Cursors
-from gpuyard_daemon.core.model import Array, Job, KeptAnswer, Node, Service, Totals, Usage
+from gpuyard_daemon.core.lost_facts import await_leases, note_lease
+from gpuyard_daemon.core.model import Array, Claim, Job, KeptAnswer, Node, Service, Standing, Totals, Usage
 from gpuyard_daemon.core.policy import Policy
-from gpuyard_daemon.core.tenancy import held_by
+from gpuyard_daemon.core.prediction import RunLore, SizeLore
 from gpuyard_daemon.core.timers import Timer
 from gpuyard_protocol.jobs import JobSpec
 from gpuyard_protocol.names import JobId, SubmissionId, Tenant
@@ -43,6 +46,14 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     usage: list[Usage] = []
     #: Their elements stand in `jobs` without their specification.
     arrays: list[Array] = []
+    #: What was learnt from ended jobs: by kind, heard of longest ago first, and by size.
+    kinds: list[tuple[str, RunLore]] = []
+    sizes: SizeLore | None = None
+    standings: list[Standing] = []
+    #: Oldest first.
+    claims: list[Claim] = []
+    #: None: written before it was counted.
+    demand: DemandRecord | None = None
 
 
 #: In place of what the elements of an array have in common.
@@ -69,6 +80,11 @@ def take_snapshot(cluster: Cluster, turn: int, now_ms: int, cursors: Cursors) ->
             policy=cluster.tenancy.policy,
             usage=list(cluster.tenancy.usage.values()),
             arrays=list(cluster.arrays.records.values()),
+            kinds=list(cluster.lore.kinds.items()),
+            sizes=cluster.lore.sizes,
+            standings=list(cluster.fairness.standings.values()),
+            claims=list(cluster.claims),
+            demand=cluster.demand.record,
         )
     )
 
@@ -87,8 +103,11 @@ def read_snapshot(data: bytes) -> tuple[Snapshot, Cluster]:
 def _rebuild(snapshot: Snapshot) -> Cluster:
     cluster = Cluster()
     cluster.last_job, cluster.draining, cluster.totals = snapshot.last_job, snapshot.draining, snapshot.totals
-    cluster.tenancy.set_policy(snapshot.policy)
+    cluster.demand = LiveDemand(snapshot.demand)
     cluster.tenancy.usage.update({(usage.tenant, usage.user): usage for usage in snapshot.usage})
+    cluster.lore.kinds.update(snapshot.kinds)
+    cluster.fairness.standings.update({standing.tenant: standing for standing in snapshot.standings})
+    cluster.lore.sizes = snapshot.sizes or cluster.lore.sizes
     for node in snapshot.nodes:
         cluster.nodes[node.id] = node
         space = cluster.pool.add(node)
@@ -98,16 +117,34 @@ def _rebuild(snapshot: Snapshot) -> Cluster:
         for mode, avoidance in node.avoided.items():
             if avoidance.until_ms:
                 cluster.timers.set_named(avoidance.until_ms, Timer.FORGIVE, node.id, mode)
+    cluster.set_policy(snapshot.policy)
     for array in snapshot.arrays:
         cluster.arrays.add(array)
+    stood = [(job.waits_since_ms, job.level, job.waited_ms) for job in snapshot.jobs]
     for job in snapshot.jobs:
         if job.array:
             job.spec = cluster.arrays.records[job.array].spec
         cluster.index_job(job)
+        learning.enter_run(cluster, job)
         if job.prepare_until_ms:
             cluster.timers.set_job(job.prepare_until_ms, Timer.PREPARE, job.id)
         if job.live:
             _hold(cluster, job)
+    for node in snapshot.nodes:
+        if node.state == "lost":
+            await_leases(cluster, node)
+    for job in cluster.suspended.values():
+        if job.resume_after_ms > snapshot.now_ms:
+            cluster.timers.set_job(job.resume_after_ms, Timer.RESUME, job.id)
+    for claim in snapshot.claims:
+        cluster.claims.make(cluster.jobs[claim.job], claim)
+    for job, line in zip(snapshot.jobs, stood, strict=True):
+        # An element of an array may have stood in line for a moment, until those that go had been counted.
+        if line[0] or job.id not in cluster.waiting:
+            job.waits_since_ms, job.level, job.waited_ms = line
+    if snapshot.demand is None:
+        unfinished = [job.spec for job in snapshot.jobs if not job.is_final]
+        cluster.demand.count_all([(spec.need, spec.replicas) for spec in unfinished], snapshot.now_ms)
     cluster.finished.update(dict.fromkeys(snapshot.finished))
     for service in snapshot.services:
         key = (service.tenant, service.spec.name)
@@ -125,9 +162,9 @@ def _rebuild(snapshot: Snapshot) -> Cluster:
 
 def _hold(cluster: Cluster, job: Job) -> None:
     """Enter what a job's live assignments hold."""
-    need = job.spec.need
     for assignment in job.assignments:
         if assignment.is_live:
             space = cluster.pool.spaces[assignment.node]
-            cluster.pool.take(space, assignment, job.tenant, need.cpu_milli, need.memory_mib)
-            cluster.tenancy.restore_held(job.tenant, job.user, held_by(space, assignment.partition))
+            cluster.pool.take(space, assignment, job.tenant, *assignment.held(job.spec.need))
+            note_lease(cluster, assignment)
+            holdings.restore(cluster, job, space, assignment)

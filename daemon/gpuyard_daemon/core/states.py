@@ -10,11 +10,14 @@ A job::
        │            └──▶ stopping ──▶ (the same)
        └── requeued ◀── starting | running | stopping
 
+    running ◀──▶ suspended                                (its attempt goes on; from there as from running)
+
 An assignment::
 
     ordered ──▶ prepared ──▶ released ──▶ running ──▶ ended      (a gang's member)
     ordered ──▶ running ──▶ ended                                (a single replica)
     any of them ──▶ stopping ──▶ ended
+    running ──▶ suspending ──▶ suspended ──▶ resuming ──▶ running
 """
 
 from __future__ import annotations
@@ -25,7 +28,8 @@ from gpuyard_protocol.jobs import JobState
 JOB_MOVES: dict[JobState, tuple[JobState, ...]] = {
     "pending": ("starting", "cancelled"),
     "starting": ("running", "stopping", "pending", "succeeded", "failed", "cancelled"),
-    "running": ("stopping", "pending", "succeeded", "failed", "cancelled"),
+    "running": ("suspended", "stopping", "pending", "succeeded", "failed", "cancelled"),
+    "suspended": ("running", "stopping", "pending", "succeeded", "failed", "cancelled"),
     "stopping": ("pending", "succeeded", "failed", "cancelled"),
     "succeeded": (),
     "failed": (),
@@ -36,7 +40,10 @@ ASSIGNMENT_MOVES: dict[AssignmentState, tuple[AssignmentState, ...]] = {
     "ordered": ("prepared", "running", "stopping", "ended"),
     "prepared": ("released", "stopping", "ended"),
     "released": ("running", "stopping", "ended"),
-    "running": ("stopping", "ended"),
+    "running": ("suspending", "stopping", "ended"),
+    "suspending": ("suspended", "running", "stopping", "ended"),
+    "suspended": ("resuming", "stopping", "ended"),
+    "resuming": ("running", "suspended", "stopping", "ended"),
     "stopping": ("ended",),
     "ended": (),
 }

@@ -10,9 +10,10 @@ only when an amount changes, so the cost is per start and end and not per tenant
 from __future__ import annotations
 
 from gpuyard_daemon.core.capacity import NodeSpace
-from gpuyard_daemon.core.model import Usage
+from gpuyard_daemon.core.model import ModelUsage, Usage
 from gpuyard_daemon.core.partitions import amounts_on
 from gpuyard_daemon.core.policy import Policy, TenantLimits
+from gpuyard_daemon.core.quota import Amounts
 from gpuyard_protocol.jobs import Why
 from gpuyard_protocol.names import Tenant, User
 from gpuyard_protocol.resources import Partition, ResourceNeed, devices_of
@@ -24,7 +25,7 @@ OVER_QUOTA = "OverQuota"
 class Tenancy:
     """Holdings and usage of all tenants, and the policy they are held against."""
 
-    __slots__ = ("_all_eased", "_eased", "_limits", "held_milli", "policy", "usage", "user_held_milli")
+    __slots__ = ("_all_eased", "_eased", "_limits", "_model_milli", "held_milli", "policy", "usage", "user_held_milli")
 
     def __init__(self) -> None:
         self.policy = Policy()
@@ -34,6 +35,8 @@ class Tenancy:
         #: Compute held now.
         self.held_milli: dict[Tenant, int] = {}
         self.user_held_milli: dict[tuple[Tenant, User], int] = {}
+        #: The same by model of card, and what of it processes use.
+        self._model_milli: dict[tuple[Tenant, User, str], tuple[int, int]] = {}
         #: Tenants that hold less, since the queue last asked; or everybody, after a change of policy.
         self._eased: set[Tenant] = set()
         self._all_eased = False
@@ -48,34 +51,85 @@ class Tenancy:
 
     # --- accounting --------------------------------------------------------------------------------------------------
 
-    def take(self, tenant: Tenant, user: User, milli: int, now_ms: int) -> None:
-        if milli:
-            self._change(tenant, user, milli, now_ms)
+    def take(self, tenant: Tenant, user: User, amounts: Amounts, now_ms: int) -> None:
+        self._sum_up(tenant, user, amounts, now_ms)
+        self.restore_held(tenant, user, amounts)
 
-    def give(self, tenant: Tenant, user: User, milli: int, now_ms: int) -> None:
-        if milli:
-            self._change(tenant, user, -milli, now_ms)
-            self._eased.add(tenant)
+    def give(self, tenant: Tenant, user: User, amounts: Amounts, now_ms: int) -> None:
+        self._sum_up(tenant, user, amounts, now_ms)
+        self._change_held(tenant, user, amounts, -1)
+        self._eased.add(tenant)
 
-    def _change(self, tenant: Tenant, user: User, milli: int, now_ms: int) -> None:
+    def run(self, tenant: Tenant, user: User, amounts: Amounts, now_ms: int) -> None:
+        """A process began to use what it holds."""
+        self._sum_up(tenant, user, amounts, now_ms)
+        self.restore_run(tenant, user, amounts)
+
+    def halt(self, tenant: Tenant, user: User, amounts: Amounts, now_ms: int) -> None:
+        """It is gone."""
+        self._sum_up(tenant, user, amounts, now_ms)
+        self._change_run(tenant, user, amounts, -1)
+
+    def _sum_up(self, tenant: Tenant, user: User, amounts: Amounts, now_ms: int) -> None:
+        """Bring the sums that are to change up to now."""
         key = (tenant, user)
         usage = self.usage.get(key)
         if usage is None:
-            usage = self.usage[key] = Usage(tenant, user, now_ms, 0, now_ms)
+            usage = self.usage[key] = Usage(tenant, user, now_ms, 0, now_ms, {})
         usage.used_milli_ms += self.user_held_milli.get(key, 0) * (now_ms - usage.summed_to_ms)
         usage.summed_to_ms = now_ms
-        self.restore_held(tenant, user, milli)
+        for model, _ in amounts:
+            sums = usage.models.get(model)
+            if sums is None:
+                sums = usage.models[model] = ModelUsage(0, 0, now_ms)
+            held, ran = self._model_milli.get((tenant, user, model), (0, 0))
+            sums.held_milli_ms += held * (now_ms - sums.summed_to_ms)
+            sums.ran_milli_ms += ran * (now_ms - sums.summed_to_ms)
+            sums.summed_to_ms = now_ms
 
-    def restore_held(self, tenant: Tenant, user: User, milli: int) -> None:
+    def restore_held(self, tenant: Tenant, user: User, amounts: Amounts) -> None:
         """Enter what an assignment holds without summing: after a restart, when the sums stand already."""
+        self._change_held(tenant, user, amounts, 1)
+
+    def restore_run(self, tenant: Tenant, user: User, amounts: Amounts) -> None:
+        """The same for what a process uses."""
+        self._change_run(tenant, user, amounts, 1)
+
+    def _change_held(self, tenant: Tenant, user: User, amounts: Amounts, sign: int) -> None:
         key = (tenant, user)
-        self.user_held_milli[key] = self.user_held_milli.get(key, 0) + milli
-        self.held_milli[tenant] = self.held_milli.get(tenant, 0) + milli
+        total = sign * sum(amounts.values())
+        self.user_held_milli[key] = self.user_held_milli.get(key, 0) + total
+        self.held_milli[tenant] = self.held_milli.get(tenant, 0) + total
+        for (model, _), milli in amounts.items():
+            held, ran = self._model_milli.get((tenant, user, model), (0, 0))
+            self._model_milli[tenant, user, model] = (held + sign * milli, ran)
+
+    def _change_run(self, tenant: Tenant, user: User, amounts: Amounts, sign: int) -> None:
+        for (model, _), milli in amounts.items():
+            held, ran = self._model_milli.get((tenant, user, model), (0, 0))
+            self._model_milli[tenant, user, model] = (held, ran + sign * milli)
 
     def used_milli_ms(self, usage: Usage, now_ms: int) -> int:
-        """What a user has used up to a moment."""
+        """What a user has held up to a moment."""
         held = self.user_held_milli.get((usage.tenant, usage.user), 0)
         return usage.used_milli_ms + held * max(0, now_ms - usage.summed_to_ms)
+
+    def by_model(self, usage: Usage, now_ms: int) -> list[tuple[str, int, int, int]]:
+        """(model, held now, held summed over time, used by processes summed over time) of a user, by model."""
+        found = []
+        for model, sums in sorted(usage.models.items()):
+            held, ran = self._model_milli.get((usage.tenant, usage.user, model), (0, 0))
+            since = max(0, now_ms - sums.summed_to_ms)
+            found.append((model, held, sums.held_milli_ms + held * since, sums.ran_milli_ms + ran * since))
+        return found
+
+    def held_by_model(self) -> dict[tuple[Tenant, User, str], tuple[int, int]]:
+        """(held now, used by processes now) by tenant, user and model, where there is any."""
+        return {key: amounts for key, amounts in self._model_milli.items() if any(amounts)}
+
+    def weight(self, tenant: Tenant) -> int:
+        """A tenant's part of the yard beside others'."""
+        return max(1, self.limits(tenant).weight)
 
     # --- limits ------------------------------------------------------------------------------------------------------
 

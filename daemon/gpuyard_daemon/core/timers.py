@@ -25,6 +25,10 @@ class Timer(IntEnum):
     SCALE_DOWN = 4
     #: A service's crashed replica may be replaced. Subject: (tenant, service).
     REPLACE = 5
+    #: A replica on a lost node has ended, as its lease says. Subject: (node, assignment).
+    LEASE = 6
+    #: A suspended job may be asked again to go back to its card. Subject: job.
+    RESUME = 7
 
 
 class Timers:

@@ -6,7 +6,8 @@ import msgspec
 
 from gpuyard_daemon.core.capacity import NodeSpace
 from gpuyard_daemon.core.cluster import Cluster, ServiceKey
-from gpuyard_daemon.core.model import Assignment, Job, Service
+from gpuyard_daemon.core.limits import over_quota
+from gpuyard_daemon.core.model import Assignment, Job, Node, Service
 from gpuyard_daemon.core.partitions import Card, amounts_on, mode_of
 from gpuyard_daemon.core.tenancy import least_held
 from gpuyard_protocol.jobs import JobSpec, JobView, ReplicaView, Why
@@ -18,9 +19,6 @@ from gpuyard_protocol.queries import (
     JobsQuery,
     NodeView,
     Stats,
-    TenantUsage,
-    UsageReport,
-    UserUsage,
 )
 from gpuyard_protocol.resources import (
     MigInstance,
@@ -54,6 +52,10 @@ class Gauges(msgspec.Struct, frozen=True, kw_only=True):
     requeued: int
     rejected: int
     turns: int
+    #: Times that running jobs gave way, what that cost in thousandths of a card × ms, and places kept now.
+    preempted: int = 0
+    preempted_milli_ms: int = 0
+    claims: int = 0
 
 
 def job_view(cluster: Cluster, job: Job, *, with_spec: bool = False) -> JobView:
@@ -97,6 +99,7 @@ def _reason(cluster: Cluster, job: Job) -> Why | None:
         return apart
     if job.id in cluster.waiting:
         over = cluster.tenancy.blocks(job.tenant, least_held(job.spec.need, job.spec.replicas))
+        over = over or over_quota(cluster, job)
         if over is not None:
             return over
     return job.why if job.verdict is None else job.verdict.why
@@ -124,8 +127,8 @@ def _replica_view(assignment: Assignment) -> ReplicaView:
         replica=assignment.key.replica,
         state=assignment.outcome or assignment.state,
         node=assignment.node,
-        partition=describe_partition(assignment.partition),
-        devices=devices_of(assignment.partition),
+        partition=describe_partition(assignment.home or assignment.partition),
+        devices=devices_of(assignment.home or assignment.partition),
         exit_code=assignment.exit_code if assignment.outcome == "exited" else None,
     )
 
@@ -218,47 +221,6 @@ def _endpoints(cluster: Cluster, job: Job) -> list[str]:
     return found
 
 
-# --- tenants ---------------------------------------------------------------------------------------------------------
-
-
-def usage_report(cluster: Cluster, tenant: Tenant | None, now_ms: int) -> UsageReport:
-    """Of one tenant, or of all that ever held a GPU, have a job or are named in the policy; by name."""
-    names = {tenant} if tenant is not None else _known_tenants(cluster)
-    return UsageReport(tenants=tuple([_tenant_usage(cluster, name, now_ms) for name in sorted(names)]), now_ms=now_ms)
-
-
-def _known_tenants(cluster: Cluster) -> set[Tenant]:
-    tenancy = cluster.tenancy
-    return {*cluster.lists, *(name for name, _ in tenancy.usage), *dict(tenancy.policy.tenants)} - {""}
-
-
-def _tenant_usage(cluster: Cluster, tenant: Tenant, now_ms: int) -> TenantUsage:
-    tenancy = cluster.tenancy
-    limits, jobs = tenancy.limits(tenant), cluster.lists.get(tenant)
-    users = tuple(
-        [
-            UserUsage(
-                user=user,
-                held_milli=tenancy.user_held_milli.get((tenant, user), 0),
-                used_milli_ms=tenancy.used_milli_ms(usage, now_ms),
-                since_ms=usage.since_ms,
-            )
-            for (owner, user), usage in sorted(tenancy.usage.items())
-            if owner == tenant
-        ]
-    )
-    return TenantUsage(
-        tenant=tenant,
-        held_milli=tenancy.held_milli.get(tenant, 0),
-        gpus_max_milli=limits.gpus_max_milli,
-        jobs=jobs.unfinished if jobs else 0,
-        jobs_max=limits.jobs_max,
-        used_milli_ms=sum(user.used_milli_ms for user in users),
-        since_ms=min([user.since_ms for user in users], default=0),
-        users=users,
-    )
-
-
 # --- nodes -----------------------------------------------------------------------------------------------------------
 
 
@@ -281,8 +243,15 @@ def node_view(cluster: Cluster, space: NodeSpace, tenant: Tenant | None) -> Node
         simulated=inventory.simulated,
         driver=inventory.driver,
         agent_version=inventory.agent_version,
-        reason=node.reason or _avoidance(space),
+        reason=node.reason or _cordon(node) or _avoidance(space),
+        cordoned=bool(node.cordoned_by),
     )
+
+
+def _cordon(node: Node) -> str:
+    if not node.cordoned_by:
+        return ""
+    return f"cordoned by {node.cordoned_by}" + (f": {node.cordon_reason}" if node.cordon_reason else "")
 
 
 def _avoidance(space: NodeSpace) -> str:
@@ -333,6 +302,8 @@ def stats(cluster: Cluster, now_ms: int, turns: int) -> Stats:
 def _nodes_by_state(cluster: Cluster) -> dict[str, int]:
     counts: dict[str, int] = {}
     for node in cluster.nodes.values():
+        if node.is_removed:
+            continue
         counts[node.state] = counts.get(node.state, 0) + 1
     return counts
 
@@ -364,4 +335,7 @@ def gauges(cluster: Cluster, turns: int) -> Gauges:
         requeued=totals.requeued,
         rejected=totals.rejected,
         turns=turns,
+        preempted=totals.preempted,
+        preempted_milli_ms=totals.preempted_milli_ms,
+        claims=len(cluster.claims),
     )

@@ -13,6 +13,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from gpuyard_daemon.health import Health
 from gpuyard_daemon.http.sources import Sources
 from gpuyard_daemon.measures import Histogram
 
@@ -48,6 +49,10 @@ class DaemonCollector(Collector):
         yield _counter("gpuyard_jobs_finished", "Jobs that ended", gauges.finished)
         yield _counter("gpuyard_jobs_started", "Attempts started", gauges.started)
         yield _counter("gpuyard_jobs_requeued", "Attempts that ended with the job waiting again", gauges.requeued)
+        yield _counter("gpuyard_jobs_preempted", "Attempts that gave way to another job", gauges.preempted)
+        lost = gauges.preempted_milli_ms / 1e6
+        yield _counter("gpuyard_preemption_lost_seconds", "What giving way cost, in card-seconds", lost)
+        yield _gauge("gpuyard_claims", "Jobs in line for which places are kept", gauges.claims)
         yield _counter("gpuyard_requests_rejected", "Requests that were refused", gauges.rejected)
         yield _counter("gpuyard_job_wait_seconds", "Waits from submission to first start", stats.wait_sum_ms / 1000)
 
@@ -92,6 +97,7 @@ class DaemonCollector(Collector):
         yield _gauge("gpuyard_loop_heartbeat_age_seconds", "Since the loop ran last", time.monotonic() - health.beat_at)
         yield _gauge("gpuyard_connected", "1 with a connection to NATS", health.is_connected())
         yield _gauge("gpuyard_leader_epoch", "Journal sequence of this daemon's claim", self._of.journal.epoch)
+        yield _gauge("gpuyard_standbys", "Daemons that stand by for this one", self._of.standbys())
 
     def _messages(self) -> Iterator[Metric]:
         of = self._of
@@ -129,6 +135,11 @@ class DaemonCollector(Collector):
         parts = levels.used_part.items()
         yield _by_label("gpuyard_stream_used_ratio", "Of the bytes each stream may hold", "stream", parts)
         yield _by_label("gpuyard_stream_messages", "Messages in each stream", "stream", levels.messages.items())
+        if levels.disk is not None:
+            yield _gauge("gpuyard_store_disk_used_ratio", "Of the NATS server's disk", levels.disk.used_part)
+            yield _gauge("gpuyard_store_disk_free_bytes", "On the NATS server's disk", levels.disk.free_bytes)
+        yield _gauge("gpuyard_alarms", "What a person should do something about", len(levels.alarms))
+        yield _gauge("gpuyard_submissions_closed", "1 while submissions are refused for want of room", levels.is_closed)
         reloader = self._of.reloader
         yield _counter("gpuyard_config_reload", "Times the configuration was read again", reloader.reloads)
         yield _counter("gpuyard_config_reload_failed", "Times it made no sense, and nothing changed", reloader.failed)
@@ -138,6 +149,22 @@ class DaemonCollector(Collector):
         yield _gauge(
             "gpuyard_history_through", "Journal sequence up to which the history is written", self._of.history.through
         )
+
+
+def standby_exposition(health: Health) -> bytes:
+    """The text of a scrape of a daemon that does not lead."""
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(_StandbyCollector(health))
+    return generate_latest(registry)
+
+
+class _StandbyCollector(Collector):
+    def __init__(self, health: Health) -> None:
+        self._health = health
+
+    def collect(self) -> Iterable[Metric]:
+        yield _gauge("gpuyard_standby", "1 while another daemon leads and this one stands by", 1)
+        yield _gauge("gpuyard_standby_behind", "Messages of the journal not applied yet", self._health.standby_behind)
 
 
 def exposition(sources: Sources) -> Callable[[], bytes]:

@@ -43,3 +43,5 @@ class Sources:
     history: History
     levels: StreamLevels
     reloader: Reloader
+    #: How many stand by for this daemon.
+    standbys: Callable[[], int]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
@@ -56,19 +57,25 @@ def line_chart(title: str, x_label: str, y_label: str, lines: Sequence[Line]) ->
 
 
 def draw_job_runs(runs: Sequence[JobsRun], folder: Path) -> list[Path]:
-    """Queue and allocation over time, distribution of completion times, each tenant's share; the files written."""
+    """Queue, allocation, fragmentation, completion times, and each policy's shares of tenants; the files written."""
     folder.mkdir(parents=True, exist_ok=True)
     queue = [Line(run.policy.name, [(t / 3600, waiting) for t, waiting, _ in run.timeline]) for run in runs]
     held = [
         Line(run.policy.name, [(t / 3600, 100 * busy / (run.nodes * run.per_node)) for t, _, busy in run.timeline])
         for run in runs
     ]
+    fragments = [_fragmentation(run) for run in runs]
     charts = {
         "queue.svg": line_chart("Jobs waiting", "hours", "jobs", queue),
         "allocation.svg": line_chart("GPUs held", "hours", "per cent", held),
+        "fragmentation.svg": line_chart(
+            "GPUs idle where a typical job cannot use them", "hours", "per cent", fragments
+        ),
         "jct.svg": line_chart("Job completion time", "hours", "per cent of jobs", [_distribution(run) for run in runs]),
-        "tenants.svg": line_chart("GPU hours a day by tenant", "days", "GPU hours", _tenant_lines(runs[0])),
     }
+    for run in runs:
+        title = f"GPUs held by tenants under {run.policy.name}"
+        charts[f"tenants-{run.policy.name}.svg"] = line_chart(title, "hours", "per cent", _tenant_lines(run))
     written = []
     for name, text in charts.items():
         path = folder / name
@@ -77,15 +84,39 @@ def draw_job_runs(runs: Sequence[JobsRun], folder: Path) -> list[Path]:
     return written
 
 
+def _fragmentation(run: JobsRun) -> Line:
+    """Idle GPUs that a job of the trace, drawn at random, could not use on their node: too few of them together."""
+    sizes = Counter(min(job.gpus, run.per_node) for job in run.jobs)
+    total = sum(sizes.values())
+    # Of so many free on one node: how many a random job finds of no use there.
+    lost = [
+        free * sum(count for gpus, count in sizes.items() if gpus > free) / total for free in range(run.per_node + 1)
+    ]
+    capacity = run.nodes * run.per_node
+    points = [
+        (at_s / 3600, 100 * sum(nodes * lost[free] for free, nodes in enumerate(levels)) / capacity)
+        for at_s, levels in run.free_samples
+    ]
+    return Line(run.policy.name, points)
+
+
 def _distribution(run: JobsRun) -> Line:
     times = sorted((job.finish_s - job.submit_s) / 3600 for job in run.jobs)
     return Line(run.policy.name, [(time, 100 * (at + 1) / len(times)) for at, time in enumerate(times)])
 
 
 def _tenant_lines(run: JobsRun) -> list[Line]:
-    days: dict[str, dict[int, float]] = {}
+    """Means over windows that leave about a hundred points."""
+    last_hour = max((hour for hour, _ in run.held), default=0)
+    window = max(1, last_hour // 100)
+    sums: dict[str, dict[int, float]] = {}
     for (hour, tenant), gpu_s in run.held.items():
-        by_day = days.setdefault(tenant, {})
-        by_day[hour // 24] = by_day.get(hour // 24, 0.0) + gpu_s / 3600
-    largest = sorted(days.items(), key=lambda item: (-sum(item[1].values()), item[0]))[: len(_COLORS)]
-    return [Line(tenant, sorted((float(day), hours) for day, hours in by_day.items())) for tenant, by_day in largest]
+        of_tenant = sums.setdefault(tenant, {})
+        of_tenant[hour // window] = of_tenant.get(hour // window, 0.0) + gpu_s
+    largest = sorted(sums.items(), key=lambda item: (-sum(item[1].values()), item[0]))[: len(_COLORS)]
+    part = 100 / (window * 3600.0 * run.nodes * run.per_node)
+    windows = range(last_hour // window + 1)
+    return [
+        Line(tenant, [(at * float(window), part * of_tenant.get(at, 0.0)) for at in windows])
+        for tenant, of_tenant in largest
+    ]

@@ -1,4 +1,4 @@
-"""`gpuyard simulate`: a trace through the simulated world under one or more policies, as it joins the CLI.
+"""`gpuyard simulate` and `gpuyard replay`, as they join the CLI: a trace, or a yard's own past, under other policies.
 
 Loaded with every `gpuyard` command, so it imports nothing that takes time; the command loads what it needs.
 """
@@ -15,6 +15,8 @@ import typer
 if TYPE_CHECKING:
     from gpuyard_daemon.sim.jobs_run import JobsRun
 
+#: Columns of names; the others hold numbers.
+_NAMES = ("policy", "run")
 _FORMATS = ("muri", "philly", "chronus", "gpuyard")
 _DURATIONS = ("known", "estimated", "unknown")
 
@@ -34,6 +36,7 @@ _Restart = Annotated[
 ]
 _Json = Annotated[bool, typer.Option("--json", help="One JSON object a line for each policy.")]
 _Plot = Annotated[Path | None, typer.Option("--plot", metavar="DIR", help="Write charts (SVG) there.")]
+_More = Annotated[bool, typer.Option("--more", help="Further figures: small jobs, restarts, allocation.")]
 _Folder = Annotated[
     str | None, typer.Option("--traces", metavar="DIR", help="Folder of traces (default: $GPUYARD_TRACES).")
 ]
@@ -41,6 +44,7 @@ _Folder = Annotated[
 
 def register(root: typer.Typer) -> None:
     root.command("simulate", rich_help_panel="Yard")(simulate)
+    root.command("replay", rich_help_panel="Yard")(replay)
 
 
 def simulate(
@@ -52,6 +56,7 @@ def simulate(
     durations: _Durations = "unknown",
     restart_s: _Restart = "30",
     as_json: _Json = False,
+    more: _More = False,
     plot: _Plot = None,
     traces: _Folder = None,
 ) -> None:
@@ -74,7 +79,7 @@ def simulate(
     except TraceError as problem:
         typer.echo(f"gpuyard simulate: {problem}", err=True)
         raise typer.Exit(2) from None
-    results = [jobs_result(run) for run in runs]
+    results = [jobs_result(run, more=more) for run in runs]
     if as_json:
         for result in results:
             typer.echo(json.dumps(result))
@@ -109,7 +114,72 @@ def _print_table(results: list[dict[str, object]]) -> None:
     table = Table()
     columns = list(results[0])
     for column in columns:
-        table.add_column(column.replace("_", " "), justify="left" if column == "policy" else "right")
+        table.add_column(column.replace("_", " "), justify="left" if column in _NAMES else "right")
     for result in results:
-        table.add_row(*[f"{result[column]:,}" if column != "policy" else str(result[column]) for column in columns])
+        table.add_row(*[f"{result[column]:,}" if column not in _NAMES else str(result[column]) for column in columns])
     Console().print(table)
+
+
+_Sources = Annotated[
+    list[Path] | None,
+    typer.Argument(
+        metavar="SOURCE",
+        help="State directory of a yard, its archive, or journal files (default: this machine's yard).",
+    ),
+]
+_Config = Annotated[
+    Path | None,
+    typer.Option("--config", metavar="FILE", help="A daemon's configuration: its [scheduler] and [tenants] decide."),
+]
+_Without = Annotated[
+    list[str] | None, typer.Option("--without", metavar="NODE", help="As if this node had never been there.")
+]
+_MoreNodes = Annotated[
+    list[str] | None, typer.Option("--more", metavar="NODE=N", help="As if there had been N more nodes like this one.")
+]
+_Orders = Annotated[
+    list[str] | None,
+    typer.Option("--policy", metavar="NAME", help="Also under this policy of `simulate` (jobs of whole cards only)."),
+]
+
+
+def replay(
+    source: _Sources = None,
+    config: _Config = None,
+    without: _Without = None,
+    more: _MoreNodes = None,
+    policy: _Orders = None,
+    as_json: _Json = False,
+) -> None:
+    """Live a real yard's journal again with other settings, quotas or hardware, and compare waits and allocation."""
+    from gpuyard_daemon.config import BadConfig, load
+    from gpuyard_daemon.sim.experiments import JOB_POLICIES
+    from gpuyard_daemon.sim.replaying import Changed, run_replay
+    from gpuyard_daemon.sim.trace_files import TraceError
+
+    for name in policy or ():
+        _one_of("--policy", name, JOB_POLICIES)
+    try:
+        loaded = load(config, {})
+        changed = Changed(
+            settings=loaded.scheduler,
+            policy=loaded.policy() if config is not None else None,
+            without=frozenset(without or ()),
+            more=dict([_counted(text) for text in more or ()]),
+        )
+        results = run_replay(source or [], changed, policy or [])
+    except (TraceError, BadConfig) as problem:
+        typer.echo(f"gpuyard replay: {problem}", err=True)
+        raise typer.Exit(2) from None
+    if as_json:
+        for result in results:
+            typer.echo(json.dumps(result))
+    else:
+        _print_table(results)
+
+
+def _counted(text: str) -> tuple[str, int]:
+    node, _, count = text.rpartition("=")
+    if not node or not count.isdigit():
+        raise typer.BadParameter(f"found {text!r}; expected NODE=N, such as node-1=2", param_hint="--more")
+    return node, int(count)

@@ -10,19 +10,23 @@ import statistics
 from collections.abc import Callable
 from pathlib import Path
 
-from gpuyard_daemon.core.scoring import round_rank
 from gpuyard_daemon.sim import ordering
+from gpuyard_daemon.sim.board_pods import BoardPods
 from gpuyard_daemon.sim.churn import Churn
-from gpuyard_daemon.sim.dynamic import Dynamic
-from gpuyard_daemon.sim.fill import MARKS, FillResult, fill
+from gpuyard_daemon.sim.core_jobs import CoreJobs
+from gpuyard_daemon.sim.core_pods import CorePods
+from gpuyard_daemon.sim.fill import MARKS, fill
 from gpuyard_daemon.sim.history import GittinsTable
 from gpuyard_daemon.sim.jobs_run import JobPolicy, JobsRun, RunJob
-from gpuyard_daemon.sim.measures import Measures, job_measures
-from gpuyard_daemon.sim.openb import Ask, HostShape, read_asks, read_hosts
-from gpuyard_daemon.sim.placing import PLACEMENT_POLICIES, mix_of, placement_policy, tie_order
+from gpuyard_daemon.sim.measures import Measures, further_measures, job_measures
+from gpuyard_daemon.sim.openb import HostShape, read_asks, read_hosts
+from gpuyard_daemon.sim.placing import PLACEMENT_POLICIES, placement_policy, tie_order
+from gpuyard_daemon.sim.pods import Pods
+from gpuyard_daemon.sim.tiresias import Tiresias
 from gpuyard_daemon.sim.trace_files import TraceError
 from gpuyard_daemon.sim.trace_jobs import TraceJob, model_restart_s, read_jobs
 from gpuyard_daemon.sim.typical import TypicalTasks
+from gpuyard_protocol.jobs import Preemption
 
 JOB_POLICIES = ("gpuyard", "fifo", "fifo-skip", "easy", "sjf", "srtf", "srsf", "tiresias", "gittins", "qssf")
 POLICIES = tuple(dict.fromkeys(JOB_POLICIES + PLACEMENT_POLICIES))
@@ -31,18 +35,22 @@ _ESTIMATE_SIGMA = 1.0
 _ESTIMATE_PART = 0.7
 
 
-def _hosts_for(policy: str, hosts: tuple[HostShape, ...]) -> tuple[HostShape, ...]:
-    return hosts if policy == "gpuyard" else tie_order(hosts)
+def pods_under(
+    policy: str, hosts: tuple[HostShape, ...], typical: TypicalTasks, seed: int, preemption: Preemption
+) -> Pods:
+    """Empty hosts under a policy. `preemption`: of all pods, for the one policy that takes any off."""
+    if policy == "gpuyard":
+        return CorePods(hosts, preemption)
+    return BoardPods(tie_order(hosts, seed), placement_policy(policy, typical, seed))
 
 
 def run_fill(nodes: Path, pods: Path, policy: str, seeds: int, seed_base: int = 0, batch: int = 1) -> Measures:
     hosts, asks = read_hosts(nodes), read_asks(pods)
-    typical, mix = TypicalTasks(asks), mix_of(asks)
-    results: list[FillResult] = []
-    for seed in range(seed_base, seed_base + seeds):
-        chosen = placement_policy(policy, typical, mix, seed)
-        rank = _rank if policy == "gpuyard" else None
-        results.append(fill(_hosts_for(policy, hosts), asks, chosen, seed, batch, typical, rank))
+    typical = TypicalTasks(asks)
+    results = [
+        fill(pods_under(policy, hosts, typical, seed, "never"), asks, seed, batch, typical)
+        for seed in range(seed_base, seed_base + seeds)
+    ]
     took = sorted(ns for result in results for ns in result.took_ns)
     means = [statistics.fmean(result.allocation[at] for result in results) for at in range(len(MARKS))]
     last = [result.allocation[-1] for result in results]
@@ -58,15 +66,10 @@ def run_fill(nodes: Path, pods: Path, policy: str, seeds: int, seed_base: int = 
     }
 
 
-def _rank(ask: Ask) -> tuple[int, ...]:
-    return (round_rank(ask.gpus),)
-
-
 def run_churn(nodes: Path, pods: Path, policy: str, load: float, seed: int = 0) -> Measures:
     hosts, asks = read_hosts(nodes), read_asks(pods)
     typical = TypicalTasks(asks)
-    chosen = placement_policy(policy, typical, mix_of(asks), seed)
-    result = Churn(_hosts_for(policy, hosts), asks, chosen, load, seed).run(typical)
+    result = Churn(pods_under(policy, hosts, typical, seed, "never"), asks, load, seed).run(typical)
     return {
         "policy": policy,
         "load": load,
@@ -88,7 +91,7 @@ def run_jobs(
         raise TraceError(f"{trace}: a job asks for {too_large.gpus} GPUs, the cluster has {nodes * gpus_per_node}")
     dice = random.Random(seed)
     run_jobs = [
-        RunJob(job, _restart_s(job, restart), _estimate_s(job, durations, dice)) for job in jobs
+        RunJob(job, _restart_s(job, restart), estimate_s(job, durations, dice)) for job in jobs
     ]  # fmt: skip
     run = JobsRun(run_jobs, nodes, gpus_per_node, job_policy(policy, run_jobs, nodes, gpus_per_node))
     run.go()
@@ -99,7 +102,7 @@ def _restart_s(job: TraceJob, restart: float | None) -> float:
     return model_restart_s(job.model, job.gpus) if restart is None else restart
 
 
-def _estimate_s(job: TraceJob, durations: str, dice: random.Random) -> float | None:
+def estimate_s(job: TraceJob, durations: str, dice: random.Random) -> float | None:
     if durations == "known":
         return job.service_s
     if durations == "estimated" and dice.random() < _ESTIMATE_PART:
@@ -111,7 +114,7 @@ def job_policy(name: str, jobs: list[RunJob], nodes: int, gpus_per_node: int) ->
     """A policy by name; `KeyError` for an unknown one."""
     match name:
         case "gpuyard":
-            return Dynamic(nodes, gpus_per_node)
+            return CoreJobs(nodes, gpus_per_node)
         case "fifo" | "fifo-skip":
             return ordering.fifo(skip=name == "fifo-skip")
         case "easy":
@@ -121,10 +124,11 @@ def job_policy(name: str, jobs: list[RunJob], nodes: int, gpus_per_node: int) ->
         case _:
             makers: dict[str, Callable[[], JobPolicy]] = {
                 "sjf": ordering.sjf, "qssf": ordering.qssf, "srtf": ordering.srtf, "srsf": ordering.srsf,
-                "tiresias": ordering.tiresias,
+                "tiresias": Tiresias,
             }  # fmt: skip
             return makers[name]()
 
 
-def jobs_result(run: JobsRun) -> Measures:
-    return job_measures(run)
+def jobs_result(run: JobsRun, *, more: bool = False) -> Measures:
+    """The figures that runs are compared by; `more`: further ones as well."""
+    return job_measures(run) | (further_measures(run) if more else {})

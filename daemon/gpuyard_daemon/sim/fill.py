@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import random
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import msgspec
 
-from gpuyard_daemon.sim.hosts import Board, PlacementPolicy
-from gpuyard_daemon.sim.openb import Ask, HostShape
+from gpuyard_daemon.sim.openb import Ask
+from gpuyard_daemon.sim.pods import Pods
 from gpuyard_daemon.sim.typical import TypicalTasks
 
 #: Arrived demand, in per cent of capacity, at which the allocation is read.
@@ -42,33 +41,17 @@ def arrivals(asks: Sequence[Ask], capacity_milli: int, seed: int) -> list[Ask]:
     return order
 
 
-def fill(
-    hosts: Sequence[HostShape],
-    asks: Sequence[Ask],
-    policy: PlacementPolicy,
-    seed: int,
-    batch: int = 1,
-    typical: TypicalTasks | None = None,
-    rank: Callable[[Ask], tuple[int, ...]] | None = None,
-) -> FillResult:
-    """Feed all arrivals; `batch` consecutive ones are one round, which places its members in the order of `rank`."""
-    board = Board(hosts, policy)
-    order = arrivals(asks, board.capacity_milli, seed)
+def fill(pods: Pods, asks: Sequence[Ask], seed: int, batch: int, typical: TypicalTasks) -> FillResult:
+    """Feed all arrivals; `batch` consecutive ones are one round."""
+    capacity = pods.capacity_milli
+    order = arrivals(asks, capacity, seed)
     allocation: list[float] = []
     took: list[int] = []
     demand = 0
     for begin in range(0, len(order), batch):
         together = order[begin : begin + batch]
-        if batch > 1 and rank is not None:
-            together.sort(key=rank)
-        for ask in together:
-            start = time.perf_counter_ns()
-            board.place(ask)
-            took.append(time.perf_counter_ns() - start)
-            demand += ask.total_milli
-        while len(allocation) < len(MARKS) and demand * 100 >= MARKS[len(allocation)] * board.capacity_milli:
-            allocation.append(100.0 * board.held_milli / board.capacity_milli)
-    measure = typical or TypicalTasks(asks)
-    unusable = sum(measure.of(host) for host in board.hosts)
-    fragmentation = 100.0 * unusable / board.capacity_milli
-    return FillResult(tuple(allocation), fragmentation, tuple(took))
+        took += pods.place_round(together)
+        demand += sum(ask.total_milli for ask in together)
+        while len(allocation) < len(MARKS) and demand * 100 >= MARKS[len(allocation)] * capacity:
+            allocation.append(100.0 * pods.held_milli / capacity)
+    return FillResult(tuple(allocation), 100.0 * pods.unusable_milli(typical) / capacity, tuple(took))

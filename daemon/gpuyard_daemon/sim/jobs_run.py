@@ -14,13 +14,17 @@ from gpuyard_daemon.sim.trace_jobs import TraceJob
 
 #: Ends and wake-ups this close are one moment.
 _MOMENT_S = 1e-6
+#: How often the free GPUs of nodes are looked at.
+_SAMPLE_S = 600.0
+#: Tenants' demand and what they got are compared over windows of this length.
+DAY_S = 86_400.0
 
 
 class RunJob:
     """One job in simulated time."""
 
     __slots__ = (
-        "attained_s", "estimate_s", "finish_s", "first_start_s", "generation", "gpus", "number", "overhead_s",
+        "attained_s", "estimate_s", "finish_s", "first_start_s", "generation", "gpus", "held_s", "number", "overhead_s",
         "places", "restart_cost_s", "runs", "service_s", "since_s", "starts", "submit_s", "tenant",
     )  # fmt: skip
 
@@ -35,6 +39,8 @@ class RunJob:
         self.restart_cost_s = restart_cost_s
         #: Useful run time until `since_s`.
         self.attained_s = 0.0
+        #: Time on its GPUs until `since_s`, useful or not.
+        self.held_s = 0.0
         #: Without progress yet to come at `since_s`, while running.
         self.overhead_s = 0.0
         self.since_s = 0.0
@@ -51,6 +57,10 @@ class RunJob:
         if not self.runs:
             return self.attained_s
         return self.attained_s + max(0.0, now_s - self.since_s - self.overhead_s)
+
+    def held_at(self, now_s: float) -> float:
+        """Time on its GPUs so far."""
+        return self.held_s + (now_s - self.since_s if self.runs else 0.0)
 
     def remaining_at(self, now_s: float) -> float:
         return self.service_s - self.attained_at(now_s)
@@ -73,6 +83,10 @@ class JobPolicy(Protocol):
         """When to be asked again though nothing happens."""
         ...
 
+    def free_levels(self, run: JobsRun) -> Sequence[int]:
+        """How many nodes have 0, 1, 2, … GPUs free, now that it has decided."""
+        ...
+
 
 class JobsRun:
     """One trace under one policy."""
@@ -88,8 +102,12 @@ class JobsRun:
         self.overhead_gpu_s = 0.0
         #: (hour, tenant) -> GPU-seconds held; what each tenant got when.
         self.held: dict[tuple[int, str], float] = {}
+        #: By day: GPU-seconds that each tenant could have used, had it had the cluster for itself.
+        self.wanted: list[dict[str, float]] = []
         #: (time, jobs waiting, GPUs held), one entry a moment.
         self.timeline: list[tuple[float, int, int]] = []
+        #: (time, how many nodes have 0, 1, 2, … GPUs free), now and then.
+        self.free_samples: list[tuple[float, tuple[int, ...]]] = []
         self._ends: list[tuple[float, int, int]] = []
         self._arrived = 0
         self._done = 0
@@ -122,6 +140,7 @@ class JobsRun:
         if job.tenant:
             self._book_held(job, job.since_s, self.now_s)
         job.attained_s = job.attained_at(self.now_s)
+        job.held_s += passed
         job.since_s = self.now_s
 
     def _book_held(self, job: RunJob, from_s: float, to_s: float) -> None:
@@ -132,10 +151,26 @@ class JobsRun:
             self.held[key] = self.held.get(key, 0.0) + job.gpus * (border_s - from_s)
             from_s, hour = border_s, hour + 1
 
+    def _begin_day(self) -> None:
+        """Nothing happened since the last moment, so what each job still needed at midnight can be told now."""
+        midnight_s = len(self.wanted) * DAY_S
+        self.wanted.append({})
+        for job in self.jobs[: self._arrived]:
+            if job.finish_s < 0:
+                self._want(job, midnight_s)
+
+    def _want(self, job: RunJob, from_s: float) -> None:
+        """Enter what a job could use of the day, from then on."""
+        usable_s = min(job.remaining_at(from_s), len(self.wanted) * DAY_S - from_s)
+        day = self.wanted[-1]
+        day[job.tenant] = day.get(job.tenant, 0.0) + job.gpus * max(0.0, usable_s)
+
     def go(self) -> None:
         jobs, ends, policy = self.jobs, self._ends, self.policy
         while self._done < len(jobs):
             self.now_s = self._next_moment()
+            while len(self.wanted) * DAY_S <= self.now_s:
+                self._begin_day()
             limit_s = self.now_s + _MOMENT_S
             while ends and ends[0][0] <= limit_s:
                 _, number, generation = heapq.heappop(ends)
@@ -143,10 +178,13 @@ class JobsRun:
                 if job.runs and job.generation == generation:
                     self._end(job)
             while self._arrived < len(jobs) and jobs[self._arrived].submit_s <= limit_s:
+                self._want(jobs[self._arrived], jobs[self._arrived].submit_s)
                 policy.arrived(self, jobs[self._arrived])
                 self._arrived += 1
             policy.decide(self)
             self.timeline.append((self.now_s, self._arrived - self._done - len(self.running), self._busy))
+            if not self.free_samples or self.now_s - self.free_samples[-1][0] >= _SAMPLE_S:
+                self.free_samples.append((self.now_s, tuple(policy.free_levels(self))))
 
     def _next_moment(self) -> float:
         jobs, ends = self.jobs, self._ends

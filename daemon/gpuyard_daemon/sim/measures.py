@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import TypeAlias
 
-from gpuyard_daemon.sim.jobs_run import JobsRun
+from gpuyard_daemon.sim.jobs_run import DAY_S, JobsRun, RunJob
 
 Measures: TypeAlias = dict[str, object]
 
@@ -25,10 +26,9 @@ def job_measures(run: JobsRun) -> Measures:
     jobs = run.jobs
     count = len(jobs)
     completion = sorted(job.finish_s - job.submit_s for job in jobs)
-    waits = sorted(job.first_start_s - job.submit_s for job in jobs)
+    waits = _first_waits(jobs)
     queued = sum(job.finish_s - job.submit_s - job.service_s for job in jobs)
     slowdown = max((job.finish_s - job.submit_s) / max(10.0, job.service_s) for job in jobs)
-    useful = sum(job.gpus * job.service_s for job in jobs)
     return {
         "policy": run.policy.name,
         "jobs": count,
@@ -41,29 +41,57 @@ def job_measures(run: JobsRun) -> Measures:
         "first_start_p99_s": round(percentile(waits, 0.99), 1),
         "worst_slowdown": round(slowdown, 1),
         "jain_24h": round(jain_24h(run), 4),
-        "restart_pct": round(100 * run.overhead_gpu_s / useful, 3),
     }
 
 
+#: Jobs up to this many GPUs count as small in the first-start wait of small jobs.
+SMALL_GPUS = 8
+
+
+def further_measures(run: JobsRun) -> Measures:
+    """What is worth a look besides: waits of small jobs, work lost to restarts, how full it was."""
+    jobs = run.jobs
+    small = _first_waits([job for job in jobs if job.gpus <= SMALL_GPUS])
+    useful = sum(job.gpus * job.service_s for job in jobs)
+    held = useful + run.overhead_gpu_s
+    makespan_s = max(job.finish_s for job in jobs) - jobs[0].submit_s
+    return {
+        "first_start_p99_small_s": round(percentile(small, 0.99), 1) if small else 0.0,
+        "first_start_max_s": round(max(job.first_start_s - job.submit_s for job in jobs), 1),
+        "restart_pct": round(100 * run.overhead_gpu_s / useful, 3),
+        "allocation_pct": round(100 * held / (makespan_s * run.nodes * run.per_node), 2),
+        "tenants": len({job.tenant for job in jobs}),
+    }
+
+
+def _first_waits(jobs: Sequence[RunJob]) -> list[float]:
+    return sorted(job.first_start_s - job.submit_s for job in jobs)
+
+
 def jain_24h(run: JobsRun) -> float:
-    """Mean over days of Jain's index of the GPU time each tenant got over what it asked for that day (at most 1)."""
+    """Mean over days of Jain's index of what tenants got over what they were entitled to.
+
+    A tenant is entitled to what it could use that day (its jobs in the system, at most all the time on all their GPUs)
+    as far as an equal division of the cluster gives it that: who wants little gets all of it, the rest is divided among
+    those who want more. Beyond its entitlement nothing counts. Days after the last submission are left out.
+    """
     got: dict[int, dict[str, float]] = defaultdict(lambda: defaultdict(float))
     for (hour, tenant), gpu_s in run.held.items():
-        got[hour // 24][tenant] += gpu_s
-    asked: dict[str, list[tuple[float, float]]] = defaultdict(list)
-    for job in run.jobs:
-        asked[job.tenant].append((job.submit_s, job.gpus * job.service_s))
+        got[int(hour * 3600 // DAY_S)][tenant] += gpu_s
+    capacity = run.nodes * run.per_node * DAY_S
     indices = []
-    last_day = int(run.jobs[-1].submit_s // 86_400)
-    before: dict[str, float] = defaultdict(float)
-    for day in range(last_day + 1):
-        shares = []
-        for tenant, work in asked.items():
-            arrived = sum(gpu_s for submit_s, gpu_s in work if submit_s < (day + 1) * 86_400)
-            demand = min(arrived - before[tenant], run.nodes * run.per_node * 86_400.0)
-            if demand > 0:
-                shares.append(min(1.0, got[day][tenant] / demand))
-            before[tenant] += got[day][tenant]
-        if len(shares) > 1:
-            indices.append(jain(shares))
+    for day, wanted in enumerate(run.wanted[: int(run.jobs[-1].submit_s // DAY_S) + 1]):
+        due = entitlements({tenant: want for tenant, want in wanted.items() if want > 0}, capacity)
+        if len(due) > 1:
+            indices.append(jain([min(1.0, got[day][tenant] / share) for tenant, share in due.items()]))
     return sum(indices) / len(indices) if indices else 1.0
+
+
+def entitlements(wanted: dict[str, float], capacity: float) -> dict[str, float]:
+    """Divide equally: nobody gets more than it wants, and what that leaves over goes to the others."""
+    due: dict[str, float] = {}
+    left = capacity
+    for number, (tenant, want) in enumerate(sorted(wanted.items(), key=lambda item: (item[1], item[0]))):
+        due[tenant] = min(want, left / (len(wanted) - number))
+        left -= due[tenant]
+    return due

@@ -1,4 +1,4 @@
-"""Orders of jobs to compare with: FIFO, EASY, SJF, QSSF without preemption; SRTF, SRSF, Tiresias, Gittins with it.
+"""Orders of jobs to compare with: FIFO, EASY, SJF, QSSF without preemption; SRTF, SRSF, Gittins with it.
 
 The preempting ones pack the cluster anew at each event, in their order, whoever fits; a job that runs before and after
 pays nothing even if it moved. That favours them: moving is free here and not in life.
@@ -9,7 +9,8 @@ from __future__ import annotations
 import heapq
 import math
 from bisect import bisect_left, insort
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import groupby
 from typing import TypeAlias
 
 from gpuyard_daemon.sim.gang_nodes import GangNodes
@@ -72,6 +73,9 @@ class Unpreempted:
     def wake_s(self, run: JobsRun) -> float | None:
         return None
 
+    def free_levels(self, run: JobsRun) -> Sequence[int]:
+        return self.nodes(run).at
+
     def decide(self, run: JobsRun) -> None:
         nodes, queues = self.nodes(run), self._queues
         heads = queues.heads()
@@ -106,6 +110,7 @@ class Repacked:
         self._queues = SizeQueues()
         #: Rank under which each waiting job is queued.
         self._queued: dict[int, float] = {}
+        self._free_levels: Sequence[int] = ()
 
     def arrived(self, run: JobsRun, job: RunJob) -> None:
         self._queue(job, run.now_s)
@@ -125,6 +130,22 @@ class Repacked:
         return min((step for step in steps if step is not None), default=None)
 
     def decide(self, run: JobsRun) -> None:
+        stopped, started = self.pack(run)
+        for job in stopped:
+            run.stop(job)
+            self._queue(job, run.now_s)
+        for job in started:
+            self.take_out(job)
+            run.start(job)
+
+    def take_out(self, job: RunJob) -> None:
+        self._queues.remove(job, self._queued.pop(job.number))
+
+    def free_levels(self, run: JobsRun) -> Sequence[int]:
+        return self._free_levels
+
+    def pack(self, run: JobsRun) -> tuple[list[RunJob], list[RunJob]]:
+        """Who has to stop and who starts, each in order of rank, if whoever fits gets its place in that order."""
         nodes = GangNodes(run.nodes, run.per_node)
         now_s, queues = run.now_s, self._queues
         running = sorted([(self._rank(job, now_s), job.number, job.gpus, -1) for job in run.running.values()])
@@ -149,12 +170,8 @@ class Repacked:
             following = queues.after(gpus, position)
             if following is not None:
                 heapq.heappush(heads, following)
-        for job in [job for job in run.running.values() if job.number not in kept]:
-            run.stop(job)
-            self._queue(job, now_s)
-        for job in started:
-            queues.remove(job, self._queued.pop(job.number))
-            run.start(job)
+        self._free_levels = nodes.at
+        return [run.jobs[number] for _, number, _, _ in running if number not in kept], started
 
 
 def fifo(*, skip: bool) -> Unpreempted:
@@ -181,30 +198,6 @@ def srtf() -> Repacked:
 
 def srsf() -> Repacked:
     return Repacked("srsf", lambda job, now_s: max(0.0, _told_s(job) - job.attained_at(now_s)) * job.gpus)
-
-
-#: Borders between Tiresias's queues, in GPU-seconds attained.
-TIRESIAS_BORDERS = (3250.0, 7200.0)
-
-
-def tiresias() -> Repacked:
-    """Three queues by GPU time attained; inside, whoever runs goes on, the others first come first served."""
-
-    def queue(job: RunJob, now_s: float) -> int:
-        attained = job.attained_at(now_s) * job.gpus + 1e-6
-        return sum(1 for border in TIRESIAS_BORDERS if attained >= border)
-
-    def rank(job: RunJob, now_s: float) -> float:
-        return queue(job, now_s) * 1e12 + (0.0 if job.runs else 5e11) + job.submit_s
-
-    def step_s(job: RunJob, now_s: float) -> float | None:
-        at = queue(job, now_s)
-        if at == len(TIRESIAS_BORDERS):
-            return None
-        missing_s = TIRESIAS_BORDERS[at] / job.gpus - job.attained_s
-        return job.since_s + job.overhead_s + missing_s
-
-    return Repacked("tiresias", rank, step_s)
 
 
 def gittins(table: GittinsTable) -> Repacked:
@@ -269,12 +262,14 @@ class Easy(Unpreempted):
     def _reserve(self, run: JobsRun, head: RunJob) -> tuple[float, GangNodes]:
         """When the head can start by the walltimes, and what is free then beside it."""
         later = _copy(self.nodes(run))
-        for number in sorted(run.running, key=lambda number: (self._until_s[number], number)):
-            later.give(run.jobs[number].places)
+        by_end = groupby(sorted(run.running, key=self._until_s.__getitem__), key=self._until_s.__getitem__)
+        for until_s, numbers in by_end:
+            for number in numbers:
+                later.give(run.jobs[number].places)
             places = later.find(head.gpus)
             if places is not None:
                 later.take(places)
-                return self._until_s[number], later
+                return until_s, later
         return float("inf"), later
 
 

@@ -25,12 +25,56 @@ from gpuyard_protocol.names import NodeId, Tenant, User
 from gpuyard_protocol.subjects import stream_name
 
 
+class Rights(NamedTuple):
+    """What one key may do."""
+
+    key: str
+    publish: Sequence[str]
+    subscribe: Sequence[str]
+    denied: Sequence[str] = ()
+
+
+class Export(NamedTuple):
+    """What an account lets others import: all of them with their own name as the subject's second token, or `to`."""
+
+    kind: str
+    subject: str
+    #: "": whoever is named by the subject's second token.
+    to: str = ""
+
+
+class Import(NamedTuple):
+    kind: str
+    account: str
+    subject: str
+
+
+class Account(NamedTuple):
+    name: str
+    users: Sequence[Rights]
+    exports: Sequence[Export] = ()
+    imports: Sequence[Import] = ()
+    has_jetstream: bool = False
+
+
 class TlsFiles(NamedTuple):
     """PEM files. The server shows `cert`; whoever trusts `ca` believes it."""
 
     ca: Path
     cert: Path
     key: Path
+
+
+class Peer(NamedTuple):
+    """One server of a cluster. All of them have the same accounts."""
+
+    #: Of the cluster; and of this server, unlike any other's in it.
+    cluster: str
+    name: str
+    #: HOST:PORT where the other servers reach it.
+    listen: str
+    #: The other servers' addresses of that kind.
+    routes: tuple[str, ...]
 
 
 class ServerSettings(NamedTuple):
@@ -46,11 +90,17 @@ class ServerSettings(NamedTuple):
     port: int = 4222
     #: None: in the clear, which only a loopback address may be.
     tls: TlsFiles | None = None
+    #: None: the server stands alone.
+    peer: Peer | None = None
+    #: Accounts and keys are told to the server by signed tokens (`operator_mode`), not in its configuration.
+    by_tokens: bool = False
 
 
 #: Inbox prefixes, one per role, so that nobody reads another's answers.
 DAEMON_INBOX = "_INBOX_D"
 API_INBOX = "_INBOX_API"
+#: Appended to, to see whether the store takes anything (`store_watch`).
+PROBE = "probe.store"
 
 
 def operator_inbox(name: User) -> str:
@@ -71,6 +121,10 @@ def user_inbox(user: User) -> str:
 
 def server_config(settings: ServerSettings, keys: YardKeys) -> str:
     """The whole configuration file."""
+    if settings.by_tokens:
+        from gpuyard_daemon.yard.operator_mode import operator_section
+
+        return "\n".join((_server_section(settings), operator_section(settings, keys), ""))
     return "\n".join((_server_section(settings), _accounts_section(settings.yard, keys), "system_account: SYS", ""))
 
 
@@ -80,8 +134,9 @@ def _server_section(settings: ServerSettings) -> str:
     return f"""\
 # Written by gpuyard whenever a key is added or removed; changes made by hand are lost.
 listen: {_quoted(f"{settings.host}:{settings.port}")}
-server_name: {_quoted(f"gpuyard-{settings.yard}")}
+server_name: {_quoted(settings.peer.name if settings.peer else f"gpuyard-{settings.yard}")}
 log_file: {_quoted(str(log))}
+pid_file: {_quoted(str(settings.directory / "nats.pid"))}
 logfile_size_limit: 16MB
 logfile_max_num: 3
 # A journal record is at most 8 MiB, bounded by the turn that makes it.
@@ -100,7 +155,7 @@ jetstream {{
 }}
 # The client reads acknowledgement subjects of the first form.
 feature_flags {{ js_ack_fc_v2: false }}
-{_tls_section(settings.tls)}"""
+{_tls_section(settings.tls)}{_cluster_section(settings)}"""
 
 
 def _tls_section(tls: TlsFiles | None) -> str:
@@ -117,33 +172,68 @@ tls {{
 """
 
 
+def _cluster_section(settings: ServerSettings) -> str:
+    """Servers trust each other by the yard's certificate authority: each shows its certificate to the other."""
+    peer = settings.peer
+    if peer is None:
+        return ""
+    scheme = "nats-route" if settings.tls is None else "tls"
+    routes = ", ".join(_quoted(f"{scheme}://{route}") for route in peer.routes)
+    tls = ""
+    if settings.tls is not None:
+        tls = f"""
+  tls {{
+    cert_file: {_quoted(str(settings.tls.cert))}
+    key_file: {_quoted(str(settings.tls.key))}
+    ca_file: {_quoted(str(settings.tls.ca))}
+    verify: true
+    min_version: "1.2"
+    timeout: 5
+  }}"""
+    return f"""\
+cluster {{
+  name: {_quoted(peer.cluster)}
+  listen: {_quoted(peer.listen)}
+  routes: [ {routes} ]{tls}
+}}
+"""
+
+
 def _accounts_section(yard: str, keys: YardKeys) -> str:
+    return "accounts {\n" + "\n".join(_text(account) for account in layout(yard, keys)) + "\n}"
+
+
+def layout(yard: str, keys: YardKeys) -> list[Account]:
+    """Every account, whichever way the server is told of them."""
     roles = keys.public_roles()
     tenants = keys.public_tenants()
-    accounts = [
+    return [
         _scheduler_account(yard, roles, keys),
         _agents_account(keys.public_nodes()),
         _join_account(keys.tokens.admitted()),
         *(_tenant_account(tenant, users) for tenant, users in tenants.items()),
-        _account("SYS", [_user(roles["sys"], ["$SYS.REQ.>"], [f"{DAEMON_INBOX}.>", "$SYS.ACCOUNT.*.*"])]),
+        Account("SYS", [Rights(roles["sys"], ["$SYS.REQ.>"], [f"{DAEMON_INBOX}.>", "$SYS.ACCOUNT.*.*"])]),
     ]
-    return "accounts {\n" + "\n".join(accounts) + "\n}"
 
 
-def _scheduler_account(yard: str, roles: dict[str, str], keys: YardKeys) -> str:
+def _scheduler_account(yard: str, roles: dict[str, str], keys: YardKeys) -> Account:
     events = stream_name("EVT", yard)
     audit = audit_stream(yard).name
     users = [
-        _user(
+        Rights(
             roles["daemon"],
-            ["jrn.>", "evt.>", AUDIT_DAEMON, "cmd.*", "$JS.API.>", "$JS.ACK.>", "$O.SNAP.>"],
-            [f"{DAEMON_INBOX}.>", "hb.*", "tel.>", "load.>", "jrn.leader", "$JS.EVENT.ADVISORY.>"],
+            # `lead`: daemons ask and answer each other; the answers go to inboxes of their own key.
+            [
+                *("jrn.>", "evt.>", AUDIT_DAEMON, "cmd.*", "$JS.API.>", "$JS.ACK.>", "$O.SNAP.>"),
+                *("lead.*", f"{DAEMON_INBOX}.>", PROBE),
+            ],
+            [f"{DAEMON_INBOX}.>", "hb.*", "tel.>", "load.>", "jrn.leader", "lead.*", "$JS.EVENT.ADVISORY.>"],
             # The stream itself refuses to give up a message; it must not vanish as a whole either.
             denied=[f"$JS.API.STREAM.DELETE.{audit}"],
         ),
         # Answers tenants (`_R_` is the server's own prefix for answers across accounts) and operators, who live in this
         # account. An explicit list, because `allow_responses` would let a reply subject chosen by a tenant pass.
-        _user(
+        Rights(
             roles["api"],
             [
                 "_R_.>",
@@ -160,34 +250,34 @@ def _scheduler_account(yard: str, roles: dict[str, str], keys: YardKeys) -> str:
         *(_overseer(name, key, READING_VERBS) for name, key in keys.public_viewers().items()),
     ]
     exports = [
-        '{ service: "sub.*.>", account_token_position: 2 }',
-        '{ service: "q.*.>", account_token_position: 2 }',
-        '{ service: "load.*.>", account_token_position: 2 }',
-        '{ stream: "evt.*.>", account_token_position: 2 }',
-        '{ service: "rep.>", accounts: [ AGENTS ] }',
-        '{ service: "join.*", accounts: [ JOIN ] }',
+        Export("service", "sub.*.>"),
+        Export("service", "q.*.>"),
+        Export("service", "load.*.>"),
+        Export("stream", "evt.*.>"),
+        Export("service", "rep.>", "AGENTS"),
+        Export("service", "join.*", "JOIN"),
     ]
     imports = [
-        _imported("service", "AGENTS", "cmd.*"),
-        _imported("stream", "AGENTS", "hb.*"),
-        _imported("stream", "AGENTS", "tel.>"),
+        Import("service", "AGENTS", "cmd.*"),
+        Import("stream", "AGENTS", "hb.*"),
+        Import("stream", "AGENTS", "tel.>"),
     ]
-    return _account("SCHED", users, exports, imports, has_jetstream=True)
+    return Account("SCHED", users, exports, imports, has_jetstream=True)
 
 
-def _overseer(name: User, key: str, verbs: Iterable[str]) -> str:
-    return _user(key, [f"adm.{name}.{verb}" for verb in verbs], [f"{operator_inbox(name)}.>", "evt.>"])
+def _overseer(name: User, key: str, verbs: Iterable[str]) -> Rights:
+    return Rights(key, [f"adm.{name}.{verb}" for verb in verbs], [f"{operator_inbox(name)}.>", "evt.>"])
 
 
-def _join_account(tokens: dict[NodeId, str]) -> str:
+def _join_account(tokens: dict[NodeId, str]) -> Account:
     """Hosts with a one-time token, each of which may ask for one thing: to be let in under the token's name."""
-    users = [_user(key, [f"join.{node}"], [f"{join_inbox(node)}.>"]) for node, key in tokens.items()]
-    return _account("JOIN", users, [], [_imported("service", "SCHED", "join.*")])
+    users = [Rights(key, [f"join.{node}"], [f"{join_inbox(node)}.>"]) for node, key in tokens.items()]
+    return Account("JOIN", users, [], [Import("service", "SCHED", "join.*")])
 
 
-def _agents_account(nodes: dict[NodeId, str]) -> str:
+def _agents_account(nodes: dict[NodeId, str]) -> Account:
     users = [
-        _user(
+        Rights(
             key,
             # `who`: whether another agent lives under this name, asked and answered under the one key.
             [
@@ -199,17 +289,17 @@ def _agents_account(nodes: dict[NodeId, str]) -> str:
         for node, key in nodes.items()
     ]
     exports = [
-        '{ service: "cmd.*", accounts: [ SCHED ] }',
-        '{ stream: "hb.*", accounts: [ SCHED ] }',
-        '{ stream: "tel.>", accounts: [ SCHED ] }',
-        '{ stream: "log.*.>", account_token_position: 2 }',
+        Export("service", "cmd.*", "SCHED"),
+        Export("stream", "hb.*", "SCHED"),
+        Export("stream", "tel.>", "SCHED"),
+        Export("stream", "log.*.>"),
     ]
-    return _account("AGENTS", users, exports, [_imported("service", "SCHED", "rep.>")])
+    return Account("AGENTS", users, exports, [Import("service", "SCHED", "rep.>")])
 
 
-def _tenant_account(tenant: Tenant, users: dict[User, str]) -> str:
+def _tenant_account(tenant: Tenant, users: dict[User, str]) -> Account:
     members = [
-        _user(
+        Rights(
             key,
             [f"sub.{tenant}.{user}.>", f"q.{tenant}.{user}.>", f"load.{tenant}.>"],
             [f"{user_inbox(user)}.>", f"evt.{tenant}.>", f"log.{tenant}.>"],
@@ -217,26 +307,26 @@ def _tenant_account(tenant: Tenant, users: dict[User, str]) -> str:
         for user, key in users.items()
     ]
     imports = [
-        _imported("service", "SCHED", f"sub.{tenant}.>"),
-        _imported("service", "SCHED", f"q.{tenant}.>"),
-        _imported("service", "SCHED", f"load.{tenant}.>"),
-        _imported("stream", "SCHED", f"evt.{tenant}.>"),
-        _imported("stream", "AGENTS", f"log.{tenant}.>"),
+        Import("service", "SCHED", f"sub.{tenant}.>"),
+        Import("service", "SCHED", f"q.{tenant}.>"),
+        Import("service", "SCHED", f"load.{tenant}.>"),
+        Import("stream", "SCHED", f"evt.{tenant}.>"),
+        Import("stream", "AGENTS", f"log.{tenant}.>"),
     ]
-    return _account(tenant, members, [], imports)
+    return Account(tenant, members, [], imports)
 
 
-def _account(
-    name: str,
-    users: Sequence[str],
-    exports: Sequence[str] = (),
-    imports: Sequence[str] = (),
-    *,
-    has_jetstream: bool = False,
-) -> str:
-    lines = [f"  {_quoted(name)}: {{"]
-    if has_jetstream:
+def _text(account: Account) -> str:
+    """An account as the configuration has it."""
+    lines = [f"  {_quoted(account.name)}: {{"]
+    if account.has_jetstream:
         lines.append("    jetstream: enabled")
+    users = [_user_text(user) for user in account.users]
+    exports = [
+        f"{{ {kind}: {_quoted(subject)}, {f'accounts: [ {to} ]' if to else 'account_token_position: 2'} }}"
+        for kind, subject, to in account.exports
+    ]
+    imports = [f"{{ {kind}: {{ account: {of}, subject: {_quoted(it)} }} }}" for kind, of, it in account.imports]
     for title, entries in (("users", users), ("exports", exports), ("imports", imports)):
         if entries:
             lines.append(f"    {title}: [")
@@ -246,13 +336,12 @@ def _account(
     return "\n".join(lines)
 
 
-def _user(public_key: str, publish: Iterable[str], subscribe: Iterable[str], *, denied: Sequence[str] = ()) -> str:
-    published = f"{{ allow: {_list(publish)}, deny: {_list(denied)} }}" if denied else _list(publish)
-    return f"{{ nkey: {_quoted(public_key)}, permissions: {{ publish: {published}, subscribe: {_list(subscribe)} }} }}"
-
-
-def _imported(kind: str, account: str, subject: str) -> str:
-    return f"{{ {kind}: {{ account: {account}, subject: {_quoted(subject)} }} }}"
+def _user_text(user: Rights) -> str:
+    allowed = _list(user.publish)
+    published = f"{{ allow: {allowed}, deny: {_list(user.denied)} }}" if user.denied else allowed
+    return (
+        f"{{ nkey: {_quoted(user.key)}, permissions: {{ publish: {published}, subscribe: {_list(user.subscribe)} }} }}"
+    )
 
 
 def _list(subjects: Iterable[str]) -> str:

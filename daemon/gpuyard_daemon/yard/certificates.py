@@ -3,8 +3,9 @@
     tls/ca.pem  tls/ca.key  tls/server.pem  tls/server.key  tls/server.json (the names it was made for)
 
 Made with the `openssl` program (docs/decisions/0006): it happens once in a yard's life and again when a name changes
-or the certificate nears its end. The authority signs nothing but this server; users and nodes get `ca.pem` with their
-keys, and trust it for this yard alone. Clients need no certificate: they prove who they are with their nkeys.
+or the certificate nears its end. The authority signs this server, and nodes' HTTP endpoints where they are wanted
+beyond loopback (`node-NAME.pem`, `.key`), and nothing else; users and nodes get `ca.pem` with their keys, and trust it
+for this yard alone. Clients need no certificate: they prove who they are with their nkeys.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ _SERVER_SECTION = """\
 distinguished_name = name
 prompt = no
 [name]
-CN = gpuyard {yard} nats
+CN = {bearer}
 [extensions]
 basicConstraints = critical, CA:FALSE
 keyUsage = critical, digitalSignature
@@ -65,8 +66,18 @@ def ensure_certificates(state: Path, yard: str, names: Sequence[str]) -> TlsFile
     if not files.ca.exists():
         _make_authority(directory, yard)
     if not _still_good(files, wanted):
-        _make_server_certificate(directory, yard, wanted)
+        _make_server_certificate(directory, "server", f"gpuyard {yard} nats", wanted)
     return files
+
+
+def make_node_certificate(state: Path, node: str, names: Sequence[str]) -> tuple[Path, Path]:
+    """Certificate and key for a node's own HTTP endpoint, from the yard's authority; made anew each time."""
+    authority = tls_files(state).ca
+    if not authority.exists():
+        raise ConfigurationError(f"there is no authority at {authority}: `gpuyard init --listen` makes the yard's")
+    wanted = sorted({"localhost", "127.0.0.1", "::1", *names})
+    _make_server_certificate(authority.parent, f"node-{node}", f"gpuyard node {node}", wanted)
+    return authority.parent / f"node-{node}.pem", authority.parent / f"node-{node}.key"
 
 
 def _still_good(files: TlsFiles, names: list[str]) -> bool:
@@ -92,13 +103,13 @@ def _make_authority(directory: Path, yard: str) -> None:
         cert.replace(directory / "ca.pem")
 
 
-def _make_server_certificate(directory: Path, yard: str, names: list[str]) -> None:
+def _make_server_certificate(directory: Path, stem: str, bearer: str, names: list[str]) -> None:
     alternatives = ", ".join(f"{'IP' if _is_address(name) else 'DNS'}:{name}" for name in names)
     with tempfile.TemporaryDirectory(dir=directory) as place:
         section, key, asked, cert = (
             Path(place) / name for name in ("server.cnf", "server.key", "server.csr", "server.pem")
         )
-        section.write_text(_SERVER_SECTION.format(yard=yard, names=alternatives))
+        section.write_text(_SERVER_SECTION.format(bearer=bearer, names=alternatives))
         request = ("openssl", "req", "-new", "-config", str(section), *_NEW_KEY)
         _must(*request, "-keyout", str(key), "-out", str(asked))
         sign: tuple[str, ...] = ("openssl", "x509", "-req", "-in", str(asked), "-days", str(SERVER_DAYS))
@@ -108,10 +119,10 @@ def _make_server_certificate(directory: Path, yard: str, names: list[str]) -> No
         key.chmod(0o600)
         cert.chmod(0o644)
         # The names last: without them the next call makes both files again.
-        (directory / "server.json").unlink(missing_ok=True)
-        key.replace(directory / "server.key")
-        cert.replace(directory / "server.pem")
-    (directory / "server.json").write_bytes(msgspec.json.encode(names))
+        (directory / f"{stem}.json").unlink(missing_ok=True)
+        key.replace(directory / f"{stem}.key")
+        cert.replace(directory / f"{stem}.pem")
+    (directory / f"{stem}.json").write_bytes(msgspec.json.encode(names))
 
 
 def _is_address(name: str) -> bool:

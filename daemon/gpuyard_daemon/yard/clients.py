@@ -39,8 +39,9 @@ def write_client(state: Path, server: Server, tenant: Tenant, user: User, keys: 
         _write(directory / CA, tls.ca.read_text())
     seed = keys.user(tenant, user)
     if seed.exists():
+        key = Path(server.key_file(seed)).read_text()
         for copy in {directory, *_copies(state, tenant, user)}:
-            _write(copy / SEED, seed.read_text())
+            _write(copy / SEED, key)
     else:
         (directory / SEED).unlink(missing_ok=True)
     return directory

@@ -41,16 +41,24 @@ State = Annotated[
 ]
 _Simulate = typer.Option("--simulate", metavar="SPEC", help="Model cards instead of using real ones: 8xH100-80GB.")
 _Nodes = typer.Option("--nodes", metavar="N", min=1, max=256, help="Agents to start; more than 1 only with --simulate.")
-_Nats = typer.Option("--nats", metavar="URL", help="Use this NATS server instead of starting one.")
+_Nats = typer.Option(
+    "--nats", metavar="URL", help="Use this NATS server, or cluster (URL,URL,URL), instead of one of its own."
+)
 _Port = typer.Option(
     "--port", metavar="PORT", min=0, max=65535, help="Of the NATS server; 0: any (default: as before, or 4222)."
 )
 _RunAs = typer.Option(
     "--run-as", metavar="USER", help="Account that jobs run as (default for root: the sudo user, or nobody)."
 )
+_Listen = typer.Option(
+    "--listen",
+    metavar="ADDRESS",
+    help="Where the NATS server listens: 0.0.0.0 lets other machines join (`gpuyard node token`), over TLS.",
+)
 _Http = typer.Option(
     "--http", metavar="HOST:PORT", help="Of the daemon's page, metrics and health (default: 127.0.0.1:7790)."
 )
+_Standby = typer.Option("--standby", help="Also run a second daemon that takes over when the first one is gone.")
 _Detach = typer.Option("--detach", "-d", help="Return once the yard is ready; stop it with `gpuyard down`.")
 _Now = typer.Option("--now", help="Do not wait for the jobs' grace.")
 _Seconds = typer.Option("--seconds", metavar="N", min=5, max=3600, help="Length of the mixed workload.")
@@ -81,6 +89,8 @@ def up(
     tenant: Annotated[str, typer.Option("--tenant", metavar="NAME", help="Tenant to set up.")] = "main",
     user: Annotated[str, typer.Option("--user", metavar="NAME", help="Its user (default: your login name).")] = "",
     http: Annotated[str, _Http] = "",
+    standby: Annotated[bool, _Standby] = False,
+    listen: Annotated[str, _Listen] = "127.0.0.1",
     detach: Annotated[bool, _Detach] = False,
 ) -> None:
     """Run a whole yard on this machine: NATS server, daemon and agents."""
@@ -88,6 +98,8 @@ def up(
         raise typer.BadParameter("this machine is one node; more need --simulate", param_hint="--nodes")
     if nats and port is not None:
         raise typer.BadParameter("is of the yard's own server; with --nats there is none", param_hint="--port")
+    if nats and listen != "127.0.0.1":
+        raise typer.BadParameter("is of the yard's own server; with --nats there is none", param_hint="--listen")
     _check_address(http)
     for name, flag in ((tenant, "--tenant"), (user, "--user")):
         _check_name(name, flag)
@@ -102,6 +114,8 @@ def up(
         tenant=tenant,
         user=user,
         http=http,
+        standby=standby,
+        listen=listen,
     )
     if detach:
         _start_detached(settings)
@@ -304,7 +318,8 @@ def _flags(settings: Settings) -> list[str]:
         "--user": settings.user,
         "--http": settings.http,
     }
-    return [part for flag, value in given.items() if value for part in (flag, value)]
+    switches = ["--standby"] if settings.standby else []
+    return [*(part for flag, value in given.items() if value for part in (flag, value)), *switches]
 
 
 def down(state: State = None, now: Annotated[bool, _Now] = False) -> None:

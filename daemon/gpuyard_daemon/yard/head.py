@@ -69,7 +69,7 @@ class Head:
                 self.server.local_url,
                 name="gpuyard audit",
                 inbox_prefix=API_INBOX,
-                seed=str(self.keys.api),
+                seed=self.server.key_file(self.keys.api),
                 tls_ca=self.server.tls_ca,
             )
             try:

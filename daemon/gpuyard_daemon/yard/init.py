@@ -32,6 +32,11 @@ _Listen = typer.Option(
     help="Where the NATS server listens, with TLS unless on a loopback address; kept from the last time.",
 )
 _Url = typer.Option("--url", metavar="URL", help="How users and nodes reach it: tls://HEAD:4222; kept likewise.")
+_Peers = typer.Option(
+    "--server",
+    metavar="NAME=HOST",
+    help="A NATS server of a cluster of three or five; given once for each. Kept from the last time.",
+)
 _Nodes = typer.Option("--node", metavar="NAME", help="A GPU host that may join; may be given repeatedly.")
 _Users = typer.Option("--user", metavar="TENANT/USER", help="A tenant's user; may be given repeatedly.")
 _Operators = typer.Option("--operator", metavar="NAME", help="Who runs the yard; may be given repeatedly.")
@@ -51,6 +56,7 @@ def init(
     yard: Annotated[str, _Yard] = "",
     listen: Annotated[str, _Listen] = "",
     url: Annotated[str, _Url] = "",
+    server: Annotated[list[str] | None, _Peers] = None,
     node: Annotated[list[str] | None, _Nodes] = None,
     user: Annotated[list[str] | None, _Users] = None,
     operator: Annotated[list[str] | None, _Operators] = None,
@@ -63,7 +69,9 @@ def init(
     directory = (state or default_state_dir()).absolute()
     users = [_tenant_and_user(text) for text in user or []]
     try:
-        lines = _initialise(directory, (yard, listen, url), node or [], users, operator or [], viewer or [])
+        lines = _initialise(
+            directory, (yard, listen, url), server or [], node or [], users, operator or [], viewer or []
+        )
     except (ConfigurationError, BusError) as error:
         raise GpuyardError(str(error)) from None
     except OSError as error:
@@ -81,6 +89,7 @@ def _tenant_and_user(text: str) -> tuple[str, str]:
 def _initialise(
     directory: Path,
     address: tuple[str, str, str],
+    peers: list[str],
     nodes: list[str],
     users: list[tuple[str, str]],
     operators: list[str],
@@ -94,16 +103,19 @@ def _initialise(
     directory.mkdir(parents=True, exist_ok=True)
     check_owner(directory)
     keys = YardKeys.load_or_create(directory / "keys")
-    server = _settle(directory, *address)
+    server = _settle(directory, *address, peers)
     made = [("node", name, keys.add_node(name)) for name in nodes]
     made += [("operator", name, keys.add_operator(name)) for name in operators]
     made += [("viewer", name, keys.add_viewer(name)) for name in viewers]
     made += [("user", f"{tenant}/{name}", keys.add_user(tenant, name)) for tenant, name in users]
-    config = write_server_config(server.settings, keys)
+    configs = [write_server_config(settings, keys) for settings in (server.settings, *server.peers)]
     for tenant, name in users:
         write_client(directory, server, tenant, name, keys)
     budget_mib = server.settings.store_bytes * STREAMS_PERCENT // 100 // 2**20
-    lines = [f"{config}: NATS server on {server.settings.host}:{server.settings.port}, reached as {server.url}"]
+    where = f"{server.settings.host}:{server.settings.port}, reached as {server.url}"
+    lines = [f"{config}: NATS server on {where}" for config in configs]
+    if server.peers:
+        lines += _about_cluster(directory, len(configs))
     if server.settings.tls is not None:
         lines.append(f'{server.settings.tls.ca}: whom to trust; the daemon needs: tls_ca = "{server.settings.tls.ca}"')
         lines.append(f'daemon.toml: nats = "{server.local_url}"')
@@ -114,6 +126,14 @@ def _initialise(
         "a server that runs learns of it by: systemctl reload gpuyard-nats",
     ]
     return lines
+
+
+def _about_cluster(directory: Path, servers: int) -> list[str]:
+    return [
+        f"each of the {servers} goes to its host as {directory / 'nats' / 'nats.conf'}, with {directory / 'tls'}",
+        f"daemon.toml: replicas = {servers}",
+        "who connects does so with NAME.creds, which lies beside each NAME.seed",
+    ]
 
 
 def check_owner(directory: Path) -> None:
@@ -128,7 +148,7 @@ def check_owner(directory: Path) -> None:
         )
 
 
-def _settle(state: Path, yard: str, listen: str, url: str) -> Server:
+def _settle(state: Path, yard: str, listen: str, url: str, peers: list[str]) -> Server:
     """Address, size and certificate of the NATS server; what is not said is as the last time."""
     import msgspec
 
@@ -144,6 +164,8 @@ def _settle(state: Path, yard: str, listen: str, url: str) -> Server:
         _check_listen(listen)
         kept.listen = listen
     kept.yard = yard or kept.yard
+    if peers:
+        _take_peers(kept, peers, listen)
     scheme = "nats" if is_loopback(kept.host) else "tls"
     kept.url = _with_scheme(scheme, url or kept.url or f"{_own_name(kept.host)}:{kept.port}")
     if not int(kept.store_bytes):
@@ -154,6 +176,20 @@ def _settle(state: Path, yard: str, listen: str, url: str) -> Server:
     if scheme == "tls":
         ensure_certificates(state, kept.yard, _names(kept))
     return read_server(state)
+
+
+def _take_peers(kept: KeptByInit, peers: list[str], listen: str) -> None:
+    from gpuyard_daemon.yard.server_files import parse_peer
+
+    hosts = dict(parse_peer(peer) for peer in peers)
+    if len(hosts) != len(peers) or len(peers) not in (3, 5):
+        raise typer.BadParameter(
+            f"found {len(hosts)} servers; expected 3 or 5, each with its own name", param_hint="--server"
+        )
+    kept.peers = peers
+    if not listen:
+        kept.listen = "0.0.0.0:4222"
+    kept.url = ",".join(f"{host}:{kept.port}" for host in hosts.values())
 
 
 def _check_listen(listen: str) -> None:

@@ -26,6 +26,7 @@ import typer
 from gpuyard.cli.output import remark, say
 from gpuyard.context import default_state_dir
 from gpuyard.errors import Forbidden, GpuyardError, QueryFailed
+from gpuyard_daemon.yard import node_commands
 from gpuyard_protocol.names import NAME_EXPECTED, NodeId, is_name
 from gpuyard_protocol.units import Duration, format_ms
 
@@ -59,9 +60,10 @@ _Config = Annotated[
 
 
 def register(app: typer.Typer) -> None:
-    group = typer.Typer(help="Let a GPU host join the yard.", no_args_is_help=True)
+    group = typer.Typer(help="Let GPU hosts join the yard, and take out those that are gone.", no_args_is_help=True)
     group.command("token")(token)
     group.command("join")(join)
+    node_commands.register(group)
     app.add_typer(group, name="node")
 
 
@@ -74,6 +76,11 @@ def token(name: _Name, lifetime: _Lifetime = LIFETIME, replace: _Replace = False
         raise typer.BadParameter(f"found {name!r}; expected {NAME_EXPECTED}", param_hint="NAME")
     lifetime_ms = _lifetime_ms(lifetime)
     head = Head(state if state is not None else default_state_dir())
+    if head.server.settings.by_tokens:
+        raise GpuyardError(
+            f"servers of a cluster let hosts in by credentials: gpuyard init --node {name}, then carry "
+            f"keys/node-{name}.creds to the host"
+        )
     if name in head.keys.public_nodes() and not replace:
         raise GpuyardError(f"there is a node {name!r} already: choose another name, or give it a new key (--replace)")
     seed = head.keys.tokens.issue(name, lifetime_ms, replaces=replace)

@@ -31,6 +31,7 @@ from gpuyard_protocol.bus.credentials import read_public_key
 from gpuyard_protocol.names import NAME_EXPECTED, NodeId, Tenant, User, is_name
 
 _ROLES = ("daemon", "api", "sys")
+_PREFIXES = ("operator-", "viewer-", "node-")
 #: A public user key is 56 characters of base32 that begin with U.
 _PUBLIC_KEY_LENGTH = 56
 
@@ -50,6 +51,18 @@ class YardKeys:
         for role in _ROLES:
             make_seed(directory / f"{role}.seed")
         return keys
+
+    @property
+    def directory(self) -> Path:
+        return self._directory
+
+    def files(self) -> dict[str, Path]:
+        """Where each public key comes from: its seed, or the file with the key alone."""
+        own = [self._directory / f"{role}.seed" for role in _ROLES]
+        named = [path for prefix in _PREFIXES for path in _key_files(self._directory, prefix)]
+        tenants = [path for path in (self._directory / "tenants").iterdir() if path.is_dir()]
+        users = [path for tenant in tenants for path in _key_files(tenant, "")]
+        return {_public_key(path): path for path in (*own, *named, *users)}
 
     @property
     def daemon(self) -> Path:
@@ -116,7 +129,7 @@ class YardKeys:
     def renew_user(self, tenant: Tenant, user: User) -> Path:
         """A new key in the place of the user's old one."""
         seed = self.user(tenant, user)
-        _write_private(seed, _new_seed())
+        write_private(seed, _new_seed())
         seed.with_suffix(".pub").unlink(missing_ok=True)
         return seed
 
@@ -163,16 +176,24 @@ class YardKeys:
 
 def _public_keys(directory: Path, prefix: str) -> Iterator[tuple[str, str]]:
     """Name and public key of each key file that begins with `prefix`, in the order of names."""
+    for path in _key_files(directory, prefix):
+        yield path.stem.removeprefix(prefix), _public_key(path)
+
+
+def _key_files(directory: Path, prefix: str) -> Iterator[Path]:
+    """Of a seed, or where there is none of a public key."""
     for path in sorted(directory.iterdir()):
         name = path.stem.removeprefix(prefix)
         if not path.name.startswith(prefix) or path.suffix not in (".seed", ".pub"):
             continue
         if not is_name(name):
             raise BusError(f"{path} is no key of the yard: {name!r} is not a name ({NAME_EXPECTED})")
-        if path.suffix == ".seed":
-            yield name, read_public_key(str(path))
-        elif not path.with_suffix(".seed").exists():
-            yield name, checked_key(path.read_text().strip())
+        if path.suffix == ".seed" or not path.with_suffix(".seed").exists():
+            yield path
+
+
+def _public_key(path: Path) -> str:
+    return read_public_key(str(path)) if path.suffix == ".seed" else checked_key(path.read_text().strip())
 
 
 def _checked(name: str) -> str:
@@ -189,7 +210,7 @@ def checked_key(public_key: str) -> str:
 
 
 def _trust(seed: Path, public_key: str) -> None:
-    _write_private(seed.with_suffix(".pub"), checked_key(public_key) + "\n")
+    write_private(seed.with_suffix(".pub"), checked_key(public_key) + "\n")
     seed.unlink(missing_ok=True)
 
 
@@ -201,7 +222,7 @@ def _new_seed() -> str:
 def make_seed(path: Path) -> Path:
     """Create a key unless there is one; two who try at once end up with the same."""
     if not path.exists():
-        _write_private(path, _new_seed(), is_new=True)
+        write_private(path, _new_seed(), is_new=True)
     return path
 
 
@@ -210,7 +231,7 @@ def _make_private_directory(path: Path) -> None:
     path.chmod(0o700)
 
 
-def _write_private(path: Path, text: str, *, is_new: bool = False) -> None:
+def write_private(path: Path, text: str, *, is_new: bool = False) -> None:
     """Whole or not at all, readable by its owner alone from its first moment; `is_new` keeps a file already there."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)

@@ -1,8 +1,9 @@
 """The yard's own NATS server: found, configured, started, kept alive, stopped.
 
 The server runs in a session of its own: a crash of whoever started it, or Ctrl-C in its terminal, must not take the
-bus away from agents and daemon. It is started again when it dies; clients come back by themselves. Only `stop` ends
-it. A server that an earlier, killed `gpuyard up` left behind is ended before a new one starts on the same store.
+bus away from agents and daemon. It is started again when it dies or stores nothing (`store_watch`); clients come back
+by themselves. Only `stop` ends it for good. A server that an earlier, killed `gpuyard up` left behind is ended before a
+new one starts on the same store.
 
 Its port stays the same over restarts of the yard, because agents and clients have the address in their configuration:
 it is kept in `server.json`, with the size of the store, which must not shrink under streams that were made for it.
@@ -22,13 +23,16 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import msgspec
 
-from gpuyard_daemon.yard.accounts import ServerSettings
+from gpuyard_daemon.yard.accounts import ServerSettings, TlsFiles
+from gpuyard_daemon.yard.ballast import Ballast
 from gpuyard_daemon.yard.keys import YardKeys
 from gpuyard_daemon.yard.reload import reaches_daemon
-from gpuyard_daemon.yard.server_files import ConfigurationError, KeptByUp, find_server, write_server_config
+from gpuyard_daemon.yard.server_files import ConfigurationError, KeptByUp, Server, find_server, write_server_config
+from gpuyard_daemon.yard.store_watch import StoreWatch
 from gpuyard_protocol.bus.base import BusError
 from gpuyard_protocol.names import Tenant, User
 
@@ -76,6 +80,7 @@ class NatsServer:
         *,
         yard: str,
         host: str = "127.0.0.1",
+        tls: TlsFiles | None = None,
         port: int | None = None,
         on_event: Callable[[str], None] = lambda _: None,
     ) -> None:
@@ -84,19 +89,26 @@ class NatsServer:
         self._keys = keys
         self._yard = yard
         self._host = host
+        self._tls = tls
         self._wanted_port = port
         self._on_event = on_event
         self._binary = find_server()
         self._kept = KeptByUp(port=0, store_bytes=0)
         self._process: asyncio.subprocess.Process | None = None
         self._supervisor: asyncio.Task[None] | None = None
+        self._watcher: asyncio.Task[None] | None = None
         self._is_stopping = False
         #: Starts after the first.
         self.restarts = 0
 
     @property
     def url(self) -> str:
-        return f"nats://{self._host}:{self._kept.port}"
+        """How this machine reaches it."""
+        return Server(self._settings(), "").local_url
+
+    @property
+    def tls_ca(self) -> str | None:
+        return str(self._tls.ca) if self._tls is not None else None
 
     @property
     def port(self) -> int:
@@ -125,14 +137,16 @@ class NatsServer:
         await self._write_config()
         await self._launch()
         self._supervisor = asyncio.create_task(self._supervise(), name="nats-server")
+        self._watcher = asyncio.create_task(self._watch().run(), name="nats-server store")
 
     async def stop(self) -> None:
         """End the server and wait for it; safe to call at any time, also twice."""
         self._is_stopping = True
-        if self._supervisor is not None:
-            self._supervisor.cancel()
-            await asyncio.gather(self._supervisor, return_exceptions=True)
-            self._supervisor = None
+        for task in (self._watcher, self._supervisor):
+            if task is not None:
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
+        self._watcher = self._supervisor = None
         await self._end_process()
         (self._directory / "nats.pid").unlink(missing_ok=True)
 
@@ -149,11 +163,24 @@ class NatsServer:
             if not self._keys.user(tenant, user).exists():
                 continue  # made its key elsewhere: nobody here can ask in its name
             for _ in range(RELOAD_ATTEMPTS):
-                if await reaches_daemon(self.url, None, self._keys, tenant, user):
+                if await reaches_daemon(self.url, self.tls_ca, self._keys, tenant, user):
                     break
                 await self._reload_once()
             else:
                 raise BusError(f"the NATS server does not let {user} of {tenant} reach the yard; see {self.log_file}")
+
+    def _watch(self) -> StoreWatch:
+        ballast = Ballast(self._directory, self._kept.store_bytes)
+        ballast.restore()
+        return StoreWatch(
+            self.url,
+            self._keys,
+            self._yard,
+            ballast,
+            tls_ca=self.tls_ca,
+            restart=self._end_process,
+            say=self._on_event,
+        )
 
     # -- settings ---------------------------------------------------------------------------------------------
 
@@ -168,6 +195,7 @@ class NatsServer:
         except msgspec.MsgspecError as error:
             raise ConfigurationError(f"{path} is damaged ({error}); remove it to choose a new port") from None
         self._kept.port = self._choose_port(self._kept.port)
+        self._kept.listen = self._host
         temporary = path.with_suffix(".new")
         temporary.write_bytes(msgspec.json.encode(self._kept))
         temporary.replace(path)
@@ -202,8 +230,11 @@ class NatsServer:
 
     async def _write_config(self) -> None:
         """Put a checked configuration in place; one that the server would refuse never gets there."""
-        settings = ServerSettings(self._yard, self._directory, self._kept.store_bytes, self._host, self._kept.port)
-        await asyncio.to_thread(write_server_config, settings, self._keys)
+        await asyncio.to_thread(write_server_config, self._settings(), self._keys)
+
+    def _settings(self) -> ServerSettings:
+        kept = self._kept
+        return ServerSettings(self._yard, self._directory, kept.store_bytes, self._host, kept.port, self._tls)
 
     # -- the process ------------------------------------------------------------------------------------------
 
@@ -233,7 +264,8 @@ class NatsServer:
     async def _greets(self) -> bool:
         """Whether it accepts clients; it does so only when its streams are recovered."""
         try:
-            reader, writer = await asyncio.open_connection(self._host, self._kept.port)
+            host = urlsplit(self.url).hostname
+            reader, writer = await asyncio.open_connection(host, self._kept.port)
         except OSError:
             return False
         try:
@@ -277,7 +309,7 @@ class NatsServer:
 
     async def _end_leftover(self) -> None:
         """End the server that an earlier run left on this store; never another program that has its number now."""
-        pid = _server_running_with(self._directory / "nats.conf", self._directory / "nats.pid")
+        pid = server_running_with(self._directory / "nats.conf", self._directory / "nats.pid")
         if pid is None:
             return
         self._on_event(f"ending the NATS server that an earlier run left behind (process {pid})")
@@ -320,7 +352,7 @@ class NatsServer:
         return "\n".join(complaints or last)
 
 
-def _server_running_with(config: Path, pid_file: Path) -> int | None:
+def server_running_with(config: Path, pid_file: Path) -> int | None:
     """The process that the file names, if it still is a server with that configuration."""
     try:
         pid = int(pid_file.read_text())

@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -33,6 +34,9 @@ UNPROVEN_RESTARTS_MAX = 3
 #: What `sysexits.h` calls a configuration error: starting again cannot help.
 EXIT_BAD_CONFIG = 78
 LAST_WORDS_BYTES = 64 * 1024
+#: A log that has grown so large is put aside, in the place of the one before it; and how often that is looked at.
+LOG_BYTES_MAX = 32 * 1024**2
+LOG_LOOK_S = 10.0
 LAST_WORDS_CHARS = 400
 
 
@@ -85,6 +89,7 @@ class Child:
         self._on_restart = on_restart
         self._process: asyncio.subprocess.Process | None = None
         self._supervisor: asyncio.Task[None] | None = None
+        self._log_keeper: asyncio.Task[None] | None = None
         self._is_stopping = False
         #: Resolved with what to say when the child cannot be kept running.
         self.failed: asyncio.Future[str] = asyncio.get_running_loop().create_future()
@@ -105,6 +110,7 @@ class Child:
             self._log_begin = self.log_file.stat().st_size
         await self._launch()
         self._supervisor = asyncio.create_task(self._supervise(), name=f"child {self.name}")
+        self._log_keeper = asyncio.create_task(self._keep_log_small(), name=f"log of {self.name}")
 
     async def _launch(self) -> None:
         self.log_file.parent.mkdir(parents=True, exist_ok=True)
@@ -146,6 +152,12 @@ class Child:
                 self._fail(f"{self.name} cannot be started: {error}")
                 return
 
+    async def _keep_log_small(self) -> None:
+        while True:
+            await asyncio.sleep(LOG_LOOK_S)
+            if await asyncio.to_thread(put_aside, self.log_file):
+                self._log_begin = 0
+
     def _fail(self, text: str) -> None:
         self._on_event(text)
         if not self.failed.done():
@@ -181,10 +193,24 @@ class Child:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
                 await process.wait()
-        if self._supervisor is not None:
-            self._supervisor.cancel()
-            await asyncio.gather(self._supervisor, return_exceptions=True)
-            self._supervisor = None
+        for task in (self._supervisor, self._log_keeper):
+            if task is not None:
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
+        self._supervisor = self._log_keeper = None
+
+
+def put_aside(log_file: Path) -> bool:
+    """Move a log that has grown too large to `….1`; its writer goes on at the beginning of the same file."""
+    try:
+        if log_file.stat().st_size <= LOG_BYTES_MAX:
+            return False
+        # Its process has the file open, to append: what it writes in between is the price.
+        shutil.copyfile(log_file, log_file.with_name(f"{log_file.name}.1"))
+        os.truncate(log_file, 0)
+    except OSError:
+        return False
+    return True
 
 
 def _told(line: str) -> str:

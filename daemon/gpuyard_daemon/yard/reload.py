@@ -4,8 +4,10 @@ Whoever changes keys need not be the one who runs the server. The server is aske
 yard holds that key), so this works the same for the server of `gpuyard up` and for systemd's, from any process that
 may read the keys, and the server's answer says what was wrong if something was.
 
-A new account answers only after a second reload (seen with 2.15.1): it is reloaded twice, and then until a probe in
-the name of a new user comes through.
+Where accounts are told by tokens, nothing is reloaded: the tokens are pushed to one server, and reach all.
+
+In static mode, a new account answers only after a second reload (seen with 2.15.1): it is reloaded twice, and then
+until a probe in the name of a new user comes through.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import msgspec
 
 from gpuyard_daemon.yard.accounts import API_INBOX, DAEMON_INBOX, user_inbox
 from gpuyard_daemon.yard.keys import YardKeys
+from gpuyard_daemon.yard.operator_mode import account_tokens
 from gpuyard_daemon.yard.server_files import Server, write_server_config
 from gpuyard_protocol.bus import nats
 from gpuyard_protocol.bus.base import BusError, Disconnected, Message
@@ -36,19 +39,23 @@ async def apply_keys(server: Server, keys: YardKeys, *, new_users: Iterable[tupl
 
     Returns when the new users reach the daemon's account. `ConfigurationError` or a `BusError` says what went wrong.
     """
-    await asyncio.to_thread(write_server_config, server.settings, keys)
+    for settings in (server.settings, *server.peers):
+        await asyncio.to_thread(write_server_config, settings, keys)
     try:
         system = await nats.connect(
             server.local_url,
             name="gpuyard reload",
             inbox_prefix=DAEMON_INBOX,
-            seed=str(keys.sys),
+            seed=server.key_file(keys.sys),
             connect_timeout_s=CONNECT_TIMEOUT_S,
             tls_ca=server.tls_ca,
         )
     except Disconnected:
         return False
     try:
+        if server.settings.by_tokens:
+            await push_accounts(system, server.settings.yard, keys)
+            return True
         name = await _server_id(system)
         await _reload(system, name)
         await _reload(system, name)
@@ -57,6 +64,16 @@ async def apply_keys(server: Server, keys: YardKeys, *, new_users: Iterable[tupl
     finally:
         await system.close()
     return True
+
+
+async def push_accounts(system: NatsBus, yard: str, keys: YardKeys) -> None:
+    """Tell one server of every account as it is now; it tells the others."""
+    for account, token in (await asyncio.to_thread(account_tokens, yard, keys)).items():
+        reply = await system.request("$SYS.REQ.CLAIMS.UPDATE", token.encode(), timeout=REQUEST_TIMEOUT_S)
+        answer: dict[str, Any] = msgspec.json.decode(reply.data)
+        if "error" in answer:
+            said = answer["error"].get("description", "?")
+            raise BusError(f"the NATS server refuses the token of account {account}: {said}")
 
 
 async def _until_reached(

@@ -16,7 +16,7 @@ import msgspec
 from gpuyard_daemon.yard.server_files import ConfigurationError
 from gpuyard_protocol.bus.base import BusError, NoResponders, PermissionDenied
 from gpuyard_protocol.bus.nats import NatsBus
-from gpuyard_protocol.subjects import streams
+from gpuyard_protocol.subjects import Streams, streams
 
 MIN_VERSION = (2, 12)
 MIN_PAYLOAD_BYTES = 8 * 1024 * 1024
@@ -37,13 +37,15 @@ class ServerCheck:
             raise ConfigurationError(f"the NATS server at {url} cannot carry a yard:{listed}")
 
 
-async def check_server(bus: NatsBus, *, yard: str, store_bytes: int, sys_bus: NatsBus | None = None) -> ServerCheck:
+async def check_server(
+    bus: NatsBus, *, yard: str, store_bytes: int, replicas: int = 1, sys_bus: NatsBus | None = None
+) -> ServerCheck:
     """`bus` is logged in with the daemon's key; `sys_bus` with the server account's, where there is one."""
     check = ServerCheck()
     _check_handshake(bus, check)
     await _check_jetstream(bus, store_bytes, check)
     if not check.problems:
-        await _check_streams(bus, yard, store_bytes, check)
+        await _check_streams(bus, streams(yard, store_bytes, replicas), check)
     await _check_settings(sys_bus, check)
     return check
 
@@ -74,9 +76,9 @@ async def _check_jetstream(bus: NatsBus, store_bytes: int, check: ServerCheck) -
         check.problems.append(f"the daemon's account may store {limit} bytes; the yard's streams need {store_bytes}")
 
 
-async def _check_streams(bus: NatsBus, yard: str, store_bytes: int, check: ServerCheck) -> None:
+async def _check_streams(bus: NatsBus, wanted: Streams, check: ServerCheck) -> None:
     """The yard's streams can be made, and nobody else's stream takes its subjects."""
-    for spec in streams(yard, store_bytes):
+    for spec in wanted:
         for subject in spec.subjects:
             request = msgspec.json.encode({"subject": subject})
             answer: dict[str, Any] = msgspec.json.decode((await bus.request("$JS.API.STREAM.NAMES", request)).data)
@@ -87,7 +89,7 @@ async def _check_streams(bus: NatsBus, yard: str, store_bytes: int, check: Serve
                     "give this one an account of its own"
                 )
                 return
-    for spec in streams(yard, store_bytes):
+    for spec in wanted:
         try:
             await bus.ensure_stream(spec)
         except BusError as error:

@@ -30,10 +30,12 @@ from gpuyard.errors import GpuyardError, QueryFailed
 from gpuyard.operator import Operator
 from gpuyard_daemon.yard import home as homes
 from gpuyard_daemon.yard import processes
+from gpuyard_daemon.yard.accounts import TlsFiles
 from gpuyard_daemon.yard.home import Home, Running, YardTrouble
 from gpuyard_daemon.yard.keys import YardKeys
 from gpuyard_daemon.yard.nats_server import NatsServer
 from gpuyard_daemon.yard.processes import Child, ProcessMark
+from gpuyard_daemon.yard.server_files import ConfigurationError, is_loopback, public_name
 from gpuyard_protocol.queries import NodeView, Stats
 
 T = TypeVar("T")
@@ -54,7 +56,7 @@ HURRIED_GRACE_S = 0.5
 SUPERVISOR_LEAVES_S = 2.0
 #: In the environment of every job; its directory lies below the yard's.
 JOB_DIR_VARIABLE = "GPUYARD_JOB_DIR"
-ACTIVE_STATES = ("starting", "running", "stopping")
+ACTIVE_STATES = ("starting", "running", "suspended", "stopping")
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
@@ -78,6 +80,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     http: str = ""
     #: Room for the streams, in MiB; 0: as much as the disk allows.
     store_mib: int = 0
+    #: A second daemon that takes over from the first.
+    standby: bool = False
+    #: Address of the own NATS server, beyond loopback with TLS: for other machines to join.
+    listen: str = HTTP_HOST
 
 
 class Yard:
@@ -135,6 +141,7 @@ class Yard:
             operator=operator,
             operator_key=str(keys.operator(operator)),
             http=f"http://{http}",
+            tls_ca=self._tls_ca,
         )
         self._note_running()
         daemon = self._child("daemon", self._daemon_arguments(url, http), self.home.path / "daemon" / "daemon.log")
@@ -146,6 +153,8 @@ class Yard:
             await child.start()
         self._note_running()
         await self._unless_failed(self._until_ready(http))
+        if self.settings.standby:
+            await self._start_standby(url)
         self.home.write_context(self.context)
         self._write_guest_context(keys)
         for child in self._children:
@@ -166,9 +175,26 @@ class Yard:
 
             await check_foreign_server(self.settings.nats, keys, yard=YARD, directory=directory, say=self._say)
             return self.settings.nats
-        self._nats = NatsServer(directory, keys, yard=YARD, port=self.settings.port, on_event=self._say)
+        listen = self.settings.listen
+        tls = None if is_loopback(listen) else self._certificates(listen)
+        self._nats = NatsServer(
+            directory, keys, yard=YARD, host=listen, tls=tls, port=self.settings.port, on_event=self._say
+        )
         await self._nats.start()
         return self._nats.url
+
+    def _certificates(self, listen: str) -> TlsFiles:
+        from gpuyard_daemon.yard.certificates import ensure_certificates
+
+        try:
+            return ensure_certificates(self.home.path, YARD, [public_name(listen).strip("[]")])
+        except ConfigurationError as error:
+            raise YardTrouble(str(error)) from None
+
+    @property
+    def _tls_ca(self) -> str:
+        """Whom clients of the own server trust; "": nobody needs to be."""
+        return (self._nats.tls_ca or "") if self._nats is not None else ""
 
     def _choose_http(self) -> str:
         if self.settings.http:
@@ -196,7 +222,19 @@ class Yard:
 
     def _daemon_arguments(self, url: str, http: str) -> list[str]:
         arguments = ["--state", str(self.home.path), "--nats", url, "--yard", YARD, "--http", http]
+        if self.settings.nats:
+            from gpuyard_daemon.yard.foreign_nats import replicas_for
+
+            arguments += ["--replicas", str(replicas_for(url))]
+        arguments += ["--tls-ca", self._tls_ca] if self._tls_ca else []
         return [sys.executable, "-m", "gpuyard_daemon", *arguments, *self._daemon_config()]
+
+    async def _start_standby(self, url: str) -> None:
+        """Last, so that the first one leads. Its page is on a port of its own, in `http.url` beside its log."""
+        directory = self.home.path / "standby"
+        arguments = [*self._daemon_arguments(url, f"{HTTP_HOST}:0"), "--daemon-dir", str(directory)]
+        await self._child("standby", arguments, directory / "daemon.log").start()
+        self._note_running()
 
     def _daemon_config(self) -> list[str]:
         """A file for what has no flag; what its owner adds to it stays."""
@@ -217,6 +255,7 @@ class Yard:
         arguments += ["--key", str(keys.node(node)), "--run-as", self.account]
         port = homes.free_port(HTTP_HOST, *self._usual_port(1 + self.node_names.index(node)))
         arguments += ["--http", f"{HTTP_HOST}:{port}"]
+        arguments += ["--tls-ca", self._tls_ca] if self._tls_ca else []
         if self.settings.simulate:
             arguments += ["--simulate", self.settings.simulate]
         return [sys.executable, "-m", "gpuyard_agent", *arguments]
@@ -341,12 +380,15 @@ class Yard:
                 self._say(f"stopping without grace: {error}")
 
     async def _stop_processes(self) -> None:
-        daemon = [child for child in self._children if child.name == "daemon"]
-        agents = [child for child in self._children if child.name != "daemon"]
+        by_name = {child.name: child for child in self._children}
+        # The standby before the daemon, which would let it lead otherwise.
+        daemons = [child for name in ("standby", "daemon") if (child := by_name.pop(name, None)) is not None]
+        agents = list(by_name.values())
         await asyncio.gather(
             *(agent.stop(3.0 if self.hurry.is_set() else processes.STOP_TIMEOUT_S) for agent in agents)
         )
-        await asyncio.gather(*(child.stop() for child in daemon))
+        for child in daemons:
+            await child.stop()
         if self._nats is not None:
             await self._nats.stop()
 

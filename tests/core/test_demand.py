@@ -1,0 +1,101 @@
+"""The live mix: what arrivals and the queue make of it, when it changes, and that a restart goes on with the same."""
+
+from __future__ import annotations
+
+import msgspec
+
+from gpuyard_daemon.core.demand import DemandRecord, LiveDemand, faded
+from gpuyard_daemon.core.scheduler import Scheduler
+from gpuyard_daemon.core.snapshot import Snapshot
+from gpuyard_protocol.resources import ResourceNeed
+from support.builders import START_MS, CoreHarness, job, need, node
+
+DAY_MS = 86_400_000
+
+
+def kinds(demand: LiveDemand) -> dict[str, int]:
+    """Weights of the mix in use, in thousandths."""
+    return {each.describe(): weight // 1000 for each, weight in demand.record.in_use}
+
+
+def arrive(demand: LiveDemand, wanted: ResourceNeed, times: int, at_ms: int = START_MS) -> None:
+    for _ in range(times):
+        demand.arrived(wanted, 1, at_ms)
+
+
+def test_a_yard_that_has_seen_nothing_goes_by_one_whole_card() -> None:
+    (only,) = LiveDemand().mix.demands
+    assert only.need.gpus == 1
+
+
+def test_the_mix_is_made_at_epochs_from_what_arrived() -> None:
+    demand = LiveDemand()
+    arrive(demand, need(gpus=1), 12)
+    arrive(demand, need(gpus=8), 3)
+    assert demand.version == 0
+    arrive(demand, need(gpus=8), 1)
+    assert demand.version == 1
+    assert kinds(demand) == {"1×GPU": 750, "8×GPU": 250}
+
+
+def test_what_waits_counts_twice() -> None:
+    demand = LiveDemand()
+    demand.waits(need(gpus=8), 4)
+    arrive(demand, need(gpus=1), 16)
+    assert kinds(demand) == {"1×GPU": 666, "8×GPU": 333}
+    demand.waits(need(gpus=8), -4)
+    arrive(demand, need(gpus=1), 16)
+    assert kinds(demand) == {"1×GPU": 1000}
+
+
+def test_names_labels_and_limits_are_no_kinds_of_their_own() -> None:
+    demand = LiveDemand()
+    arrive(demand, need(gpus=1, nodes=("n-1",), cpu_asked=True), 8)
+    arrive(demand, need(gpus=1, node_labels=(("zone", "b"),), gpu_processes=3), 8)
+    assert kinds(demand) == {"1×GPU": 1000}
+
+
+def test_a_mix_that_hardly_differs_is_not_taken_over() -> None:
+    demand = LiveDemand()
+    for _ in range(40):
+        arrive(demand, need(gpus=1), 9)
+        arrive(demand, need(gpus=2), 1)
+    settled = demand.version
+    for _ in range(200):
+        arrive(demand, need(gpus=1), 9)
+        arrive(demand, need(gpus=2), 1)
+    assert demand.version == settled
+
+
+def test_old_arrivals_fade() -> None:
+    assert faded(1 << 20, 0) == 1 << 20
+    assert faded(1 << 20, DAY_MS) == 1 << 19
+    assert faded(1 << 20, DAY_MS // 2) == (1 << 20) * 3 // 4
+    assert faded(1 << 20, 100 * DAY_MS) == 0
+    demand = LiveDemand()
+    arrive(demand, need(gpus=8), 16)
+    arrive(demand, need(gpus=1), 16, START_MS + 10 * DAY_MS)
+    assert kinds(demand)["1×GPU"] >= 990
+
+
+def test_the_record_goes_on_where_it_stopped() -> None:
+    one = LiveDemand()
+    arrive(one, need(gpus=1), 20)
+    arrive(one, need(share_milli=300), 7)
+    data = msgspec.msgpack.encode(one.record)
+    other = LiveDemand(msgspec.msgpack.decode(data, type=DemandRecord))
+    for demand in (one, other):
+        arrive(demand, need(gpus=4), 9)
+    assert msgspec.msgpack.encode(one.record) == msgspec.msgpack.encode(other.record)
+    assert one.mix.demands == other.mix.demands
+
+
+def test_a_snapshot_from_before_demand_was_counted_begins_with_what_is_there() -> None:
+    h = CoreHarness()
+    h.join(node("n-1", 2))
+    h.submit_many([job(gpus=1)] * 20)
+    snapshot = msgspec.msgpack.decode(h.core.snapshot(), type=Snapshot)
+    old = msgspec.msgpack.encode(msgspec.structs.replace(snapshot, demand=None))
+    restored = Scheduler.restore(old)
+    assert kinds(restored.cluster.demand) == {"1×GPU": 1000}
+    assert restored.cluster.demand.record.seen == 20

@@ -1,0 +1,197 @@
+"""Pictures of a yard before and after somebody asks for a place in it: one file each in `placing/`.
+
+A file says what there is, what runs and what is asked, line by line; below `----` stand the yard before, each request
+with the places it got, and the yard after. A card shows `.` for nobody, `1` for job 1, `1+2` for both, `!` if it is
+not healthy; a MIG card its eight slices, as in `<1111..22>`.
+
+    node NAME CARDS [label=value ...]      CARDS: 4×H100, 2×A30:24Gi, none
+    links NAME 0-1 2-3 ...                 NVLinks between cards
+    seen TIMES field=value ...             so many such jobs were asked for (and taken back) before
+    run TENANT/USER field=value ...        a job as in a job file, there before
+    end NUMBER                             it ends
+    ask TENANT/USER field=value ...        the request; all of one file's come in one turn after `together`
+
+The pictures are drawn anew with REWRITE_SCENARIOS=1: read what changed before believing it.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from gpuyard_daemon.core.inputs import CancelRequested, JobSubmitted
+from gpuyard_daemon.core.partitions import Card, slices_at
+from gpuyard_protocol.codec import from_plain
+from gpuyard_protocol.jobs import JobRequest, JobSpec
+from gpuyard_protocol.nodes import Inventory
+from gpuyard_protocol.resources import Device, MigInstance, devices_of
+from gpuyard_protocol.units import Memory
+from support.builders import CoreHarness, gpu, node
+
+FOLDER = Path(__file__).parent / "placing"
+RULE = "----\n"
+CARDS = {"H100": "NVIDIA H100 80GB HBM3", "A100": "NVIDIA A100-SXM4-40GB", "A30": "NVIDIA A30"}
+MEMORY_MIB = {"H100": 81_152, "A100": 40_448, "A30": 24_064}
+NUMBERS = {"gpus", "replicas", "priority", "gpu_processes"}
+
+
+class Scenario:
+    """A yard that does what a file says."""
+
+    def __init__(self) -> None:
+        self.harness = CoreHarness()
+        self.inventories: dict[str, Inventory] = {}
+        self.output: list[str] = []
+        self.asked: list[tuple[str, JobSpec, str]] = []
+
+    def play(self, text: str) -> str:
+        for line in text.splitlines():
+            words = shlex.split(line, comments=True)
+            if words:
+                getattr(self, "_" + words[0])(*words[1:])
+        self._draw()
+        together = "together" in text.split()
+        for batch in [self.asked] if together else [[each] for each in self.asked]:
+            self._request(batch)
+        self._draw()
+        return "\n".join(self.output) + "\n"
+
+    def _node(self, name: str, cards: str, *labels: str) -> None:
+        inventory = node(
+            name, devices=list(_devices(name, cards)), labels=dict(label.split("=", 1) for label in labels)
+        )
+        self._join(name, inventory)
+
+    def _join(self, name: str, inventory: Inventory) -> None:
+        self.inventories[name] = inventory
+        self.harness.join(inventory)
+
+    def _links(self, name: str, *pairs: str) -> None:
+        inventory = self.inventories[name]
+        linked: dict[int, list[tuple[str, int]]] = {}
+        for pair in pairs:
+            one, other = map(int, pair.split("-"))
+            linked.setdefault(one, []).append((inventory.devices[other].uuid, 4))
+            linked.setdefault(other, []).append((inventory.devices[one].uuid, 4))
+        devices = [
+            msgspec.structs.replace(device, nvlinks=tuple(linked.get(position, ())))
+            for position, device in enumerate(inventory.devices)
+        ]
+        self._join(name, msgspec.structs.replace(inventory, devices=tuple(devices)))
+
+    def _seen(self, times: str, *fields: str) -> None:
+        spec = msgspec.structs.replace(_spec(fields), hold=True, allow_pending=True)
+        for number in self.harness.submit_many([spec] * int(times)):
+            self.harness.turn(
+                CancelRequested(tenant="acme", user="alice", submission_id=f"c{number}", job=number),
+            )
+
+    def _run(self, owner: str, *fields: str) -> None:
+        tenant, user = owner.split("/")
+        number = self.harness.submit(_spec(fields), tenant=tenant, user=user)
+        assert number, self.harness.refused()
+        self.harness.run(number)
+
+    def _end(self, number: str) -> None:
+        self.harness.ended(self._number(number))
+
+    def _ask(self, owner: str, *fields: str) -> None:
+        self.asked.append((owner, _spec(fields), " ".join(fields)))
+
+    def _together(self) -> None:
+        """Read from the text as a whole."""
+
+    def _number(self, text: str) -> int:
+        return int(text) + self._first() - 1
+
+    def _first(self) -> int:
+        """The number of the first job that was not only seen."""
+        jobs = self.harness.core.cluster.jobs
+        return min(
+            [number for number, job in jobs.items() if job.state != "cancelled"], default=max(jobs, default=0) + 1
+        )
+
+    def _request(self, batch: list[tuple[str, JobSpec, str]]) -> None:
+        first = self.harness.core.cluster.last_job + 1
+        base = self._first() - 1
+        inputs = [
+            JobSubmitted(tenant=owner.split("/")[0], user=owner.split("/")[1], submission_id=f"a{at}", spec=spec)
+            for at, (owner, spec, _) in enumerate(batch, start=first)
+        ]
+        self.harness.turn(*inputs)
+        for number, (owner, _, said) in enumerate(batch, start=first):
+            job = self.harness.core.cluster.jobs[number]
+            places = ", ".join(self._place(a.node, devices_of(a.partition)) for a in job.assignments) or "waits"
+            self.output.append(f"{number - base} {owner} {said} → {places}")
+
+    def _place(self, name: str, uuids: tuple[str, ...]) -> str:
+        cards = self.harness.core.cluster.pool.spaces[name].by_uuid
+        return name + (f"[{' '.join(str(cards[uuid].position) for uuid in uuids)}]" if uuids else "")
+
+    def _draw(self) -> None:
+        if self.output:
+            self.output.append("")
+        base = self._first() - 1
+        for name, space in self.harness.core.cluster.pool.spaces.items():
+            held = sorted({key.job - base for key in space.assignments} - _on_cards(space.cards, base))
+            beside = f"  + {' '.join(map(str, held))}" if held else ""
+            self.output.append(f"{name}  [{' '.join(_card(card, base) for card in space.cards)}]{beside}")
+        self.output.append("")
+
+
+def _on_cards(cards: list[Card], base: int) -> set[int]:
+    return {key.job - base for card in cards for key in card.held}
+
+
+def _card(card: Card, base: int) -> str:
+    if not card.device.healthy:
+        return "!"
+    if card.mode == "mig":
+        slices = ["."] * card.device.mig_slices
+        for key, partition in card.held.items():
+            if isinstance(partition, MigInstance):
+                for at in range(card.device.mig_slices):
+                    if slices_at(partition.start, partition.size) >> at & 1:
+                        slices[at] = str(key.job - base)
+        return f"<{''.join(slices)}>"
+    return "+".join(str(key.job - base) for key in sorted(card.held)) or "."
+
+
+def _devices(name: str, cards: str) -> Iterator[Device]:
+    if cards == "none":
+        return
+    index = 0
+    for part in cards.split(","):
+        count, _, kind = part.partition("×")
+        model, _, memory = kind.partition(":")
+        for _ in range(int(count)):
+            mib = int(Memory.parse(memory)) if memory else MEMORY_MIB[model]
+            yield gpu(index, node=name, model=CARDS[model], memory_mib=mib)
+            index += 1
+
+
+def _spec(fields: tuple[str, ...]) -> JobSpec:
+    plain: dict[str, object] = {"command": ["/bin/true"]}
+    for field in fields:
+        name, _, value = field.partition("=")
+        plain[name] = value.split(",") if name == "nodes" else int(value) if name in NUMBERS else value
+    return from_plain(JobRequest, plain).specify()
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.txt")), ids=lambda path: path.stem)
+def test_the_places_are_as_drawn(path: Path) -> None:
+    text, _, expected = path.read_text(encoding="utf-8").partition(RULE)
+    drawn = Scenario().play(text)
+    if os.environ.get("REWRITE_SCENARIOS"):
+        path.write_text(text + RULE + drawn, encoding="utf-8")
+    else:
+        assert drawn == expected
+
+
+def test_there_are_scenarios() -> None:
+    assert len(list(FOLDER.glob("*.txt"))) >= 10

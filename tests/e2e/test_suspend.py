@@ -1,0 +1,73 @@
+"""A job on modelled cards gives way to another: halted in the host's memory, then back with the same process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from support.yard import Yard, eventually, running_yard
+
+#: Who works at night gives way at once to who has cards of its own.
+SETTINGS = """
+[scheduler]
+reclaim_after_ms = 1000
+preempt_every_ms = 1000
+[tenants.main]
+queue = "lab"
+[queues.lab]
+grants = [{ nominal = 2 }]
+[queues.night]
+parent = "lab"
+scavenger = true
+"""
+
+
+@pytest.fixture(scope="module")
+def yard() -> Iterator[Yard]:
+    with running_yard(nodes=1, simulate="2xH100-80GB", settings=SETTINGS) as yard:
+        yield yard
+
+
+class Ticks:
+    """What the night's job writes: its process's number, over and over."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def all(self) -> list[str]:
+        return self.path.read_text().splitlines() if self.path.exists() else []
+
+    async def go_on(self) -> None:
+        before = len(self.all())
+
+        async def more() -> bool:
+            return len(self.all()) > before + 5
+
+        await eventually(more, "the night job works")
+
+
+async def test_a_large_job_gives_way_and_goes_on_where_it_was(yard: Yard) -> None:
+    ticks = Ticks(yard.scratch / "ticks")
+    script = f"while :; do echo $$ >> {ticks.path}; sleep 0.02; done"
+    async with yard.connect() as client:
+        firm = await client.submit(command=["sleep", "1000"], gpus=1, preemption="never")
+        night = await client.submit(command=script, gpus=1, preemption="suspend", queue="night")
+        await ticks.go_on()
+        day = await client.submit(command=["sleep", "3"], gpus=1)
+
+        async def runs() -> bool:
+            return (await day.view()).state == "running"
+
+        await eventually(runs, "the day job has the card", timeout=60)
+        assert (await night.view()).state == "suspended"
+        halted = len(ticks.all())
+        assert (await day.wait()).state == "succeeded"
+        assert len(ticks.all()) == halted
+        await ticks.go_on()
+        view = await night.view()
+        assert (view.state, view.attempt) == ("running", 1)
+        assert len(set(ticks.all())) == 1, "one process from the beginning to the end"
+        for job in (night, firm):
+            await job.cancel()

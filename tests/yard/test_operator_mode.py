@@ -1,0 +1,248 @@
+"""Accounts told by signed tokens, on three servers: everybody gets in anywhere, and changes reach all of them.
+
+That the rights themselves are those of static mode is tried by `test_accounts`, which runs in both.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+from bench.fleet import FakeAgent
+
+from gpuyard_daemon.yard import foreign_nats
+from gpuyard_daemon.yard.accounts import Peer, ServerSettings, node_inbox, server_config, user_inbox
+from gpuyard_daemon.yard.home import YardTrouble
+from gpuyard_daemon.yard.keys import YardKeys
+from gpuyard_daemon.yard.operator_mode import Authority
+from gpuyard_daemon.yard.reload import apply_keys
+from gpuyard_daemon.yard.server_files import ConfigurationError, Server
+from gpuyard_protocol.bus.base import Bus, BusError, PermissionDenied
+from gpuyard_protocol.bus.credentials import has_token, read_public_key
+from gpuyard_protocol.bus.nats import connect
+from gpuyard_protocol.queries import Stats, StatsQuery
+from support.cluster import Cluster, free_ports
+from support.daemon import DaemonProcess, Tenant, until
+
+STORE_BYTES = 500_000_000
+SETTINGS = 'yard = "lab"\nreplicas = 3\n[journal]\nbudget = "256Mi"\n'
+READY_S = 40.0
+
+
+class Site:
+    """Three servers, their head's keys, and a daemon beside them."""
+
+    def __init__(self, directory: Path, *, by_tokens: bool = True) -> None:
+        self.daemon_directory = directory / "head"
+        self.keys = YardKeys.load_or_create(self.daemon_directory / "state" / "keys")
+        self.keys.add_node("n1")
+        self.keys.add_user("acme", "alice")
+        routes = free_ports(3)
+        self.settings = [
+            ServerSettings(
+                yard="lab",
+                directory=directory / "nats" / f"s{number}",
+                store_bytes=STORE_BYTES,
+                peer=Peer("lab", f"s{number}", f"127.0.0.1:{port}", tuple(f"127.0.0.1:{other}" for other in routes)),
+                by_tokens=by_tokens,
+            )
+            for number, port in enumerate(routes)
+        ]
+        self.cluster = Cluster(directory / "nats", [self._config(settings) for settings in self.settings])
+
+    def _config(self, settings: ServerSettings) -> str:
+        text = server_config(settings, self.keys).replace("{", "{{").replace("}", "}}")
+        return text.replace(':4222"', ':{port}"').replace(f'log_file: "{settings.directory}/nats.log"', "")
+
+    @property
+    def server(self) -> Server:
+        first = self.settings[0]._replace(port=self.cluster.servers[0].port)
+        return Server(first, self.cluster.url, tuple(self.settings[1:]))
+
+    async def connect(self, tenant: str, user: str, server: int) -> Bus:
+        key = self.server.key_file(self.keys.user(tenant, user))
+        return await connect(
+            self.cluster.servers[server].url, name="test", inbox_prefix=user_inbox(user), seed=str(key)
+        )
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Iterator[Site]:
+    site = Site(tmp_path)
+    site.cluster.start()
+    yield site
+    site.cluster.kill()
+
+
+async def test_servers_of_equal_static_configurations_carry_a_yard_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What `gpuyard up --nats URL,URL,URL` finds: the accounts stand in the configuration of each."""
+    monkeypatch.setattr(foreign_nats, "store_budget", lambda _: STORE_BYTES // 2)
+    site = Site(tmp_path, by_tokens=False)
+    site.cluster.start()
+    said: list[str] = []
+    daemon = DaemonProcess(site.daemon_directory, site.cluster.url, settings=SETTINGS, authenticate=True)
+    try:
+
+        async def is_fit() -> bool:
+            with contextlib.suppress(ConfigurationError, YardTrouble):
+                await foreign_nats.check_foreign_server(
+                    site.cluster.url, site.keys, yard="lab", directory=tmp_path / "check", say=said.append
+                )
+                return True
+            return False
+
+        await until(is_fit, "a cluster that can carry a yard", READY_S)
+        await asyncio.to_thread(daemon.start)
+        bus = await connect(
+            site.cluster.servers[1].url, name="n1", inbox_prefix=node_inbox("n1"), seed=str(site.keys.node("n1"))
+        )
+        agent = FakeAgent(bus, "n1", runs_for_s=0.02)
+        await agent.join()
+        for server in range(3):
+            await runs(site, "acme", "alice", server, 1)
+        await bus.close()
+    finally:
+        daemon.kill()
+        site.cluster.kill()
+
+
+@pytest.fixture
+async def agent(site: Site) -> AsyncIterator[FakeAgent]:
+    key = site.keys.node("n1").with_suffix(".creds")
+    bus = await connect(
+        site.cluster.servers[1].url, name="n1", inbox_prefix=node_inbox("n1"), seed=str(key), connect_timeout_s=20
+    )
+    agent = FakeAgent(bus, "n1", runs_for_s=0.02)
+    yield agent
+    await bus.close()
+
+
+@pytest.fixture
+def daemon(site: Site) -> Iterator[DaemonProcess]:
+    daemon = DaemonProcess(site.daemon_directory, site.cluster.url, settings=SETTINGS, authenticate=True)
+    yield daemon
+    daemon.kill()
+
+
+async def runs(site: Site, tenant: str, user: str, server: int, count: int) -> None:
+    """This user's jobs run, through whichever server."""
+    bus = await site.connect(tenant, user, server)
+    try:
+        who = Tenant(bus, tenant, user)
+        job = {"command": ["/bin/true"], "gpus": 1}
+
+        async def submitted() -> bool:
+            return bool(await who.submit(job))
+
+        await until(submitted, f"a submission of {tenant}/{user}", READY_S)
+
+        async def finished() -> bool:
+            return (await who.ask("stats", StatsQuery(), Stats)).jobs.get("succeeded", 0) >= count
+
+        await until(finished, f"{count} jobs of {tenant}/{user}", READY_S)
+    finally:
+        await bus.close()
+
+
+async def test_a_yard_on_three_servers_lets_tenants_in_and_out_while_it_runs(
+    site: Site, daemon: DaemonProcess, agent: FakeAgent
+) -> None:
+    async def started() -> bool:
+        daemon.kill()
+        daemon.spawn()
+        await asyncio.to_thread(daemon.wait_ready)
+        return True
+
+    await started()
+    await agent.join()
+    for server in range(3):
+        await runs(site, "acme", "alice", server, 1)
+    # A new tenant: no server is told but one, none is reloaded or started again.
+    site.keys.add_user("globex", "gus")
+    assert await apply_keys(site.server, site.keys)
+    await runs(site, "globex", "gus", 2, 1)
+    # A user that is taken out is put out of every server, and does not get in again.
+    inside = await site.connect("globex", "gus", 1)
+    credentials = site.keys.user("globex", "gus").with_suffix(".creds").read_text()
+    site.keys.remove_user("globex", "gus")
+    assert await apply_keys(site.server, site.keys)
+    kept = site.daemon_directory / "kept.creds"
+    kept.write_text(credentials)
+
+    async def is_out() -> bool:
+        return not inside.is_connected
+
+    await until(is_out, "an end of the connection", READY_S)
+    await inside.close()
+    for server in site.cluster.servers:
+        with pytest.raises(PermissionDenied):
+            await connect(server.url, name="gone", inbox_prefix=user_inbox("gus"), seed=str(kept))
+    assert agent.faults == []
+
+
+async def test_a_token_of_another_authority_is_not_believed(site: Site, tmp_path: Path) -> None:
+    strange = YardKeys.load_or_create(tmp_path / "strange")
+    strange.add_user("acme", "alice")
+    settings = ServerSettings("lab", tmp_path / "nats", STORE_BYTES, by_tokens=True)
+    server_config(settings, strange)
+    key = strange.user("acme", "alice").with_suffix(".creds")
+    assert has_token(str(key))
+    assert read_public_key(str(key)) == read_public_key(str(strange.user("acme", "alice")))
+    with pytest.raises(PermissionDenied):
+        await connect(site.cluster.servers[0].url, name="strange", inbox_prefix="_INBOX.alice", seed=str(key))
+
+
+def test_keys_of_the_authority_are_made_once_and_stay_private(tmp_path: Path) -> None:
+    keys = YardKeys.load_or_create(tmp_path / "keys")
+    first, again = Authority(keys), Authority(keys)
+    assert first.account_id("SCHED") == again.account_id("SCHED")
+    assert first.account_id("SCHED").startswith("A")
+    for path in (tmp_path / "keys" / "authority").rglob("*"):
+        assert path.stat().st_mode & 0o077 == 0, path
+
+
+def test_init_writes_a_configuration_for_each_server_of_a_cluster(tmp_path: Path) -> None:
+    state = tmp_path / "state"
+    flags = [f"--server=nats-{number}=127.0.0.{number}" for number in (1, 2, 3)]
+    done = gpuyard("init", "--state", str(state), *flags, "--node", "gpu-1", "--user", "acme/alice")
+    assert done.returncode == 0, done.stderr
+    for number in (1, 2, 3):
+        text = (state / "nats" / "servers" / f"nats-{number}" / "nats.conf").read_text()
+        assert f'server_name: "nats-{number}"' in text
+        assert text.count("tls://127.0.0.") == 2
+        assert f"tls://127.0.0.{number}:" not in text
+    assert has_token(str(state / "keys" / "node-gpu-1.creds"))
+    assert has_token(str(state / "clients" / "acme.alice" / "user.seed"))
+    assert (
+        "tls://127.0.0.1:4222,tls://127.0.0.2:4222" in (state / "clients" / "acme.alice" / "context.toml").read_text()
+    )
+    # Asked again it remembers; a token for a host is refused with what to do instead.
+    assert gpuyard("init", "--state", str(state), "--operator", "olga").returncode == 0
+    assert has_token(str(state / "keys" / "operator-olga.creds"))
+    token = gpuyard("node", "token", "gpu-2", "--state", str(state))
+    assert token.returncode == 1
+    assert "gpuyard init --node gpu-2" in token.stderr
+    two = gpuyard("init", "--state", str(tmp_path / "two"), *flags[:2])
+    assert "expected 3 or 5" in two.stderr
+
+
+def gpuyard(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "gpuyard.cli", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_a_damaged_list_of_what_was_let_in_is_refused(tmp_path: Path) -> None:
+    """Taking it for empty would let in again whoever was put out."""
+    keys = YardKeys.load_or_create(tmp_path / "keys")
+    settings = ServerSettings("lab", tmp_path / "nats", STORE_BYTES, by_tokens=True)
+    server_config(settings, keys)
+    (tmp_path / "keys" / "authority" / "issued.json").write_text("{")
+    with pytest.raises(BusError, match="is damaged"):
+        server_config(settings, keys)
