@@ -82,10 +82,19 @@ class Head:
         """How often its log has this event."""
         return self._log.read_text(errors="replace").count(f'"event":"{event}"')
 
+    def last(self) -> str:
+        return self._log.read_text(errors="replace")[-3000:]
+
     @property
     def rss_mib(self) -> float:
         assert self.process is not None
         return float(psutil.Process(self.process.pid).memory_info().rss) / 2**20
+
+    @property
+    def cpu_s(self) -> float:
+        assert self.process is not None
+        times = psutil.Process(self.process.pid).cpu_times()
+        return float(times.user + times.system)
 
     async def until_said(self, event: str, times: int) -> None:
         deadline = time.monotonic() + DEADLINE_S
@@ -162,8 +171,11 @@ async def _takeovers(
     times = []
     for _ in range(rounds):
         standby.start()
+        taken_before = standby.said("took-over")
         await standby.until_said("standby.up-to-date", standby.said("standby.up-to-date") + 1)
         await asyncio.sleep(1.0)
+        if standby.said("took-over") > taken_before:
+            raise SystemExit(f"the standby took over from a leader that lives: too busy a machine?\n{standby.last()}")
         if hang:
             leader.suspend()
         else:
@@ -174,14 +186,16 @@ async def _takeovers(
     return times, leader, standby
 
 
-async def _restarts(yard: Yard, head: Head, rounds: int) -> list[float]:
-    times = []
+async def _restarts(yard: Yard, head: Head, rounds: int) -> tuple[list[float], list[float]]:
+    """Seconds to the first new start, and what the new process spent of a processor until then."""
+    times, spent = [], []
     for _ in range(rounds):
         head.kill()
         head.start()
         times.append(await yard.seconds_to_new_start())
+        spent.append(head.cpu_s)
         await yard.stats()
-    return times
+    return times, spent
 
 
 async def _run(jobs: int, rounds: int) -> dict[str, object]:
@@ -199,7 +213,7 @@ async def _run(jobs: int, rounds: int) -> dict[str, object]:
                 rss_mib = heads[0].rss_mib
                 takeovers, leader, other = await _takeovers(yard, *heads, rounds)
                 hangs, leader, other = await _takeovers(yard, leader, other, 1, hang=True)
-                restarts = await _restarts(yard, leader, rounds)
+                restarts, spent = await _restarts(yard, leader, rounds)
                 faults = [fault for agent in yard.agents for fault in agent.faults]
             finally:
                 await bus.close()
@@ -213,6 +227,7 @@ async def _run(jobs: int, rounds: int) -> dict[str, object]:
         "takeover_s": round(statistics.median(takeovers), 3),
         "journal_mib": round(journal_mib, 1),
         "rss_mib": round(rss_mib, 1),
+        "to_dispatching_cpu_s": round(statistics.median(spent), 3),
         "to_dispatching_all_s": [round(value, 3) for value in restarts],
         "takeover_hang_s": round(statistics.median(hangs), 3),
         "takeover_all_s": [round(value, 3) for value in takeovers],

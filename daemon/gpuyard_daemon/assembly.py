@@ -352,6 +352,7 @@ class Daemon:
             upkeep=self.upkeep,
             history=self._base.history,
             levels=self.levels,
+            leases=self.leases,
             reloader=self._base.reloader,
             standbys=lambda: len(self._base.presence.standbys()),
         )

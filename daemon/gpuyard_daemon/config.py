@@ -25,7 +25,7 @@ from gpuyard_protocol.bus.credentials import CREDENTIALS_SUFFIX
 from gpuyard_protocol.codec import Malformed, from_plain
 from gpuyard_protocol.http_guard import OPEN, GuardRefused, HttpGuard, guard_for
 from gpuyard_protocol.names import NAME_EXPECTED, is_name
-from gpuyard_protocol.units import Duration, GpuAmount, Memory
+from gpuyard_protocol.units import MILLI, Duration, GpuAmount, Memory
 
 #: What `sysexits.h` calls a configuration error; systemd is told not to restart on it.
 EXIT_BAD_CONFIG = 78
@@ -120,13 +120,16 @@ class DaemonConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     tenants: dict[str, TenantConfig] = {}
     #: By name. Without any, everybody shares one queue without quota.
     queues: dict[str, QueueConfig] = {}
+    #: By model of card: how fast it is beside the fastest, as in `T4 = 0.2`. A model not named is as fast as that.
+    gpu_speeds: dict[str, float] = {}
 
     def policy(self) -> Policy:
         """What tenants are granted, as the core takes it."""
         base = _limits(self.tenants.get(DEFAULT_TENANT, TenantConfig()), _BUILT_IN_LIMITS)
         named = sorted((name, table) for name, table in self.tenants.items() if name != DEFAULT_TENANT)
         tenants = tuple((name, _limits(table, base)) for name, table in named)
-        return Policy(default=base, tenants=tenants, queues=queue_policies(self.queues))
+        speeds = tuple((model, round(speed * MILLI)) for model, speed in sorted(self.gpu_speeds.items()))
+        return Policy(default=base, tenants=tenants, queues=queue_policies(self.queues), speeds=speeds)
 
     def rates(self) -> tuple[Rate, dict[str, Rate]]:
         """How fast tenants may submit: each that is not named, and those that are."""
@@ -203,6 +206,9 @@ class DaemonConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             if value <= 0:
                 raise _bad(name, str(value), "more than 0")
         self._validate_tenants()
+        for model, speed in self.gpu_speeds.items():
+            if not 0.001 <= speed <= 1:
+                raise _bad(f"gpu_speeds.{model}", str(speed), "a number from 0.001 to 1, the fastest model's")
         if problem := problem_of(self.queues):
             raise _bad(*problem)
         if self.nodes.lost_after <= self.nodes.suspected_after:

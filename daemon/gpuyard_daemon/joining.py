@@ -78,7 +78,7 @@ class Joining:
             await self._tolerantly(self._answer(message))
 
     async def forget(self, node: NodeId) -> None:
-        """Take a node's key out, and its token: its connection ends, and it is a stranger. A `BusError` says why not."""
+        """Take out a node's key and its token: its connection ends, and it is a stranger. A `BusError` says why not."""
         async with self._changing:
             keys = self._keys()
             keys.tokens.revoke(node)

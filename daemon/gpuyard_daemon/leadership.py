@@ -29,9 +29,9 @@ from gpuyard_protocol.subjects import JOURNAL_LEADER, presence
 
 log = structlog.get_logger("leadership")
 
-#: How often a standby asks, and how long it waits for each answer.
+#: How often a standby looks and asks, and how long it waits for one answer before it asks again.
 ASK_INTERVAL_S = 0.1
-ASK_TIMEOUT_S = 0.5
+ASK_TIMEOUT_S = 1.0
 #: Nobody listens for so long: longer than a client's own reconnect takes, so that a broken connection is no death.
 GONE_AFTER_S = 0.3
 #: No answer for so long: longer than the longest that a loop stands still (a fork, a collection).
@@ -275,8 +275,8 @@ class Presence:
 class Vigil:
     """What a standby makes of the leader's answers: how long nobody listens, how long nobody answers.
 
-    Time counts only while it was spent asking over a connection that held: a standby that was itself suspended or cut
-    off has seen nothing.
+    Time counts only as far as this process was there to hear an answer, over a connection that held: a standby that was
+    itself suspended, busy or cut off has seen nothing. What it did not see of a long pause is told by the next looks.
     """
 
     def __init__(self) -> None:
@@ -287,12 +287,12 @@ class Vigil:
         self.gone_s = self.silent_s = 0.0
 
     def absent(self, passed_s: float) -> None:
-        """Nobody listens; the last look was so long ago."""
+        """Nobody listens; the look before was so long ago."""
         self.gone_s += min(passed_s, 2 * ASK_INTERVAL_S)
 
     def silent(self, passed_s: float) -> None:
-        """Somebody listens, and did not answer."""
-        self.silent_s += min(passed_s, ASK_TIMEOUT_S + ASK_INTERVAL_S)
+        """A question waits for its answer since the last look, so long ago."""
+        self.silent_s += min(passed_s, 2 * ASK_INTERVAL_S)
 
     @property
     def verdict(self) -> str:

@@ -17,7 +17,7 @@ from gpuyard_daemon.config import BadConfig, DaemonConfig
 
 log = structlog.get_logger("reload")
 
-RELOADABLE = ("tenants", "queues", "nodes")
+RELOADABLE = ("tenants", "queues", "gpu_speeds", "nodes")
 
 
 class Reloader:

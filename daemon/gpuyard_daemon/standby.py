@@ -40,14 +40,14 @@ from gpuyard_daemon.leadership import (
 from gpuyard_daemon.notify import Notifier
 from gpuyard_daemon.recovery import PartMissing, Replay, StartLater, StartRefused
 from gpuyard_daemon.snapshots import SnapshotStore, start_child, wait_for_child
-from gpuyard_protocol.bus.base import Bus, BusError, Disconnected, NoResponders, StoredMessage, StreamReader
+from gpuyard_protocol.bus.base import Bus, BusError, NoResponders, StoredMessage, StreamReader
 from gpuyard_protocol.codec import Malformed
 from gpuyard_protocol.subjects import JOURNAL_ENTRY, JOURNAL_LEADER, stream_name
 
 log = structlog.get_logger("standby")
 
-#: Messages applied before the loop gets a turn.
-BATCH = 64
+#: Messages applied before the loop gets a turn: a record of a thousand jobs takes some tens of milliseconds.
+BATCH = 16
 #: Derived lists of the core, the history, a snapshot that is due: looked at this often.
 UPKEEP_S = 2.0
 #: How long to wait before the leader is asked again for a snapshot that it has not made yet.
@@ -124,7 +124,7 @@ class Follower:
             return
         try:
             for message in messages:
-                if message.subject == JOURNAL_LEADER:
+                if message.subject == JOURNAL_LEADER and (self.claim is None or message.sequence > self.claim.sequence):
                     self.claim = read_claim(message.sequence, message.data)
                 self.replay.take(message)
                 if message.subject == JOURNAL_ENTRY:
@@ -250,8 +250,10 @@ class Watching:
         #: The leader's own word that this process is to take over, and whom to tell.
         self._asked: tuple[int, Callable[[Taken], None]] | None = None
         self._wake = asyncio.Event()
-        #: Connections that ended; an answer that was lost with one says nothing.
-        self._breaks = 0
+        #: Sequence of the claim whose holder the vigil is about.
+        self._watched = 0
+        #: The question that has no answer yet.
+        self._asking: asyncio.Task[None] | None = None
         self._is_told = False
         self._flushing: asyncio.Task[None] | None = None
         ground.bus.on_disconnect(self._broke)
@@ -259,10 +261,11 @@ class Watching:
 
     def close(self) -> None:
         self._ground.presence.take_over = None
+        if self._asking is not None:
+            self._asking.cancel()
 
     def _broke(self) -> None:
         """Our own connection ended: what was seen so far may have been its fault."""
-        self._breaks += 1
         self._vigil.answered()
 
     def _take_over(self, epoch: int, answer: Callable[[Taken], None]) -> None:
@@ -271,14 +274,15 @@ class Watching:
 
     async def until_ours(self) -> Succession:
         loop = asyncio.get_running_loop()
-        looked_after_at = loop.time()
+        looked_after_at = looked_at = loop.time()
         while True:
+            passed_s, looked_at = loop.time() - looked_at, loop.time()
             if self._follower.failure.done():
                 raise self._follower.failure.result()
             if self._asked is not None:
                 succession = await self._obey(*self._asked)
             else:
-                await self._ask()
+                self._look(passed_s)
                 succession = await self._claim_if_gone()
             if succession is not None:
                 return succession
@@ -295,27 +299,36 @@ class Watching:
 
     # -- the leader ----------------------------------------------------------------------------------------------------
 
-    async def _ask(self) -> None:
-        claim, follower, vigil = self._follower.claim, self._follower, self._vigil
+    def _look(self, passed_s: float) -> None:
+        """Ask if nothing is asked; else count the time without an answer, as far as this loop was there to hear it."""
+        claim = self._follower.claim
         if claim is None or not self._ground.bus.is_connected:
             return
-        breaks, began = self._breaks, time.monotonic()
+        if claim.sequence != self._watched:
+            # Somebody else leads now: what was seen of the one before says nothing about it.
+            self._watched = claim.sequence
+            self._vigil.answered()
+        if self._asking is not None and not self._asking.done():
+            self._vigil.silent(passed_s)
+        else:
+            self._asking = asyncio.get_running_loop().create_task(self._ask(claim, passed_s), name="ask the leader")
+        self._tell(claim)
+
+    async def _ask(self, claim: Claim, passed_s: float) -> None:
+        follower = self._follower
         try:
             alive = await self._ground.presence.ask(claim, follower.position, follower.kept)
         except NoResponders:
-            vigil.absent(time.monotonic() - began + ASK_INTERVAL_S)
-        except Disconnected:
-            return
+            if claim.sequence == self._watched:
+                self._vigil.absent(passed_s)
         except (BusError, Malformed):
-            if breaks == self._breaks:
-                vigil.silent(time.monotonic() - began + ASK_INTERVAL_S)
+            return  # The time without an answer is counted where it passes.
         else:
-            vigil.answered()
+            self._vigil.answered()
             self._heard = (alive.now_ms * 1_000_000, boot_elapsed_ns())
             self._end = alive.end
             if self._first_end is None:
                 self._first_end = alive.end
-        self._tell(claim)
 
     def _tell(self, claim: Claim) -> None:
         """Say how things stand, for health and for systemd."""

@@ -54,6 +54,10 @@ ARRAY_EXPECTED = (
     "with '%8' behind them for at most 8 at once"
 )
 
+#: A container image as engines name it: registry, path, tag or digest.
+IMAGE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/:@-]{0,254}")
+IMAGE_EXPECTED = "an image such as 'docker.io/library/python:3.12'"
+
 PRIORITY_MIN, PRIORITY_MAX = -2, 2
 REPLICAS_MAX = 1024
 GPUS_PER_REPLICA_MAX = 64
@@ -137,11 +141,12 @@ class JobRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_
     estimate: Duration | None = None
     #: When it should have ended, with an `estimate` or `time_limit` beside it: it rises in line as that comes near.
     deadline: Moment | None = None
+    #: A container image that the command runs in, on nodes that have an engine for it.
+    image: str | None = None
     # Known and not honoured yet: refused by name.
     min_replicas: int | None = None
     total_gpus: int | None = None
     share_domain: str | None = None
-    image: str | None = None
     launcher: str | None = None
     topology: str | None = None
     upload: str | None = None
@@ -156,7 +161,8 @@ class JobRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_
             argv=self._argv(),
             script=self.script or "",
             replicas=self.replicas,
-            need=resource_need(self),
+            need=self._need(),
+            image=self.image or "",
             priority=self.priority,
             time_limit_ms=int(self.time_limit or 0),
             stop_grace_ms=DEFAULT_STOP_GRACE_MS if self.stop_grace is None else int(self.stop_grace),
@@ -196,6 +202,18 @@ class JobRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_
                     f"$.depends_on[{place}]", "'singleton'", "a 'name' beside it: jobs of one name go in turn"
                 )
         return tuple(found)
+
+    def _need(self) -> ResourceNeed:
+        need = resource_need(self)
+        if self.image is None:
+            return need
+        if not IMAGE.fullmatch(self.image):
+            raise _malformed("image", self.image, IMAGE_EXPECTED)
+        if need.is_share and need.isolation == "soft":
+            raise _malformed(
+                "image", self.image, "'isolation' hard or none beside a share: MPS cannot be used from a container"
+            )
+        return msgspec.structs.replace(need, containers=True)
 
     def _refuse_unhonoured(self) -> None:
         for field in _NOT_HONOURED:
@@ -244,7 +262,7 @@ class JobRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_
 
 _NOT_HONOURED = (
     "min_replicas", "total_gpus", "share_domain",
-    "image", "launcher", "topology", "upload", "secrets",
+    "launcher", "topology", "upload", "secrets",
 )  # fmt: skip
 
 
@@ -450,6 +468,8 @@ class JobSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     #: When it should have ended, Unix milliseconds, or so long after acceptance; 0: whenever.
     deadline_ms: int = 0
     deadline_after_ms: int = 0
+    #: A container image that its command runs in; "": the host.
+    image: str = ""
     #: Its queue's rule about cards that compute nothing, as it was when the job was accepted; None: each node's own.
     idle: IdleGpu | None = None
 

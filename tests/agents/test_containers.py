@@ -10,6 +10,7 @@ import os
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from gpuyard_agent.launch.base import Account
@@ -91,6 +92,9 @@ def test_what_cannot_be_is_refused_before_anything_is_made() -> None:
         Containers(PODMAN, "n").check(LAUNCH, MpsShare("GPU-1", 500, 1_000))
     with pytest.raises(NotContained, match="halted"):
         Containers(DOCKER, "n").check(LAUNCH, TimeSliceShare("GPU-1", 500, 1_000))
+    for changes in ({"image": "--privileged"}, {"image": "a b"}, {"cwd": "/a:/etc"}):
+        with pytest.raises(NotContained):
+            Containers(PODMAN, "n").check(msgspec.structs.replace(LAUNCH, **changes), NoGpu())
     for partition in (NoGpu(), WholeCards(("GPU-1",)), TimeSliceShare("GPU-1", 500, 1_000)):
         Containers(PODMAN, "n").check(LAUNCH, partition)
 

@@ -22,7 +22,7 @@ from gpuyard_agent.devices.base import (
     NoDriver,
 )
 from gpuyard_agent.devices.nvml import NvmlBackend
-from support.devices import News, fake_cards
+from support.devices import SOON_S, News, fake_cards
 
 ROOT = Path(__file__).parents[2]
 
@@ -40,6 +40,14 @@ async def cards(tmp_path: Path) -> AsyncIterator[tuple[FakeDriver, NvmlBackend]]
 
 
 Cards = tuple[FakeDriver, NvmlBackend]
+
+
+async def listens(driver: FakeDriver) -> None:
+    """What happened before the cards were registered is told to nobody."""
+    async with asyncio.timeout(SOON_S):
+        while not driver.calls("nvmlEventSetWait_v2"):
+            await asyncio.sleep(0.005)
+
 
 # --- what it shows ---
 
@@ -206,6 +214,7 @@ async def test_a_card_taken_from_the_driver_is_lost_and_the_rest_keep_their_name
 async def test_what_a_program_does_to_itself_is_no_fault_of_the_card(cards: Cards, xid: int) -> None:
     driver, backend = cards
     first, _ = await backend.inventory()
+    await listens(driver)
     news = News(backend)
     driver.gpu(0).xid(xid)
     assert await news.wait(lambda one: True) == ApplicationFault(device=first.uuid, xid=xid)
@@ -215,6 +224,7 @@ async def test_what_a_program_does_to_itself_is_no_fault_of_the_card(cards: Card
 async def test_an_error_of_the_card_fences_it_until_it_was_quiet(cards: Cards) -> None:
     driver, backend = cards
     first, _ = await backend.inventory()
+    await listens(driver)
     news = News(backend)
     driver.gpu(0).set(recovery_action=1)
     driver.gpu(0).xid(95)
@@ -231,6 +241,7 @@ async def test_an_error_of_the_card_fences_it_until_it_was_quiet(cards: Cards) -
 async def test_memory_errors_fence_and_a_worn_out_row_keeps_it_so(cards: Cards) -> None:
     driver, backend = cards
     _, second = await backend.inventory()
+    await listens(driver)
     news = News(backend)
     driver.gpu(1).set(remap_failure=1)
     driver.gpu(1).ecc(uncorrected=1)
@@ -244,6 +255,7 @@ async def test_memory_errors_fence_and_a_worn_out_row_keeps_it_so(cards: Cards) 
 async def test_a_fault_of_an_instance_names_it(cards: Cards) -> None:
     driver, backend = cards
     first, _ = await backend.inventory()
+    await listens(driver)
     made = await backend.create_mig(first.uuid, "2g.20gb", 2)
     news = News(backend)
     await news.wait(lambda one: one == DevicesChanged(device=first.uuid))

@@ -231,7 +231,8 @@ def test_slices_that_somebody_outside_the_yard_holds_are_left_alone() -> None:
     assert card.mode == "mig"
     assert fit(card, need(gpus=0, share_milli=500, isolation="none"), "acme", ("timeslice", "mps"), 4000) < 0
     partition = cut(card, need(mig="3g.40gb"), ("mig",))
-    assert isinstance(partition, MigInstance) and partition.start == 4
+    assert isinstance(partition, MigInstance)
+    assert partition.start == 4
     card.take(AssignmentKey(1, 1, 0), partition, "acme")
     assert fit(card, need(mig="1g.10gb"), "acme", ("mig",), 4000) < 0
     card.give(AssignmentKey(1, 1, 0))

@@ -57,6 +57,14 @@ def test_a_job_that_would_lose_everything_is_not_ended_for_a_small_gain() -> Non
     assert h.states(large, small) == ["running", "pending"]
 
 
+def test_a_job_of_unknown_length_is_not_made_to_start_anew() -> None:
+    h = harness(1)
+    young = running_for(h, gives("requeue", gpus=1), 130_000)
+    small = h.submit(job(gpus=1))
+    h.settle(most_ms=HOUR)
+    assert h.states(young, small) == ["running", "pending"]
+
+
 def test_a_job_that_is_never_to_be_preempted_never_is() -> None:
     h = harness(8)
     large = running_for(h, gives("never", gpus=8), 5 * HOUR)

@@ -286,16 +286,19 @@ def test_like_jobs_teach_how_long_the_next_will_run() -> None:
     h = yard(1)
     for run in range(3):
         number = h.submit(job(gpus=1, name=f"train-{run}"))
-        assert terms(h, number).size_from == "probe"
+        assert not h.core.cluster.jobs[number].expected_ms
         h.run(number)
         h.now_ms += HOUR
         h.ended(number)
     number = h.submit(job(gpus=1, name="train-99"))
+    assert terms(h, number).size_from == "probe"
+    h.run(number)
+    h.now_ms += priority.PROBE_MS
     found = terms(h, number)
     assert found.size_from == "history"
     assert abs(found.size_gpu_ms - HOUR) < HOUR // 50
     stranger = h.submit(job(gpus=1, name="train-99"), user="bob")
-    assert terms(h, stranger).size_from == "probe"
+    assert not h.core.cluster.jobs[stranger].expected_ms
 
 
 def test_runs_that_are_all_different_teach_nothing() -> None:
@@ -305,7 +308,7 @@ def test_runs_that_are_all_different_teach_nothing() -> None:
         h.run(number)
         h.now_ms += minutes * 60_000
         h.ended(number)
-    assert terms(h, h.submit(job(gpus=1, name="x"))).size_from == "probe"
+    assert not h.core.cluster.jobs[h.submit(job(gpus=1, name="x"))].expected_ms
 
 
 def test_an_estimate_is_taken_at_its_word_until_its_owner_has_been_far_off_often() -> None:

@@ -162,3 +162,13 @@ def test_equal_conditions_score_alike_whichever_cards_are_taken() -> None:
     assert one.condition == other.condition
     for wish in (shape(gpus=2), shape(share_milli=300), shape()):
         assert score_of(mix, one, wish) == score_of(mix, other, wish)
+
+
+def test_a_slower_model_costs_what_is_lost_on_it() -> None:
+    fast = space_of(node("n-1", devices=[gpu(0, node="n-1")]))
+    slow = space_of(node("n-2", devices=[gpu(0, node="n-2", model="NVIDIA T4")]))
+    alike = DemandMix([Demand(need(gpus=1), 1)])
+    told = DemandMix([Demand(need(gpus=1), 1)], [("T4", 200)])
+    assert score_of(alike, fast, shape(gpus=1)) == score_of(alike, slow, shape(gpus=1))
+    assert score_of(told, fast, shape(gpus=1)) < score_of(told, slow, shape(gpus=1))
+    assert told.slowness(slow.cards[0].kind) == 800

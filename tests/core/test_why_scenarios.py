@@ -51,7 +51,8 @@ class Scenario:
         self.output: list[str] = []
         self._verbs: dict[str, Callable[..., None]] = {
             "node": self._node, "limit": self._limit, "queue": self._queue, "job": self._job, "end": self._end,
-            "hold": self._hold, "wait": self._wait, "lose": self._lose, "break": self._break, "why": self._why, "dry": self._dry,
+            "hold": self._hold, "wait": self._wait, "lose": self._lose, "break": self._break, "why": self._why,
+            "dry": self._dry,
         }  # fmt: skip
 
     def play(self, text: str) -> str:

@@ -8,7 +8,7 @@ import pytest
 
 from gpuyard_daemon.__main__ import main
 from gpuyard_daemon.config import EXIT_BAD_CONFIG, BadConfig, DaemonConfig, load, parse_arguments
-from gpuyard_daemon.core.policy import Policy, TenantLimits
+from gpuyard_daemon.core.policy import Grant, Policy, TenantLimits
 from gpuyard_protocol.nodes import IdleGpu
 
 
@@ -96,3 +96,52 @@ def test_a_queue_has_a_rule_about_idle_cards_or_leaves_it_to_those_above(tmp_pat
     lab, night = load(file, {}).policy().queues
     assert lab.idle == IdleGpu(warn_ms=300_000, release_ms=3_600_000)
     assert night.idle is None
+
+
+def test_speeds_of_models_become_the_policys(tmp_path: Path) -> None:
+    file = tmp_path / "daemon.toml"
+    file.write_text("[gpu_speeds]\nT4 = 0.2\nA100 = 0.5\n")
+    assert load(file, {}).policy().speeds == (("A100", 500), ("T4", 200))
+    file.write_text("[gpu_speeds]\nT4 = 2.0\n")
+    with pytest.raises(BadConfig, match=r"gpu_speeds\.T4"):
+        load(file, {})
+
+
+def test_queues_become_a_tree_with_quotas(tmp_path: Path) -> None:
+    file = tmp_path / "daemon.toml"
+    file.write_text(
+        """
+        [queues.lab]
+        grants = [{nominal = 64}]
+        [queues.vision]
+        parent = "lab"
+        weight = 3
+        grants = [{model = "H100", kind = "shared", nominal = 2.5, borrow = 0, lend = 1}]
+        [tenants.research]
+        queue = "vision"
+        weight = 2
+        """
+    )
+    policy = load(file, {}).policy()
+    lab, vision = policy.queues
+    assert (lab.name, lab.grants) == ("lab", (Grant(nominal_milli=64_000),))
+    assert (vision.parent, vision.weight) == ("lab", 3)
+    assert vision.grants == (Grant(model="H100", kind="shared", nominal_milli=2500, borrow_milli=0, lend_milli=1000),)
+    assert dict(policy.tenants)["research"] == TenantLimits(jobs_max=100_000, queue="vision", weight=2)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('[queues.a]\nparent = "b"', "queues.a.parent: found 'b'; expected one of a"),
+        ('[queues.a]\nparent = "b"\n[queues.b]\nparent = "a"', "a queue that does not stand below this one"),
+        ("[queues.a]\nweight = 0", "queues.a.weight: found '0'; expected a number between 1 and 1000"),
+        ("[queues.a]\ngrants = [{nominal = 1, lend = 2}]", "queues.a.grants.lend: found '2'; expected at most 1"),
+        ("[queues.a]\ngrants = [{nominal = 1}, {nominal = 2}]", "one for each model and kind"),
+        ("[queues.a]\ngrants = [{nominl = 1}]", "nominal"),
+        ('[tenants.t]\nqueue = "a"', "tenants.t.queue: found 'a'; expected one of default"),
+        ("[tenants.t]\nweight = 0", "tenants.t.weight"),
+    ],
+)
+def test_a_tree_that_makes_no_sense_is_refused(tmp_path: Path, text: str, said: str) -> None:
+    assert said in complaint(tmp_path, text)

@@ -11,12 +11,12 @@ from gpuyard_daemon.config import DaemonConfig, JournalConfig
 from gpuyard_daemon.health import Health
 from gpuyard_daemon.history import History
 from gpuyard_daemon.journal import Journal
-from gpuyard_daemon.leadership import GONE_AFTER_S, SILENT_AFTER_S, Presence, Vigil
+from gpuyard_daemon.leadership import GONE_AFTER_S, SILENT_AFTER_S, Presence, Vigil, newest_claim
 from gpuyard_daemon.notify import Notifier
 from gpuyard_daemon.recovery import PartMissing
 from gpuyard_daemon.snapshots import SnapshotStore
 from gpuyard_daemon.standby import Follower, Ground
-from gpuyard_protocol.bus.base import Bus
+from gpuyard_protocol.bus.base import Bus, StoredMessage
 from gpuyard_protocol.bus.nats import connect
 from gpuyard_protocol.codec import encode
 from gpuyard_protocol.subjects import streams
@@ -100,6 +100,30 @@ async def test_a_follower_is_the_leaders_twin_and_starts_again_from_its_own_disk
     assert again.core.turn == core.turn or again.core.turn == core.turn - 1
 
 
+async def test_a_follower_that_reads_old_claims_goes_on_watching_the_newest(
+    leader: Leader, ground: Ground, bus: Bus
+) -> None:
+    await leader.work(2)
+    newer = Journal(bus, "main", "newer")
+    await newer.claim("other", 2)
+    newest = await newest_claim(bus, newer.stream)
+    follower = Follower(ground)
+    follower.claim = newest
+    seen: list[int] = []
+    take = follower._take
+
+    def noting(messages: list[StoredMessage]) -> None:
+        take(messages)
+        assert follower.claim is not None
+        seen.append(follower.claim.sequence)
+
+    follower._take = noting  # type: ignore[method-assign]
+    await follower.open()
+    await follower.reach(newer.epoch)
+    await follower.close()
+    assert set(seen) == {newer.epoch}
+
+
 async def test_a_follower_that_lacks_a_part_says_so(leader: Leader, ground: Ground) -> None:
     await leader.work(5)
     await leader.journal.prune(leader.journal.last_sequence - 3)
@@ -121,5 +145,5 @@ def test_what_a_standby_did_not_see_does_not_count() -> None:
     assert vigil.gone_s >= GONE_AFTER_S
     vigil.answered()
     while not vigil.verdict:
-        vigil.silent(0.6)
+        vigil.silent(0.1)
     assert vigil.silent_s >= SILENT_AFTER_S

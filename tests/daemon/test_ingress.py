@@ -60,7 +60,7 @@ def test_each_verb_becomes_its_input() -> None:
     [
         ("submit", {"command": ["true"], "gpu_memroy": "5Gi"}, "$.gpu_memroy", "gpu_memory"),
         ("submit", {"command": ["true"], "gpu_memory": "5"}, "$.gpu_memory", ""),
-        ("submit", {"command": ["true"], "queue": "night"}, "$.queue", ""),
+        ("submit", {"command": ["true"], "queue": "No Name"}, "$.queue", ""),
         ("submit-many", {"jobs": [{"command": ["true"], "array": "1-5"}]}, "$.jobs[0].array", ""),
         ("hold", {"job": 1, "for": "ever"}, "$.for", ""),
         ("submit", b"\xff\x00 no JSON", "$", ""),

@@ -20,7 +20,8 @@ def yard() -> Iterator[Yard]:
 
 
 def agents_of(yard: Yard, node: str) -> list[psutil.Process]:
-    return yard.processes("gpuyard_agent", f"/{node}")
+    """The agent alone: its supervisor goes on, as does whatever else outlives an agent."""
+    return yard.processes("-m gpuyard_agent --state", f"/{node}")
 
 
 async def node_state(yard: Yard, node: str) -> str:
@@ -78,6 +79,7 @@ async def test_a_node_declared_dead_gives_its_job_away_and_ends_it_when_it_retur
         view = await job.view()
         assert (view.state, view.attempt) == ("running", 2)
         await job.cancel()
+        assert (await job.wait(timeout=30)).state == "cancelled"
         audit = yard.cli("audit", "--limit", "20").stdout
         assert "declare-dead" in audit
 
@@ -85,7 +87,8 @@ async def test_a_node_declared_dead_gives_its_job_away_and_ends_it_when_it_retur
 async def test_a_job_under_a_lease_runs_on_while_its_node_is_heard_and_elsewhere_once_it_is_not(yard: Yard) -> None:
     """Its agent is suspended, as a host that hangs: the lease is kept outside it, and never do two attempts run."""
     marks = yard.scratch / "lease-marks"
-    script = f'while :; do echo "$GPUYARD_ATTEMPT $GPUYARD_NODE $$ $(cut -d" " -f1 /proc/uptime)" >> {marks}; sleep 0.1; done'
+    tick = 'echo "$GPUYARD_ATTEMPT $GPUYARD_NODE $$ $(cut -d" " -f1 /proc/uptime)"'
+    script = f"while :; do {tick} >> {marks}; sleep 0.1; done"
 
     def ticks(attempt: str) -> list[float]:
         lines = [line.split() for line in marks.read_text().splitlines()] if marks.exists() else []
@@ -118,6 +121,7 @@ async def test_a_job_under_a_lease_runs_on_while_its_node_is_heard_and_elsewhere
         assert (view.state, view.attempt) == ("running", 2)
         assert view.placed[0].node != first
         await job.cancel()
+        assert (await job.wait(timeout=30)).state == "cancelled"
 
 
 async def test_a_node_that_is_removed_is_gone_with_its_key(yard: Yard) -> None:

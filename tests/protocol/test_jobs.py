@@ -176,7 +176,6 @@ def test_what_makes_no_sense_is_refused_by_its_path(fields: dict[str, Any], path
         ("min_replicas", 1),
         ("total_gpus", 12),
         ("share_domain", "team"),
-        ("image", "busybox"),
         ("launcher", "torchrun"),
         ("topology", "rack"),
         ("upload", "sha256"),
@@ -197,7 +196,7 @@ def test_no_field_is_accepted_and_then_ignored() -> None:
         "cpus": 2, "memory": "2Gi", "node_labels": {"a": "b"}, "nodes": ["n"], "priority": 1, "time_limit": "1h",
         "stop_grace": "1s", "retries": 1, "env": {"A": "1"}, "cwd": "/", "preemption": "never", "allow_pending": True,
         "hold": True, "begin": "+2h", "depends_on": ["afterok:1"], "array": "0-9%2",
-        "on_node_lost": "restart", "lease": "10m",
+        "on_node_lost": "restart", "lease": "10m", "image": "busybox:1",
         "restart_time": "5m", "queue": "night", "estimate": "1h",
     }  # fmt: skip
     only_names = {"v", "submission_id"}  # one value, or read before the core
@@ -213,6 +212,20 @@ def test_no_field_is_accepted_and_then_ignored() -> None:
             assert specify(**{field: samples[field]}, **others) != specify(**others), field
         else:
             assert "not honoured yet" in refused(**{field: _any_value(field)}).expected
+
+
+@pytest.mark.parametrize("image", ["--privileged", "a b", "", "x" * 300])
+def test_an_image_is_a_name_and_never_an_option(image: str) -> None:
+    assert refused(image=image).path == "$.image"
+
+
+def test_a_share_under_mps_is_not_used_from_a_container() -> None:
+    assert refused(image="x", gpu=0.5).path == "$.image"
+    assert refused(image="x", gpu_memory="5Gi", isolation="soft").path == "$.image"
+    shares = [{"gpu": 0.5, "isolation": isolation} for isolation in ("hard", "none")]
+    for fields in (*shares, {"mig": "1g.10gb"}, {"gpus": 1}):
+        spec = specify(image="registry/x:1", **fields)
+        assert (spec.image, spec.need.containers) == ("registry/x:1", True)
 
 
 def test_a_deadline_says_how_long_the_job_runs() -> None:

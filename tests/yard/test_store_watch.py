@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+import socket
+import subprocess
+import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from gpuyard_daemon.yard import ballast as ballasts
@@ -15,6 +19,8 @@ from gpuyard_daemon.yard.accounts import DAEMON_INBOX
 from gpuyard_daemon.yard.ballast import Ballast
 from gpuyard_daemon.yard.keys import YardKeys
 from gpuyard_daemon.yard.nats_server import NatsServer
+from gpuyard_daemon.yard.nats_watch import EXIT_BAD_CONFIG
+from gpuyard_daemon.yard.server_files import KeptByInit, find_server, read_server, write_server_config
 from gpuyard_protocol.bus import nats
 from gpuyard_protocol.bus.base import BusError, StreamSpec, Unanswered
 from gpuyard_protocol.bus.nats import NatsBus
@@ -22,6 +28,7 @@ from gpuyard_protocol.bus.nats import NatsBus
 DEADLINE_S = 30.0
 STREAM = StreamSpec(name="JRN_lab", subjects=("jrn.>",), max_bytes=64 * 1024**2)
 STORE_BYTES = 256 * 1024**2
+WATCH = (sys.executable, "-m", "gpuyard_daemon.yard.nats_watch")
 
 
 def test_the_ballast_takes_its_room_and_gives_it_back(tmp_path: Path) -> None:
@@ -131,3 +138,47 @@ async def test_appends_without_an_answer_mean_a_store_that_hangs(
             await asyncio.sleep(0.02)
     assert server.pid != first
     assert any("stores nothing (no answer)" in text for text in said)
+
+
+# --- a server that systemd runs ---------------------------------------------------------------------------------------
+
+
+def test_there_is_nothing_to_watch_without_a_server(tmp_path: Path) -> None:
+    done = subprocess.run([*WATCH, "--state", str(tmp_path)], capture_output=True, text=True, timeout=30, check=False)
+    assert done.returncode == EXIT_BAD_CONFIG
+    assert "holds no yard" in done.stdout + done.stderr
+
+
+async def test_a_server_that_stores_nothing_is_ended_for_its_unit_to_start_it_again(tmp_path: Path) -> None:
+    keys = YardKeys.load_or_create(tmp_path / "keys")
+    directory = tmp_path / "nats"
+    directory.mkdir()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    kept = KeptByInit(listen=f"127.0.0.1:{port}", store_bytes=str(STORE_BYTES), yard="lab")
+    (directory / "init.json").write_bytes(msgspec.json.encode(kept))
+    server = read_server(tmp_path)
+    config = write_server_config(server.settings, keys)
+    running = await asyncio.create_subprocess_exec(find_server(), "--config", config, stderr=subprocess.DEVNULL)
+    watching = None
+    try:
+        bus = await nats.connect(
+            server.local_url, name="test", inbox_prefix=DAEMON_INBOX, seed=str(keys.daemon), connect_timeout_s=20.0
+        )
+        await bus.ensure_stream(STREAM)
+        (blocks,) = (directory / "store").rglob("streams/JRN_lab/msgs")
+        shutil.rmtree(blocks)
+        with pytest.raises(Unanswered):
+            await _fill_blocks(bus)
+        watching = await asyncio.create_subprocess_exec(*WATCH, "--state", str(tmp_path), stderr=subprocess.PIPE)
+        assert watching.stderr is not None
+        async with asyncio.timeout(DEADLINE_S):
+            assert await running.wait() == 0
+            assert b"stores nothing" in await watching.stderr.readline()
+        await bus.close()
+    finally:
+        for process in (running, watching):
+            if process is not None and process.returncode is None:
+                process.kill()
+                await process.wait()

@@ -6,8 +6,8 @@ Interface (CDI), which NVIDIA's toolkit writes down for the host; a card without
 
 With podman the container stays in the replica's own process tree and control group (`--cgroups=disabled`), so limits,
 halting and killing reach it like any other replica. Under docker it is a child of docker's daemon: it cannot be halted,
-and has to be removed after a kill. So shares that take turns, and jobs that are to be suspended, need podman. MPS needs
-the host's process ids, which a container of this kind has not.
+and has to be removed after a kill; so shares that take turns need podman. MPS needs the host's process ids, which a
+container of this kind has not.
 
 The host's network and IPC are the replica's: gangs find each other, and data loaders their shared memory.
 """
@@ -29,6 +29,7 @@ import yaml
 
 from gpuyard_agent.launch.base import Account
 from gpuyard_agent.launch.spawn import MARK
+from gpuyard_protocol.jobs import IMAGE, IMAGE_EXPECTED
 from gpuyard_protocol.names import AssignmentKey
 from gpuyard_protocol.nodes import Launch
 from gpuyard_protocol.resources import MpsShare, Partition, TimeSliceShare
@@ -92,8 +93,12 @@ class Containers:
             raise NotContained(f"this node runs no container images: {self.engine.problem}")
         if isinstance(partition, MpsShare):
             raise NotContained("a share under MPS cannot be used from a container: MPS has to know its process ids")
-        if self.engine.name == "docker" and (isinstance(partition, TimeSliceShare) or launch.suspendable):
+        if self.engine.name == "docker" and isinstance(partition, TimeSliceShare):
             raise NotContained("docker's containers cannot be halted by the node; podman's can")
+        if not IMAGE.fullmatch(launch.image):
+            raise NotContained(f"{launch.image!r} is not {IMAGE_EXPECTED}")
+        if ":" in launch.cwd:
+            raise NotContained(f"the directory {launch.cwd} cannot be shown to a container: it has a colon")
 
     def wrap(
         self,

@@ -1,7 +1,7 @@
 """`gpuyard cordon`, `drain`, `uncordon`: nodes that are to be left alone, for operators.
 
-A drain waits until nothing is on the node any more and says what it waits for. Ctrl-C ends the waiting and nothing else:
-the node stays cordoned.
+A drain waits until nothing is on the node any more and says what it waits for. Ctrl-C ends the waiting and nothing
+else: the node stays cordoned.
 """
 
 from __future__ import annotations

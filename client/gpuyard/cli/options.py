@@ -56,6 +56,7 @@ _ON_NODE_LOST = _option(
 _LEASE = _option("--lease", metavar="TIME", text="… once it has run so long unheard, and then ended: 10m.")
 _ENV = _option("--env", metavar="K=V", text="A variable for the job; repeatable.")
 _CWD = _option("--cwd", metavar="DIR", text="Directory to run in (default: the current one; '': its own).")
+_IMAGE = _option("--image", metavar="IMAGE", text="A container image to run it in: docker.io/library/python:3.12.")
 _NAME = _option("--name", "-n", metavar="TEXT", text="A name for people.")
 _NODE = _option("--node", metavar="NODE", text="Only on this node; repeatable.")
 _LABEL = _option("--label", metavar="K=V", text="Only on nodes with this label; repeatable.")
@@ -93,6 +94,7 @@ class JobOptions:
     lease: Annotated[str | None, _LEASE] = None
     env: Annotated[list[str] | None, _ENV] = None
     cwd: Annotated[str | None, _CWD] = None
+    image: Annotated[str | None, _IMAGE] = None
     name: Annotated[str | None, _NAME] = None
     node: Annotated[list[str] | None, _NODE] = None
     label: Annotated[list[str] | None, _LABEL] = None
@@ -140,6 +142,7 @@ class JobOptions:
             "lease": None if self.lease is None else _time_limit(self.lease),
             "env": _pairs(self.env, "--env"),
             "cwd": os.path.abspath(self.cwd) if self.cwd else None,
+            "image": self.image,
             "name": self.name,
             "nodes": self.node or None,
             "node_labels": _pairs(self.label, "--label"),

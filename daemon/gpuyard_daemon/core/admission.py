@@ -25,6 +25,7 @@ from gpuyard_daemon.core.inputs import (
     ServiceDeleted,
 )
 from gpuyard_daemon.core.limits import never_within, refused_queue
+from gpuyard_daemon.core.model import replica_spec
 from gpuyard_daemon.core.promises import promise
 from gpuyard_daemon.core.services import apply_service, remove_service
 from gpuyard_daemon.core.tenancy import OVER_QUOTA, least_held
@@ -132,7 +133,9 @@ def apply(draft: Draft, request: ServiceApplied) -> None:
         chosen = is_submission_id(request.submission_id)
         _reject_impossible(draft, request.tenant, request.submission_id, missing, chosen=chosen)
         return
-    if never := draft.cluster.tenancy.never(request.tenant, least_held(spec.need, 1)):
+    cluster = draft.cluster
+    never = cluster.tenancy.never(request.tenant, least_held(spec.need, 1))
+    if never := never or never_within(cluster, request.tenant, replica_spec(spec)):
         _reject_for_now(draft, request.tenant, request.submission_id, never)
         return
     apply_service(draft, request.tenant, request.user, spec)

@@ -208,6 +208,7 @@ class Cluster:
         """Enter what tenants and queues are granted; what is held counts for no queue yet."""
         self.tenancy.set_policy(policy)
         self.quota.set_policy(policy, holdings.capacity_by_model(self.pool))
+        self.demand.set_speeds(policy.speeds)
 
     def _on_draining(self, fact: f.YardDraining, now_ms: int, effects: Effects) -> None:
         self.draining = True

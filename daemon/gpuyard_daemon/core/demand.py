@@ -51,7 +51,7 @@ class DemandRecord(msgspec.Struct, array_like=True, gc=False):
 class LiveDemand:
     """Counts of arrivals, and the mix made from them."""
 
-    __slots__ = ("_counts", "_kinds", "_mix", "_record", "_waiting", "version")
+    __slots__ = ("_counts", "_kinds", "_mix", "_record", "_speeds", "_waiting", "version")
 
     def __init__(self, record: DemandRecord | None = None) -> None:
         self._record = record or DemandRecord()
@@ -61,6 +61,8 @@ class LiveDemand:
         #: Derived: replicas that wait, by kind.
         self._waiting: dict[ResourceNeed, int] = {}
         self._mix: DemandMix | None = None
+        #: By model, in thousandths of the fastest's: the operator's, and no part of what is counted.
+        self._speeds: tuple[tuple[str, int], ...] = ()
         #: Grows when the mix in use changes. Not part of the state.
         self.version = 0
 
@@ -73,8 +75,16 @@ class LiveDemand:
     def mix(self) -> DemandMix:
         """The mix in use."""
         if self._mix is None:
-            self._mix = DemandMix([Demand(need, weight) for need, weight in self._record.in_use] or _NOTHING_KNOWN)
+            demands = [Demand(need, weight) for need, weight in self._record.in_use] or _NOTHING_KNOWN
+            self._mix = DemandMix(demands, self._speeds)
         return self._mix
+
+    def set_speeds(self, speeds: tuple[tuple[str, int], ...]) -> None:
+        """Models of cards are so fast from now on."""
+        if speeds != self._speeds:
+            self._speeds = speeds
+            self._mix = None
+            self.version += 1
 
     def arrived(self, need: ResourceNeed, replicas: int, now_ms: int) -> None:
         """So many replicas were asked for."""

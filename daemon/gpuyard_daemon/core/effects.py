@@ -109,6 +109,7 @@ def start_order(job: Job, assignment: Assignment) -> Start:
             lease_ms=assignment.lease_ms,
             suspendable=spec.preemption == "suspend",
             idle=spec.idle,
+            image=spec.image,
         ),
         hold=spec.replicas > 1,
     )

@@ -25,9 +25,7 @@ CREDIT_DIVISOR: Final = 20
 GAP_RESTARTS: Final = 10
 
 
-def may_take(
-    claimant_size: int, claimant_level: int, victim_level: int, cost: int, *, at_top: bool = False
-) -> bool:
+def may_take(claimant_size: int, claimant_level: int, victim_level: int, cost: int, *, at_top: bool = False) -> bool:
     """The exchange test. `claimant_level` may be lower than its size says (aging, deadline, class)."""
     with_cost = natural_level(claimant_size + COST_WEIGHT * cost)
     lifted = natural_level(claimant_size) - (TOP if at_top else claimant_level)

@@ -136,6 +136,8 @@ class Eviction(msgspec.Struct, frozen=True, array_like=True, gc=False):
     #: The same over its GPUs, thousandths of a card × ms.
     lost_milli_ms: int
     why: Why
+    #: There is room for it elsewhere.
+    moved: bool = False
 
 
 class ClaimMade(_Fact, frozen=True, tag="claimed"):

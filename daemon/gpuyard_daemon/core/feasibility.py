@@ -37,6 +37,7 @@ class Reason(StrEnum):
     NODE_NOT_NAMED = "NodeNotNamed"
     LABEL_MISSING = "LabelMissing"
     NO_ACCOUNT = "NoAccount"
+    NO_ENGINE = "NoContainerEngine"
     NO_GPU = "NoGpu"
     MODEL_MISSING = "ModelMissing"
     CARD_TOO_SMALL = "CardTooSmall"
@@ -66,9 +67,9 @@ class Reason(StrEnum):
 #: Reasons that waiting cannot cure.
 LASTING = frozenset(
     {
-        Reason.NODE_NOT_NAMED, Reason.LABEL_MISSING, Reason.NO_ACCOUNT, Reason.NO_GPU, Reason.MODEL_MISSING,
-        Reason.CARD_TOO_SMALL, Reason.TOO_FEW_CARDS, Reason.PROFILE_MISSING, Reason.MODE_MISSING, Reason.TOO_FEW_CPUS,
-        Reason.TOO_LITTLE_MEMORY,
+        Reason.NODE_NOT_NAMED, Reason.LABEL_MISSING, Reason.NO_ACCOUNT, Reason.NO_ENGINE, Reason.NO_GPU,
+        Reason.MODEL_MISSING, Reason.CARD_TOO_SMALL, Reason.TOO_FEW_CARDS, Reason.PROFILE_MISSING, Reason.MODE_MISSING,
+        Reason.TOO_FEW_CPUS, Reason.TOO_LITTLE_MEMORY,
     }
 )  # fmt: skip
 
@@ -345,7 +346,14 @@ def _node_reason(shape: Shape, space: NodeSpace, inventory: Inventory) -> Reason
     accounts = inventory.accounts
     if not shape.open_to_all and not any(_account_matches(each, shape.tenant, shape.user) for each in accounts):
         return Reason.NO_ACCOUNT
+    if need.containers and not _can_contain(need, inventory.container_engine):
+        return Reason.NO_ENGINE
     return None
+
+
+def _can_contain(need: ResourceNeed, engine: str) -> bool:
+    """Turns on a card need containers that can be halted, which are podman's alone."""
+    return engine == "podman" or (engine == "docker" and not (need.is_share and need.isolation == "none"))
 
 
 def _account_matches(pattern: str, tenant: Tenant, user: User) -> bool:

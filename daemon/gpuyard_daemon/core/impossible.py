@@ -94,6 +94,9 @@ def _describe(reason: Reason, shape: Shape, nearest_spaces: list[NodeSpace]) -> 
         case Reason.NO_ACCOUNT:
             who = f"{shape.tenant}/{shape.user}"
             return Missing("$", who, "a user with an account on some node", "", f"no node has an account for {who}")
+        case Reason.NO_ENGINE:
+            text = "no node runs container images (podman or docker; for turns on a card podman)"
+            return Missing("$.image", "an image", "a command on the host", "", text)
         case Reason.NO_GPU:
             return Missing("$", need.describe(), "CPU only", "", "no node has a GPU")
         case Reason.TOO_FEW_CARDS:

@@ -305,7 +305,6 @@ def _tenants(cluster: Cluster) -> Iterator[str]:
         if said != found:
             yield f"{name} hold {said}; by the jobs {found}"
 
-
     yield from _quotas(cluster)
 
 
@@ -330,7 +329,8 @@ def _quotas(cluster: Cluster) -> Iterator[str]:
     for name, queue in quota.queues.items():
         for said, found in zip(queue.allotments, counted.queues[name].allotments, strict=True):
             if (said.used_milli, said.unlent_milli) != (found.used_milli, found.unlent_milli):
-                yield f"queue {name}: {said.used_milli} and {said.unlent_milli} of {said.model!r}, not {found.used_milli}"
+                counts = f"{said.used_milli} and {said.unlent_milli}, not {found.used_milli} and {found.unlent_milli}"
+                yield f"queue {name}: {counts} of {said.model!r}"
     if cluster.fairness.rates() != {tenant: rate for tenant, rate in rates.items() if rate}:
         yield f"tenants are charged {cluster.fairness.rates()}; by the jobs {rates}"
     said_by_model = tenancy.held_by_model()

@@ -50,6 +50,10 @@ def _gone(cluster: Cluster, claim: Claim) -> str | None:
             card = space.by_uuid.get(uuid)
             if card is None or not card.takes_work:
                 return f"card {uuid} of node {placement.node} takes no work"
+    for number in claim.evicted:
+        other = cluster.jobs.get(number)
+        if other is not None and other.refused_suspension and other.state == "running":
+            return f"job {number} could not be suspended and runs on"
     return None
 
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from gpuyard_daemon.core.cluster import Cluster
     from gpuyard_daemon.core.draft import Draft
 
+
 def begin_run_time(cluster: Cluster, job: Job, now_ms: int) -> None:
     """All of a job runs, for the first time or again."""
     job.runs_since_ms = now_ms

@@ -281,6 +281,8 @@ class Totals(_Record):
     #: Times that a running job gave way to another, and the GPU time that this cost, thousandths of a card × ms.
     preempted: int = 0
     preempted_milli_ms: int = 0
+    #: Of these, with room elsewhere.
+    moved: int = 0
 
 
 class Array(_Record):

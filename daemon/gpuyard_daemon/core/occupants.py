@@ -12,7 +12,7 @@ from gpuyard_daemon.core import exchange
 from gpuyard_daemon.core.cluster import Cluster
 from gpuyard_daemon.core.facts import EvictionKind
 from gpuyard_daemon.core.model import Job
-from gpuyard_daemon.core.ranking import ran_ms, width_milli
+from gpuyard_daemon.core.ranking import outlives_ms, ran_ms, width_milli
 from gpuyard_daemon.core.settings import CoreSettings
 from gpuyard_daemon.core.suspension import can_be_suspended
 from gpuyard_protocol.units import MILLI
@@ -62,7 +62,9 @@ def _occupant(cluster: Cluster, settings: CoreSettings, job: Job, at_ms: int) ->
     useful_ms = ran_ms(job, at_ms) - job.overhead_ms
     owed_ms = job.overhead_ms * exchange.CREDIT_DIVISOR - useful_ms if job.preemptions else 0
     missing_ms = max(exchange.least_run_ms(restart_ms, job.preemptions) - this_run_ms, owed_ms)
-    exchangeable = missing_ms <= 0 and not job.service
+    # Who would lose all of its run is only given up if it is known to be large, and not for a guess at it.
+    is_known = kind != "requeue" or ran_ms(job, at_ms) < outlives_ms(job)
+    exchangeable = missing_ms <= 0 and not job.service and is_known
     moments = [missing_ms, settings.reclaim_after_ms - this_run_ms]
     if exchangeable and (border_ms := ranking.next_border_ms(job, at_ms)) is not None:
         moments.append(border_ms - at_ms)

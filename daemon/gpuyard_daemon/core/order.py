@@ -42,6 +42,8 @@ TENANT: Final = "tenant"
 QUOTA: Final = "queue"
 #: Queues kept although empty, with what they learnt about nodes.
 _IDLE_QUEUES_MAX = 256
+#: Jobs that time moves in one turn; more of one moment are moved in the turns that follow.
+_MOVES_PER_TURN = 1000
 #: Numbers at the front of a bucket that are gone, before it is made anew without them.
 _GONE_MAX = 64
 
@@ -267,16 +269,22 @@ class WaitingLine:
             if (job := waiting.get(number)) is not None:
                 self._enter(job, now_ms)
         moments = self._moments
-        while moments and moments[0] <= now_ms:
-            moment = heapq.heappop(moments)
-            numbers = self._wheel.pop(moment)
-            self._noted -= len(numbers)
-            for number in numbers:
+        left = _MOVES_PER_TURN
+        while moments and moments[0] <= now_ms and left:
+            moment = moments[0]
+            numbers = self._wheel[moment]
+            while numbers and left:
+                left -= 1
+                self._noted -= 1
+                number = numbers.pop()
                 stand = self._stands.get(number)
                 if stand is not None and stand.moves_ms == moment:
                     self._drop(number)
                     if (job := waiting.get(number)) is not None:
                         self._enter(job, now_ms)
+            if not numbers:
+                heapq.heappop(moments)
+                del self._wheel[moment]
         if self._noted > 1024 + 2 * len(self._stands):
             self._wind_up_anew()
 
@@ -516,18 +524,25 @@ class WaitingLine:
         """((band, level), bucket, how many of it go before a job), of all buckets with any."""
         self._follow(now_ms)
         ranking, waiting = self._cluster.ranking, self._cluster.waiting
-        mine = ranking.rank_of(job, now_ms)
+        band_mine, level_mine, sequence = ranking.rank_of(job, now_ms)
+        shifts: dict[Tenant, int] = {}
         for queue in self._queues.values():
-            if not queue.buckets:
+            buckets = queue.buckets
+            if not buckets:
                 continue
-            one = waiting[next(iter(queue.buckets.values())).head]
-            band, shift = ranking.band_of(one), ranking.shift_of(one)
-            for level, bucket in queue.buckets.items():
-                there = (band, level if level == TOP_LEVEL else level + shift)
-                if there < mine[:2]:
-                    yield there, bucket, len(bucket)
-                elif there == mine[:2] and (count := bucket.before(mine.sequence)):
-                    yield there, bucket, count
+            one = waiting[next(iter(buckets.values())).head]
+            band = ranking.band_of(one)
+            if band > band_mine:
+                continue
+            shift = shifts.get(one.tenant)
+            if shift is None:
+                shift = shifts[one.tenant] = ranking.shift_of(one)
+            for level, bucket in buckets.items():
+                shown = level if level == TOP_LEVEL else level + shift
+                if band < band_mine or shown < level_mine:
+                    yield (band, shown), bucket, len(bucket)
+                elif shown == level_mine and (count := bucket.before(sequence)):
+                    yield (band, shown), bucket, count
 
     def _drop_idle(self) -> None:
         for queue in list(self._queues.values()):

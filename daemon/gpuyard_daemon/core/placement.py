@@ -58,7 +58,16 @@ class TableKey(NamedTuple):
 class Finder:
     """The tables of all shapes, and the demand mix they are scored by."""
 
-    __slots__ = ("_demand", "_memos", "_memos_version", "_others", "_shape_of", "_tables", "_who_version", "_whole_yard_open")
+    __slots__ = (
+        "_demand",
+        "_memos",
+        "_memos_version",
+        "_others",
+        "_shape_of",
+        "_tables",
+        "_who_version",
+        "_whole_yard_open",
+    )
 
     def __init__(self, demand: LiveDemand | None = None) -> None:
         self._demand = demand or LiveDemand()
@@ -169,7 +178,7 @@ class Table:
             self._read_to = -1
         log = pool.changes if self._domain is None else pool.changes_of(self._domain)
         made = log.made
-        if self._read_to == made:
+        if self._read_to == made and len(self._scores) >= len(pool.by_number):
             return
         changed = log.since(self._read_to)
         if changed is None or len(self._scores) < len(pool.by_number):
@@ -186,11 +195,18 @@ class Table:
         self._best = None
 
     def _score(self, pool: Pool, space: NodeSpace) -> int:
-        domain = self._domain
+        domain, need = self._domain, self._shape.need
+        if (
+            need.cpu_milli > space.cpu_free_milli
+            or need.memory_mib > space.memory_free_mib
+            or need.gpus > space.idle_cards
+        ):
+            # Most nodes of a full yard, and found out at once. What is claimed only makes it less.
+            return UNFIT
         if domain is not None and domain not in space.domains:
             # Nodes without a card of the domain's are the common table's, and their changes are not told here.
             return UNFIT
-        if self._shape.need.nodes:
+        if need.nodes:
             return self._judge(space)
         number = pool.condition_number(space)
         condition: tuple[int, tuple[Look, ...]] | int = number

@@ -73,3 +73,5 @@ class Policy(msgspec.Struct, frozen=True, omit_defaults=True):
     tenants: tuple[tuple[Tenant, TenantLimits], ...] = ()
     #: Sorted by name.
     queues: tuple[QueuePolicy, ...] = ()
+    #: How fast models of cards are beside the fastest, in thousandths, sorted by model; one not named is as fast.
+    speeds: tuple[tuple[str, int], ...] = ()

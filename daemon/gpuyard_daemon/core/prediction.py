@@ -21,6 +21,7 @@ import hashlib
 import re
 from collections import OrderedDict
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Final, NamedTuple
 
 import msgspec
@@ -107,6 +108,8 @@ class Lore:
 
     def expected(self, tenant: Tenant, user: User, spec: JobSpec) -> tuple[int, str]:
         """How long a job will run, ms, and how that is known (`estimate`, `history`); 0: it is not."""
+        if not self.kinds:
+            return spec.estimate_ms, "estimate" if spec.estimate_ms else ""
         if spec.estimate_ms:
             bias = self.kinds.get(_kind(_ESTIMATES, tenant, user, spec))
             if bias is None or bias.samples < _ESTIMATES.samples:
@@ -196,10 +199,15 @@ def _rank_at(entered: Sequence[int], ended: Sequence[int], level: int, last: int
 
 
 def _kind(ladder: _Ladder, tenant: Tenant, user: User, spec: JobSpec) -> str:
-    what: tuple[object, ...] = (ladder.name, tenant, user)
-    if ladder is not _ESTIMATES:
-        what += (spec.need, spec.replicas)
+    what: tuple[object, ...] = ()
     if ladder is _SAME_NAME:
         # Numbers in a name tell runs of one thing apart, not things.
-        what += (_DIGITS.sub("#", spec.name),) if spec.name else (spec.argv, spec.script)
+        what = (_DIGITS.sub("#", spec.name),) if spec.name else (spec.argv, spec.script)
+    if ladder is _ESTIMATES:
+        return _name_of((ladder.name, tenant, user))
+    return _name_of((ladder.name, tenant, user, spec.need, spec.replicas, *what))
+
+
+@lru_cache(maxsize=2048)
+def _name_of(what: tuple[object, ...]) -> str:
     return hashlib.blake2b(msgspec.msgpack.encode(what), digest_size=9).hexdigest()

@@ -19,6 +19,7 @@ from collections.abc import Iterable
 from gpuyard_daemon.core import exchange, reservations
 from gpuyard_daemon.core import facts as f
 from gpuyard_daemon.core.cluster import Cluster
+from gpuyard_daemon.core.consolidation import make_room
 from gpuyard_daemon.core.draft import Draft
 from gpuyard_daemon.core.holdings import amounts_of, sum_of
 from gpuyard_daemon.core.limits import may_hold
@@ -175,6 +176,11 @@ class _Round:
             self._carry_out(job, rank, plan)
             return True
         cluster = self._draft.cluster
+        if self._is_full:
+            self._looks = make_room(self._draft, self._line, queue, job, self._occupants, self._looks)
+            if (claim := cluster.claims.of(job.id)) is not None:
+                self._gone(claim.evicted)
+                return True
         if self._is_full and reservations.may_reserve(cluster, rank):
             self._looks = reservations.reserve(self._draft, queue, job, self._occupants, self._at_ms, self._looks)
             return job.id in cluster.claims
@@ -300,9 +306,12 @@ class _Round:
             ]
         )
         self._draft.add(f.ClaimMade(job.id, "preempt", plan.placements, evictions))
-        gone = {each.job.id for each in plan.victims}
-        self._occupants = [each for each in self._occupants if each.job.id not in gone]
-        self._moving_milli += sum([width_milli(each.job) for each in plan.victims])
+        self._gone([each.job.id for each in plan.victims])
+
+    def _gone(self, victims: list[JobId]) -> None:
+        self._occupants = [each for each in self._occupants if each.job.id not in victims]
+        jobs = self._draft.cluster.jobs
+        self._moving_milli += sum([width_milli(jobs[number]) for number in victims])
 
 
 def _why(job: Job, rank: Rank, victim: Occupant) -> Why:

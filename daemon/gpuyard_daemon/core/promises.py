@@ -1,12 +1,12 @@
 """Deadlines: whether one can be promised, and how far a promised one lifts its job.
 
-A deadline is promised if the queue that guarantees the job's cards (the nearest from its own upwards that has a grant for
-them; the yard, where there is none) can do all that it has promised, this job included, in time: for each deadline, the
-GPU time that must be had by then fits the nominal part until then. Whoever asks for more is told, and goes as any other
-job: a deadline that nobody can keep must not lift anybody over others.
+A deadline is promised if the queue that guarantees the job's cards (the nearest from its own upwards that has a grant
+for them; the yard, where there is none) can do all that it has promised, this job included, in time: for each deadline,
+the GPU time that must be had by then fits the nominal part until then. Whoever asks for more is told, and goes as any
+other job: a deadline that nobody can keep must not lift anybody over others.
 
 A promised job rises by two octaves when its slack falls to four times what it still needs, and by four when it falls to
-once. The slack counts half as much again as it needs, for what goes wrong. After the deadline nothing lifts it any more.
+once. The slack counts half as much again as it needs, for what goes wrong. After the deadline nothing lifts it.
 """
 
 from __future__ import annotations

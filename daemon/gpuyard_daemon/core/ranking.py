@@ -235,13 +235,17 @@ class Ranking:
             # It runs for ever; its use says nothing about who should give way to it.
             return 0, "service"
         ran, width = ran_ms(job, now_ms), width_milli(job)
+        if self._probes(job, ran, width):
+            return 0, "probe"
         if ran < outlives_ms(job):
             return job.expected_ms * width // MILLI, job.expected_from
-        if ran < priority.PROBE_MS and self._may_probe(width):
-            return 0, "probe"
-        return self._cluster.lore.rank(ran * width // MILLI), "attained"
+        # Once its probe is over it is no more like one that probes, however little it had.
+        return max(priority.LEVEL_UNIT, self._cluster.lore.rank(ran * width // MILLI)), "attained"
 
-    def _may_probe(self, width: int) -> bool:
+    def _probes(self, job: Job, ran: int, width: int) -> bool:
+        """It may show first whether it ends at once. A told length is believed; what others needed is a guess."""
+        if ran >= priority.PROBE_MS or job.expected_from == "estimate":
+            return False
         return priority.may_probe(-(-width // MILLI), self._cluster.pool.capacity_milli // MILLI)
 
     # --- time --------------------------------------------------------------------------------------------------------
@@ -255,6 +259,8 @@ class Ranking:
             waited = job.waited_ms
         else:
             return 0, False
+        if waited < priority.LIFT_MIN_MS:
+            return 0, False
         return priority.lifts(job.level, width_milli(job), waited)
 
     def _next_lift_ms(self, job: Job, lifted: int) -> int:
@@ -267,10 +273,10 @@ class Ranking:
             return None
         width = width_milli(job)
         ran = ran_ms(job, now_ms)
-        if ran < outlives_ms(job):
-            border = outlives_ms(job)
-        elif ran < priority.PROBE_MS and self._may_probe(width):
+        if self._probes(job, ran, width):
             border = priority.PROBE_MS
+        elif ran < outlives_ms(job):
+            border = outlives_ms(job)
         elif not width:
             return None
         else:

@@ -75,15 +75,26 @@ class Remedies:
         found: list[Remedy] = []
         if limit is not None and self._survey.starts:
             found += self._within_limit(held)
-        kinds: set[str] = set()
-        for change in sorted(self._changes(), key=lambda change: change.loss):
-            if change.kind not in kinds and (where := self._starts(change)) is not None:
-                kinds.add(change.kind)
-                found.append(self._remedy(change, where))
+        ladders: dict[str, list[Change]] = {}
+        for change in self._changes():
+            ladders.setdefault(change.kind, []).append(change)
+        helpful = [helped for ladder in ladders.values() if (helped := self._least(ladder)) is not None]
+        found += [self._remedy(change, where) for change, where in sorted(helpful, key=lambda pair: pair[0].loss)]
         if not self._survey.starts and limit is None and ahead is not None:
             found += self._ends(held, ahead)
         owners_first = sorted(found, key=lambda remedy: ("owner", "others", "operator").index(remedy.by))
         return tuple(owners_first[:SHOWN_MAX])
+
+    def _least(self, ladder: list[Change]) -> tuple[Change, Group] | None:
+        """The smallest of some changes of one kind after which it would start; None if the largest does not help."""
+        *smaller, largest = sorted(ladder, key=lambda change: change.loss)
+        where = self._starts(largest)
+        if where is None:
+            return None
+        for change in smaller:
+            if (better := self._starts(change)) is not None:
+                return change, better
+        return largest, where
 
     def _starts(self, change: Change) -> Group | None:
         """Nodes where the job so changed would start, if it would and may."""

@@ -58,7 +58,7 @@ class CoreSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     #: Work of one such round: running jobs looked at, waiting ones, and nodes tried for them.
     preempt_occupants: int = 1024
     preempt_heads: int = 32
-    preempt_nodes: int = 512
+    preempt_nodes: int = 256
     #: Most of the yard's GPU compute that is on its way from one job to another, in thousandths, and in any case the
     #: GPUs of one plan.
     preempt_moving_permille: int = 20

@@ -131,6 +131,7 @@ class Surveyor:
         self._census = Census(pool)
         #: All nodes, as of so many changes of the pool.
         self._all: list[Group] = []
+        self._open: list[Group] = []
         self._seen = -1
 
     def survey(self, shape: Shape, owner: JobId) -> Survey:
@@ -160,7 +161,7 @@ class Surveyor:
         """Some nodes on which all replicas would start now, and what they would count for against a limit."""
         spanning = shape.replicas > 1
         members, first, counts_for = 0, None, 0
-        for group in self._groups(shape)[:_GROUPS_TRIED_MAX]:
+        for group in self._groups(shape, may_be_full=not shape.need.wants_gpu)[:_GROUPS_TRIED_MAX]:
             if not work.spend():
                 return None
             verdict = judge(group.space, shape, owner=owner)
@@ -180,8 +181,11 @@ class Surveyor:
     def _counts_for(self, space: NodeSpace, shape: Shape, owner: JobId) -> int:
         return held_by(space, carve(space, shape, owner=owner))
 
-    def _groups(self, shape: Shape) -> list[Group]:
-        """Nodes that differ in nothing that the shape asks about, the emptiest first; those it names one by one."""
+    def _groups(self, shape: Shape, *, may_be_full: bool = True) -> list[Group]:
+        """Nodes that differ in nothing that the shape asks about, the emptiest first; those it names one by one.
+
+        `may_be_full`: also those with no card that is not held whole.
+        """
         wanted = shape.need.nodes
         if wanted:
             return [
@@ -193,7 +197,8 @@ class Surveyor:
             self._seen = self._pool.changes_made
             kinds = sorted(self._census.kinds(), key=_emptiness)
             self._all = [Group(kind.space, tuple(kind.nodes)) for kind in kinds]
-        return self._all
+            self._open = [g for g in self._all if any(card.mode != "whole" for card in g.space.cards)]
+        return self._all if may_be_full else self._open
 
 
 def _unless_claimed(space: NodeSpace, shape: Shape, verdict: Reason, *, spanning: bool) -> Reason:

@@ -1,7 +1,7 @@
 """How much GPU time the jobs that run have had, counted by level at any moment without looking at each of them.
 
-One slot of three arrays for each running job; a count is a comparison of whole arrays. Derived: which slot a job has means
-nothing, since only counts are read.
+One slot of three arrays for each running job; a count is a comparison of whole arrays. Derived: which slot a job has
+means nothing, since only counts are read.
 """
 
 from __future__ import annotations

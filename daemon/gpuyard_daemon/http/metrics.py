@@ -128,6 +128,8 @@ class DaemonCollector(Collector):
         yield _gauge(
             "gpuyard_nodes_unconfirmed", "Nodes that may not have their desired set", of.dispatcher.unconfirmed
         )
+        yield _counter("gpuyard_lease_renewals", "Leases renewed, by node", of.leases.renewed)
+        yield _counter("gpuyard_lease_renewals_unconfirmed", "… and not confirmed by it", of.leases.unconfirmed)
         yield _gauge("gpuyard_node_twins", "Nodes for which two agents speak", len(of.monitor.twins))
 
     def _upkeep(self) -> Iterator[Metric]:

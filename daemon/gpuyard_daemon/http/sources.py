@@ -14,6 +14,7 @@ from gpuyard_daemon.history import History
 from gpuyard_daemon.inbox import Inbox
 from gpuyard_daemon.ingress import Ingress
 from gpuyard_daemon.journal import Journal
+from gpuyard_daemon.leases import Leases
 from gpuyard_daemon.levels import StreamLevels
 from gpuyard_daemon.loads import Loads
 from gpuyard_daemon.measures import Measures
@@ -42,6 +43,7 @@ class Sources:
     upkeep: Upkeep
     history: History
     levels: StreamLevels
+    leases: Leases
     reloader: Reloader
     #: How many stand by for this daemon.
     standbys: Callable[[], int]

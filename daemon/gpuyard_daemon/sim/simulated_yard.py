@@ -2,7 +2,8 @@
 
 Nodes answer orders at once and without fault: `Start` with `Started`, a gang's with `Prepared` and after `Go` with
 `Started`, `Stop` with `Ended`. Answers are a turn of their own at the same moment, so nothing is decided on what a real
-node would not have reported; in an unhurried yard word of starts comes with the next turn. What a job needs after its start (restart cost, progress, end) is for the caller to know.
+node would not have reported; in an unhurried yard word of starts comes with the next turn. What a job needs after its
+start (restart cost, progress, end) is for the caller to know.
 """
 
 from __future__ import annotations

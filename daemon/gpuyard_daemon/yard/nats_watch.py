@@ -39,6 +39,9 @@ def main() -> int:
     except ConfigurationError as error:
         log.error("watch.refused", error=str(error))
         return EXIT_BAD_CONFIG
+    if server.peers:
+        log.error("watch.refused", error="this is for a server that stands alone; a cluster goes on with the others")
+        return EXIT_BAD_CONFIG
     watch = StoreWatch(
         server.local_url,
         YardKeys.load_or_create(state / "keys"),
