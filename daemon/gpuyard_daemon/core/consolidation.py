@@ -29,7 +29,7 @@ STARTS_PER_MOVE: Final = 100
 #: Movers of one plan.
 MOVERS_MAX: Final = 2
 #: Plans made for one claimant in a round.
-_PLANS_MAX: Final = 4
+_PLANS_MAX: Final = 2
 #: Nodes tried for a mover.
 _NODES_MAX: Final = 16
 #: What a claimant would hold in this time stands against what the moves cost.
@@ -43,6 +43,10 @@ def make_room(
     cluster = draft.cluster
     totals, width = cluster.totals, width_milli(job)
     if looks <= 0 or not width or (totals.moved + 1) * STARTS_PER_MOVE > totals.started:
+        return looks
+    # Whoever moves needs as much room elsewhere as the claimant finds where it was.
+    free_milli = cluster.pool.capacity_milli - cluster.pool.held_milli
+    if free_milli < width:
         return looks
     worth = width * HORIZON_MS // (exchange.COST_WEIGHT * MILLI)
     movable = [

@@ -46,6 +46,8 @@ _LEVELS_MOVED = (f.TenantsShifted, f.SizesLearnt, f.PolicySet)
 _PLANS_MAX = 4
 #: Jobs of one queue that a round looks at.
 _OF_ONE_QUEUE_MAX = 32
+#: Claimants of a round for whom work may move aside, or is looked for.
+_ROOMS_MAX = 4
 #: GPUs that may be on their way from one job to another in the smallest of yards, in thousandths.
 _MOVING_MIN_MILLI = 8 * MILLI
 
@@ -135,6 +137,8 @@ class _Round:
         self._at_ms = at_ms
         self._looks = draft.settings.preempt_nodes
         self._occupants = present
+        #: Claimants for whom it may yet be asked whether work could move aside.
+        self._rooms_left = _ROOMS_MAX
         cluster = draft.cluster
         moving = [cluster.leaving.get(number) for claim in cluster.claims for number in claim.evicted]
         self._moving_milli = sum([width_milli(job) for job in moving if job is not None])
@@ -176,7 +180,8 @@ class _Round:
             self._carry_out(job, rank, plan)
             return True
         cluster = self._draft.cluster
-        if self._is_full:
+        if self._is_full and self._rooms_left:
+            self._rooms_left -= 1
             self._looks = make_room(self._draft, self._line, queue, job, self._occupants, self._looks)
             if (claim := cluster.claims.of(job.id)) is not None:
                 self._gone(claim.evicted)
