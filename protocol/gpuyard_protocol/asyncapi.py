@@ -322,7 +322,7 @@ def _structs() -> Iterator[type[msgspec.Struct]]:
         kind = pending.pop()
         yield kind
         pending.extend(
-            child for child in kind.__subclasses__() if child.__module__.startswith(("gpuyard_", "__main__"))
+            child for child in kind.__subclasses__() if child.__module__.startswith(("gpuyard_protocol", "__main__"))
         )
 
 

@@ -321,11 +321,12 @@ def _processes_naming(text: str) -> list[psutil.Process]:
 
 
 def _processes_of_jobs(root: Path) -> list[psutil.Process]:
-    """Jobs of this room: their own directory is in their environment."""
+    """Jobs of this room and what was started for them: a directory of it is in their environment."""
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
-            if process.environ().get("GPUYARD_JOB_DIR", "").startswith(f"{root}/"):
+            settings = process.environ() if process.pid != os.getpid() else {}
+            if any(value.startswith(f"{root}/") for value in settings.values()):
                 found.append(process)
     return found
 
