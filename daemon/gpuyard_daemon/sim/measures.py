@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 from gpuyard_daemon.sim.jobs_run import DAY_S, JobsRun, RunJob
@@ -60,6 +60,7 @@ def further_measures(run: JobsRun) -> Measures:
         "first_start_max_s": round(max(job.first_start_s - job.submit_s for job in jobs), 1),
         "restart_pct": round(100 * run.overhead_gpu_s / useful, 3),
         "allocation_pct": round(100 * held / (makespan_s * run.nodes * run.per_node), 2),
+        "jain_entitled_24h": round(jain_entitled_24h(run), 4),
         "tenants": len({job.tenant for job in jobs}),
     }
 
@@ -69,19 +70,30 @@ def _first_waits(jobs: Sequence[RunJob]) -> list[float]:
 
 
 def jain_24h(run: JobsRun) -> float:
-    """Mean over days of Jain's index of what tenants got over what they were entitled to.
+    """Mean over days of Jain's index of the GPU time each tenant got over what it could have used that day.
 
-    A tenant is entitled to what it could use that day (its jobs in the system, at most all the time on all their GPUs)
-    as far as an equal division of the cluster gives it that: who wants little gets all of it, the rest is divided among
-    those who want more. Beyond its entitlement nothing counts. Days after the last submission are left out.
+    What it could have used: its jobs in the system, at most all the time on all their GPUs. Days after the last
+    submission are left out.
     """
+    return _mean_jain(run, lambda wanted: wanted)
+
+
+def jain_entitled_24h(run: JobsRun) -> float:
+    """The same over what each was entitled to: what it could have used, as far as an equal division gives it that.
+
+    Beyond its entitlement nothing counts, so a tenant that wants little and gets it at once is no unfairness.
+    """
+    capacity = run.nodes * run.per_node * DAY_S
+    return _mean_jain(run, lambda wanted: entitlements(wanted, capacity))
+
+
+def _mean_jain(run: JobsRun, due_of: Callable[[dict[str, float]], dict[str, float]]) -> float:
     got: dict[int, dict[str, float]] = defaultdict(lambda: defaultdict(float))
     for (hour, tenant), gpu_s in run.held.items():
         got[int(hour * 3600 // DAY_S)][tenant] += gpu_s
-    capacity = run.nodes * run.per_node * DAY_S
     indices = []
     for day, wanted in enumerate(run.wanted[: int(run.jobs[-1].submit_s // DAY_S) + 1]):
-        due = entitlements({tenant: want for tenant, want in wanted.items() if want > 0}, capacity)
+        due = due_of({tenant: want for tenant, want in wanted.items() if want > 0})
         if len(due) > 1:
             indices.append(jain([min(1.0, got[day][tenant] / share) for tenant, share in due.items()]))
     return sum(indices) / len(indices) if indices else 1.0
