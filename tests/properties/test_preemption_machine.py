@@ -64,7 +64,8 @@ class JudgedHarness(CoreHarness):
             restart_ms -= at_ms - victim.started_ms
         before, overhead_ms = victim.preemptions - 1, victim.overhead_ms - eviction.overhead_ms
         assert at_ms - max(victim.started_ms, victim.runs_since_ms) >= exchange.least_run_ms(restart_ms, before)
-        assert exchange.has_credit(ran_ms(victim, at_ms) - overhead_ms, overhead_ms, before)
+        useful_ms = ran_ms(victim, at_ms) - overhead_ms
+        assert not before or overhead_ms * exchange.CREDIT_DIVISOR <= useful_ms
         ranking = cluster.ranking
         mine, theirs = ranking.rank_of(claimant, self.now_ms), ranking.rank_of(victim, at_ms)
         assert mine.band == theirs.band

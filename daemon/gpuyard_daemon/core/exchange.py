@@ -32,14 +32,6 @@ def may_take(claimant_size: int, claimant_level: int, victim_level: int, cost: i
     return with_cost - lifted + MARGIN <= victim_level
 
 
-def has_credit(useful_ms: int, overhead_ms: int, preemptions: int) -> bool:
-    """Whether a job's useful run time pays for what preemptions have cost it: all but the first stay below a twentieth.
-
-    `overhead_ms`: of the preemptions so far.
-    """
-    return not preemptions or overhead_ms * CREDIT_DIVISOR <= useful_ms
-
-
 def least_run_ms(restart_ms: int, preemptions: int) -> int:
     """How long an attempt runs before it may be ended for somebody of the same band."""
     return max(PROBE_MS, GAP_RESTARTS * restart_ms) if preemptions else PROBE_MS

@@ -127,10 +127,6 @@ class Board:
         self.held_milli -= ask.total_milli
         self._changes.append(number)
 
-    def forget_scores(self) -> None:
-        """The policy's own opinion changed: judge every host again."""
-        self._scores.clear()
-
     def _scores_of(self, ask: Ask) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
         known = self._scores.get(ask)
         if known is None:

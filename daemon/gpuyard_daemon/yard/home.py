@@ -64,11 +64,6 @@ class Home:
     def agent_dir(self, node: NodeId) -> Path:
         return self.path / "agents" / node
 
-    def known_agent_dirs(self) -> list[Path]:
-        """Of every node that this directory ever had."""
-        agents = self.path / "agents"
-        return sorted(path for path in agents.iterdir() if path.is_dir()) if agents.is_dir() else []
-
     def is_usual(self) -> bool:
         """Where clients look when nobody says otherwise."""
         return self.path == default_state_dir()

@@ -137,12 +137,6 @@ class YardKeys:
         """An account without users, as yet."""
         _make_private_directory(self._directory / "tenants" / _checked(tenant))
 
-    def remove_operator(self, name: User) -> None:
-        _remove(self.operator(name))
-
-    def remove_viewer(self, name: User) -> None:
-        _remove(self.viewer(name))
-
     def remove_node(self, node: NodeId) -> None:
         _remove(self.node(node))
 

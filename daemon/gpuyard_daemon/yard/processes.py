@@ -40,10 +40,6 @@ LOG_LOOK_S = 10.0
 LAST_WORDS_CHARS = 400
 
 
-class ChildFailed(Exception):
-    """A child cannot be kept running; the text holds what it said last."""
-
-
 class ProcessMark(msgspec.Struct, frozen=True):
     """One process, and no other that gets its number later."""
 

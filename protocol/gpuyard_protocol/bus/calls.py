@@ -90,13 +90,6 @@ class PendingCalls:
                 return True
         return False
 
-    def refuse_all(self, error: BusError) -> None:
-        """Fail every call, for a cause that concerns them all (replies cannot be received)."""
-        calls, self._calls = self._calls, {}
-        for call in calls.values():
-            if not call.future.done():
-                call.future.set_exception(error)
-
     def connection_ended(self, reason: str) -> None:
         calls, self._calls = self._calls, {}
         for call in calls.values():
