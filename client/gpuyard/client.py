@@ -127,7 +127,7 @@ class Client:
         """Hand in one job, as a `JobRequest`, a dict or its fields: the `Job` once accepted, `Rejected` if not."""
         job = job_request(request, fields)
         answer = await self._request("submit", encode(job), job.submission_id)
-        return Job(self, answer.job, answer.submission_id, answer.elements)
+        return Job(self, answer.job, answer.submission_id, answer.elements, answer.note)
 
     async def submit_many(
         self, requests: Iterable[JobLike], *, batched: bool = True, window: int = WINDOW
@@ -145,7 +145,9 @@ class Client:
         else:
             answers = await self._submit_windowed(jobs, window)
         return [
-            Job(self, answer.job, answer.submission_id) if answer.accepted else Rejected.from_answer(answer)
+            Job(self, answer.job, answer.submission_id, note=answer.note)
+            if answer.accepted
+            else Rejected.from_answer(answer)
             for answer in answers
         ]
 

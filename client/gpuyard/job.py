@@ -41,13 +41,15 @@ RANGE_BYTES = 262_144
 class Job:
     """A job of this tenant by its number."""
 
-    def __init__(self, client: Client, number: int, submission_id: str = "", elements: int = 0) -> None:
+    def __init__(self, client: Client, number: int, submission_id: str = "", elements: int = 0, note: str = "") -> None:
         self._client = client
         self.number = number
         #: Of an array just submitted, of which this is the first: its jobs are `number`, `number` + 1, …, so many.
         self.elements = elements
         #: Of the request that made it; "" where the handle was made from a number.
         self.submission_id = submission_id
+        #: What the yard has to say of a job just submitted, such as a deadline that it cannot promise; "": nothing.
+        self.note = note
 
     def __repr__(self) -> str:
         return f"Job({self.number})"

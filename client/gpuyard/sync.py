@@ -45,6 +45,10 @@ class SyncJob:
     def submission_id(self) -> str:
         return self._job.submission_id
 
+    @property
+    def note(self) -> str:
+        return self._job.note
+
     def view(self) -> JobView:
         return self._client.run(self._job.view())
 

@@ -65,6 +65,14 @@ def test_a_dry_run_tells_and_submits_nothing(yard: Yard, sdk: gpuyard.SyncClient
     assert [view.job for view in sdk.jobs(all=True, limit=1)] == before
 
 
+def test_a_deadline_that_cannot_be_kept_is_told_to_whoever_submits(yard: Yard) -> None:
+    asked = ("-g", "1", *SMALL, "--estimate", "10m", "--deadline", "+1m", "--", "true")
+    told = yard.cli("submit", *asked)
+    assert told.returncode == 0
+    assert "deadline" in told.stderr
+    assert "deadline" in json.loads(ok(yard, "submit", "--json", *asked))["note"]
+
+
 def test_a_drained_node_takes_nothing_until_it_is_let_again(yard: Yard, sdk: gpuyard.SyncClient) -> None:
     held = sdk.submit(command="sleep 60", gpus=1, cpus="0.1", memory="64Mi")
     _until(lambda: held.view().state == "running")

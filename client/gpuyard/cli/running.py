@@ -82,7 +82,7 @@ class _Attached:
         job = await yard.submit(self._request)
         self.number = job.number
         if not self._quiet:
-            remark(f"Submitted job {job.number}")
+            remark(f"Submitted job {job.number}" + (f": {job.note}" if job.note else ""))
         replicas = self._request.get("replicas")
         count = replicas if isinstance(replicas, int) else 1
         explain = asyncio.ensure_future(self._explain(job))

@@ -54,6 +54,9 @@ def submit(
     else:
         for job in accepted:
             say(str(job.number) if parsable else f"Submitted {_described(job)}")
+    for job in accepted:
+        if job.note:
+            remark(f"job {job.number}: {job.note}")
     for place, outcome in refused:
         remark(f"gpuyard: job {place + 1} of {options.file}: {outcome}")
     if refused:
@@ -82,7 +85,7 @@ def _plan(ctx: typer.Context, requests: list[dict[str, Any]], *, as_json: bool) 
 
 def _plain(job: Job) -> dict[str, int | str]:
     plain: dict[str, int | str] = {"job": job.number, "submission_id": job.submission_id}
-    return plain | ({"elements": job.elements} if job.elements else {})
+    return plain | ({"elements": job.elements} if job.elements else {}) | ({"note": job.note} if job.note else {})
 
 
 def _described(job: Job) -> str:
