@@ -28,11 +28,11 @@ from typing import NamedTuple
 import psutil
 
 from bench.core_life import PROFILES
-from gpuyard_daemon.core.facts import JobPlaced
-from gpuyard_daemon.core.inputs import Cursors, Input, JobSubmitted, NodeReported, PolicyChanged
-from gpuyard_daemon.core.policy import Policy, TenantLimits
 from gpuyard_daemon.core.scheduler import Scheduler
-from gpuyard_daemon.core.turn import Turn
+from gpuyard_daemon.core.state.facts import JobPlaced
+from gpuyard_daemon.core.state.inputs import Cursors, Input, JobSubmitted, NodeReported, PolicyChanged
+from gpuyard_daemon.core.state.turn import Turn
+from gpuyard_daemon.core.tenants.policy import Policy, TenantLimits
 from gpuyard_protocol.codec import encode
 from gpuyard_protocol.jobs import JobSpec
 from gpuyard_protocol.names import AssignmentKey

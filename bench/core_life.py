@@ -13,9 +13,9 @@ import json
 import time
 from collections import deque
 
-from gpuyard_daemon.core.inputs import Cursors, Input, JobSubmitted, NodeReported
 from gpuyard_daemon.core.scheduler import Scheduler
-from gpuyard_daemon.core.turn import Turn
+from gpuyard_daemon.core.state.inputs import Cursors, Input, JobSubmitted, NodeReported
+from gpuyard_daemon.core.state.turn import Turn
 from gpuyard_protocol.jobs import JobSpec
 from gpuyard_protocol.names import AssignmentKey
 from gpuyard_protocol.nodes import Ended, Inventory, Joined, Report, Start, Started

@@ -27,8 +27,8 @@ import psutil
 import gpuyard
 from bench import kill_evidence as evidence
 from bench.yard import BenchYard, report, running_yard
-from gpuyard_daemon.core.facts import JobEnded
-from gpuyard_daemon.core.turn import Record
+from gpuyard_daemon.core.state.facts import JobEnded
+from gpuyard_daemon.core.state.turn import Record
 from gpuyard_protocol.bus.base import Bus, BusError, StoredMessage
 from gpuyard_protocol.bus.nats import connect
 from gpuyard_protocol.codec import decode, encode

@@ -15,8 +15,8 @@ import random
 import time
 
 from bench.core_life import PROFILES
-from gpuyard_daemon.core.inputs import Cursors, Input, JobSubmitted, NodeReported
 from gpuyard_daemon.core.scheduler import Scheduler
+from gpuyard_daemon.core.state.inputs import Cursors, Input, JobSubmitted, NodeReported
 from gpuyard_protocol.codec import encode
 from gpuyard_protocol.jobs import JobSpec
 from gpuyard_protocol.names import AssignmentKey

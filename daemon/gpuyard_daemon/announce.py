@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import structlog
 
-from gpuyard_daemon.core.turn import JobNotice, Notice
+from gpuyard_daemon.core.state.turn import JobNotice, Notice
 from gpuyard_protocol.bus.base import Bus, BusError, PubAck, PublishRefused, StoredMessage
 from gpuyard_protocol.codec import encode
 from gpuyard_protocol.subjects import job_events, submission_events

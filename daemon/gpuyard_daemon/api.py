@@ -24,7 +24,7 @@ import msgspec
 import structlog
 
 from gpuyard_daemon.audit import AuditLog, read_audit
-from gpuyard_daemon.core.inputs import Input, RequeueAll
+from gpuyard_daemon.core.state.inputs import Input, RequeueAll
 from gpuyard_daemon.history import History, HistoryFilter
 from gpuyard_daemon.logs import LogForwarder
 from gpuyard_daemon.node_monitor import NodeMonitor

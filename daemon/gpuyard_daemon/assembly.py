@@ -26,9 +26,9 @@ from gpuyard_daemon.archive import Archive
 from gpuyard_daemon.audit import AuditLog, open_audit
 from gpuyard_daemon.clock import YardClock, open_clock, write_mark
 from gpuyard_daemon.config import BadConfig, DaemonConfig
-from gpuyard_daemon.core.facts import JobRetired, NodeJoined
-from gpuyard_daemon.core.inputs import NodeIncompatible, PolicyChanged, YardStarted
 from gpuyard_daemon.core.scheduler import Scheduler
+from gpuyard_daemon.core.state.facts import JobRetired, NodeJoined
+from gpuyard_daemon.core.state.inputs import NodeIncompatible, PolicyChanged, YardStarted
 from gpuyard_daemon.dispatch import Dispatcher
 from gpuyard_daemon.exits import EXIT_INVARIANT, EXIT_OK, EXIT_TEMPORARY, Fate
 from gpuyard_daemon.health import BEAT_S, Health

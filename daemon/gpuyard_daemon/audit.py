@@ -19,8 +19,8 @@ from typing import NamedTuple
 
 import structlog
 
-from gpuyard_daemon.core.facts import AnswerRepeated, Fact, JobAccepted, RequestAnswered
-from gpuyard_daemon.core.inputs import (
+from gpuyard_daemon.core.state.facts import AnswerRepeated, Fact, JobAccepted, RequestAnswered
+from gpuyard_daemon.core.state.inputs import (
     CancelRequested,
     HoldRequested,
     Input,

@@ -17,8 +17,8 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-from gpuyard_daemon.core.policy import DEFAULT_QUEUE, Policy, TenantLimits
-from gpuyard_daemon.core.settings import CoreSettings
+from gpuyard_daemon.core.state.settings import CoreSettings
+from gpuyard_daemon.core.tenants.policy import DEFAULT_QUEUE, Policy, TenantLimits
 from gpuyard_daemon.queue_config import WEIGHT_MAX, QueueConfig, problem_of, queue_policies
 from gpuyard_daemon.rates import BURST_S, NO_LIMIT, Rate
 from gpuyard_protocol.bus.credentials import CREDENTIALS_SUFFIX

@@ -24,7 +24,7 @@ from typing import Protocol
 import msgspec
 import structlog
 
-from gpuyard_daemon.core.turn import NodeOrders
+from gpuyard_daemon.core.state.turn import NodeOrders
 from gpuyard_daemon.syncs import sync_messages
 from gpuyard_protocol.bus.base import Bus, BusError, Disconnected, NoResponders
 from gpuyard_protocol.codec import Malformed, decode, encode

@@ -16,7 +16,7 @@ from collections import Counter
 import msgspec
 import structlog
 
-from gpuyard_daemon.core.inputs import (
+from gpuyard_daemon.core.state.inputs import (
     CancelRequested,
     HoldRequested,
     Input,

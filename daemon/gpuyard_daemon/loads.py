@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
-from gpuyard_daemon.core.inputs import LoadReported
+from gpuyard_daemon.core.state.inputs import LoadReported
 from gpuyard_protocol.bus.base import Bus, Message
 from gpuyard_protocol.codec import Malformed, decode
 from gpuyard_protocol.names import ServiceName, Tenant

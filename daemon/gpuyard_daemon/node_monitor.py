@@ -18,7 +18,7 @@ from typing import Protocol
 
 import structlog
 
-from gpuyard_daemon.core.inputs import Input, NodeIncompatible, NodeLost, NodeReturned, NodeSuspected
+from gpuyard_daemon.core.state.inputs import Input, NodeIncompatible, NodeLost, NodeReturned, NodeSuspected
 from gpuyard_protocol import PROTOCOL_VERSION
 from gpuyard_protocol.bus.base import Bus, Message
 from gpuyard_protocol.codec import Malformed, decode

@@ -13,7 +13,7 @@ from typing import Protocol
 
 import structlog
 
-from gpuyard_daemon.core.inputs import (
+from gpuyard_daemon.core.state.inputs import (
     Input,
     NodeCordonAsked,
     NodeDeclaredDead,

@@ -7,7 +7,7 @@ from typing import TypeAlias
 
 import msgspec
 
-from gpuyard_daemon.core.policy import Grant, Kind, QueuePolicy
+from gpuyard_daemon.core.tenants.policy import Grant, Kind, QueuePolicy
 from gpuyard_protocol.names import NAME_EXPECTED, is_name
 from gpuyard_protocol.nodes import IdleGpu
 from gpuyard_protocol.units import Duration, GpuAmount

@@ -19,9 +19,9 @@ from typing import Literal, NamedTuple, Protocol
 import structlog
 
 from gpuyard_daemon.config import DaemonConfig
-from gpuyard_daemon.core.facts import JobRetired
-from gpuyard_daemon.core.inputs import Cursors
-from gpuyard_daemon.core.turn import RECORD_VERSION, Notice, Record, Turn
+from gpuyard_daemon.core.state.facts import JobRetired
+from gpuyard_daemon.core.state.inputs import Cursors
+from gpuyard_daemon.core.state.turn import RECORD_VERSION, Notice, Record, Turn
 from gpuyard_daemon.history import History
 from gpuyard_daemon.journal import Journal
 from gpuyard_daemon.snapshots import SnapshotCorrupt, SnapshotStore

@@ -22,9 +22,9 @@ import structlog
 
 from gpuyard_daemon.clock import YardClock
 from gpuyard_daemon.config import EXIT_BAD_CONFIG
-from gpuyard_daemon.core.inputs import Cursors, Input
-from gpuyard_daemon.core.states import InvariantViolated
-from gpuyard_daemon.core.turn import Record, Turn
+from gpuyard_daemon.core.state.inputs import Cursors, Input
+from gpuyard_daemon.core.state.states import InvariantViolated
+from gpuyard_daemon.core.state.turn import Record, Turn
 from gpuyard_daemon.exits import EXIT_INVARIANT, EXIT_TEMPORARY, Fate
 from gpuyard_daemon.health import Health
 from gpuyard_daemon.inbox import Inbox

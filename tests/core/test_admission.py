@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from gpuyard_daemon.core.inputs import CancelRequested, RequestMalformed
-from gpuyard_daemon.core.settings import CoreSettings
+from gpuyard_daemon.core.state.inputs import CancelRequested, RequestMalformed
+from gpuyard_daemon.core.state.settings import CoreSettings
 from gpuyard_protocol.jobs import JobSpec, SubmissionAnswer
 from gpuyard_protocol.nodes import Stop
 from support.builders import CoreHarness, gpu, job, node

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gpuyard_daemon.core.inputs import ServiceApplied
+from gpuyard_daemon.core.state.inputs import ServiceApplied
 from gpuyard_protocol.nodes import Inventory
 from gpuyard_protocol.services import ServiceSpec
 from support.builders import CoreHarness, gpu, job, need, node

@@ -5,8 +5,8 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from gpuyard_daemon.core.facts import ArrayAccepted, ArrayCancelled
-from gpuyard_daemon.core.inputs import CancelRequested, HoldRequested, ReleaseRequested, RequeueRequested
+from gpuyard_daemon.core.state.facts import ArrayAccepted, ArrayCancelled
+from gpuyard_daemon.core.state.inputs import CancelRequested, HoldRequested, ReleaseRequested, RequeueRequested
 from gpuyard_protocol.jobs import JobSpec, parse_array
 from gpuyard_protocol.nodes import Start
 from gpuyard_protocol.queries import JobsQuery

@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 
-from gpuyard_daemon.core.facts import ClaimMade
+from gpuyard_daemon.core.state.facts import ClaimMade
 from gpuyard_protocol.jobs import JobSpec, Preemption
 from support.builders import CoreHarness, job, node
 

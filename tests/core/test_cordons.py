@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from msgspec.structs import replace
 
-from gpuyard_daemon.core.facts import NodeCordoned
-from gpuyard_daemon.core.inputs import NodeCordonAsked, NodeUncordonAsked
+from gpuyard_daemon.core.state.facts import NodeCordoned
+from gpuyard_daemon.core.state.inputs import NodeCordonAsked, NodeUncordonAsked
 from gpuyard_protocol.nodes import Stop
 from support.builders import CoreHarness, job, node
 

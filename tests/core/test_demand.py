@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import msgspec
 
-from gpuyard_daemon.core.demand import DemandRecord, LiveDemand, faded
+from gpuyard_daemon.core.placing.demand import DemandRecord, LiveDemand, faded
 from gpuyard_daemon.core.scheduler import Scheduler
-from gpuyard_daemon.core.snapshot import Snapshot
+from gpuyard_daemon.core.state.snapshot import Snapshot
 from gpuyard_protocol.resources import ResourceNeed
 from support.builders import START_MS, CoreHarness, job, need, node
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from gpuyard_daemon.core.inputs import ServiceApplied
+from gpuyard_daemon.core.state.inputs import ServiceApplied
 from gpuyard_protocol.nodes import Stop
 from gpuyard_protocol.services import ServiceSpec
 from support.builders import START_MS, CoreHarness, job, need, node

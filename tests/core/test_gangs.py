@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from gpuyard_daemon.core.facts import JobPlaced
+from gpuyard_daemon.core.state.facts import JobPlaced
 from gpuyard_protocol.names import AssignmentKey
 from gpuyard_protocol.nodes import Ended, Go, Prepared, Start, Started, Stop
 from gpuyard_protocol.resources import TimeSliceShare

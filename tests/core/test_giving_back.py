@@ -6,9 +6,9 @@ from typing import Any
 
 import msgspec
 
-from gpuyard_daemon.core.facts import ClaimMade
-from gpuyard_daemon.core.inputs import PolicyChanged, ServiceApplied
-from gpuyard_daemon.core.policy import Grant, Policy, QueuePolicy, TenantLimits
+from gpuyard_daemon.core.state.facts import ClaimMade
+from gpuyard_daemon.core.state.inputs import PolicyChanged, ServiceApplied
+from gpuyard_daemon.core.tenants.policy import Grant, Policy, QueuePolicy, TenantLimits
 from gpuyard_protocol.jobs import JobSpec, Preemption
 from gpuyard_protocol.services import ServiceSpec
 from support.builders import CoreHarness, job, need, node

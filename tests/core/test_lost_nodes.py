@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from gpuyard_daemon.core.inputs import (
+from gpuyard_daemon.core.state.inputs import (
     NodeDeclaredDead,
     NodeIncompatible,
     NodeLost,
@@ -14,7 +14,7 @@ from gpuyard_daemon.core.inputs import (
     ServiceApplied,
     YardStarted,
 )
-from gpuyard_daemon.core.settings import CoreSettings
+from gpuyard_daemon.core.state.settings import CoreSettings
 from gpuyard_protocol.jobs import JobSpec
 from gpuyard_protocol.names import AssignmentKey
 from gpuyard_protocol.nodes import Ended, Inventory, Joined, Start, Started, Stop

@@ -5,11 +5,11 @@ from __future__ import annotations
 import heapq
 import random
 
-from gpuyard_daemon.core.capacity import NodeSpace, Pool
-from gpuyard_daemon.core.demand import LiveDemand
-from gpuyard_daemon.core.feasibility import Shape, carve, judge
-from gpuyard_daemon.core.model import Assignment, Node
-from gpuyard_daemon.core.placement import Candidates, Finder
+from gpuyard_daemon.core.placing.capacity import NodeSpace, Pool
+from gpuyard_daemon.core.placing.demand import LiveDemand
+from gpuyard_daemon.core.placing.feasibility import Shape, carve, judge
+from gpuyard_daemon.core.placing.placement import Candidates, Finder
+from gpuyard_daemon.core.state.model import Assignment, Node
 from gpuyard_protocol.names import AssignmentKey
 from gpuyard_protocol.resources import Partition
 from support.builders import START_MS, need, node

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from gpuyard_daemon.core.facts import LedgerReplaced, NodeChanged
-from gpuyard_daemon.core.inputs import (
+from gpuyard_daemon.core.state.facts import LedgerReplaced, NodeChanged
+from gpuyard_daemon.core.state.inputs import (
     NodeIncompatible,
     NodeLost,
     NodeReported,

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from gpuyard_daemon.core.facts import JobRetired, ReportsTaken
+from gpuyard_daemon.core.state.facts import JobRetired, ReportsTaken
 from gpuyard_protocol.names import AssignmentKey
 from gpuyard_protocol.nodes import Ended, Start, Started
 from support.builders import CoreHarness, exited, job, node

@@ -5,9 +5,9 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from gpuyard_daemon.core.capacity import ANY_MODE
-from gpuyard_daemon.core.partitions import Card, cut, fit
-from gpuyard_daemon.core.states import InvariantViolated
+from gpuyard_daemon.core.placing.capacity import ANY_MODE
+from gpuyard_daemon.core.placing.partitions import Card, cut, fit
+from gpuyard_daemon.core.state.states import InvariantViolated
 from gpuyard_protocol.names import AssignmentKey
 from gpuyard_protocol.resources import (
     MigInstance,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gpuyard_daemon.core.settings import CoreSettings
+from gpuyard_daemon.core.state.settings import CoreSettings
 from gpuyard_protocol.nodes import Inventory, Start
 from gpuyard_protocol.resources import MpsShare, NoGpu, TimeSliceShare, WholeCards
 from support.builders import CoreHarness, gpu, job, node

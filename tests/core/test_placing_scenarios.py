@@ -24,8 +24,8 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from gpuyard_daemon.core.inputs import CancelRequested, JobSubmitted
-from gpuyard_daemon.core.partitions import Card, slices_at
+from gpuyard_daemon.core.placing.partitions import Card, slices_at
+from gpuyard_daemon.core.state.inputs import CancelRequested, JobSubmitted
 from gpuyard_protocol.codec import from_plain
 from gpuyard_protocol.jobs import JobRequest, JobSpec
 from gpuyard_protocol.nodes import Inventory

@@ -6,9 +6,9 @@ from typing import Any
 
 import msgspec
 
-from gpuyard_daemon.core.facts import ClaimDropped, ClaimMade, JobPlaced
-from gpuyard_daemon.core.inputs import NodeSuspected
-from gpuyard_daemon.core.settings import CoreSettings
+from gpuyard_daemon.core.state.facts import ClaimDropped, ClaimMade, JobPlaced
+from gpuyard_daemon.core.state.inputs import NodeSuspected
+from gpuyard_daemon.core.state.settings import CoreSettings
 from gpuyard_protocol.jobs import JobSpec, Preemption
 from gpuyard_protocol.nodes import Start, Stop
 from support.builders import CoreHarness, job, node

@@ -6,10 +6,10 @@ from typing import Any
 
 import msgspec
 
-from gpuyard_daemon.core.inputs import PolicyChanged
-from gpuyard_daemon.core.policy import Grant, Policy, QueuePolicy, TenantLimits
-from gpuyard_daemon.core.priority import PER_OCTAVE
-from gpuyard_daemon.core.ranking import RankTerms
+from gpuyard_daemon.core.queueing.priority import PER_OCTAVE
+from gpuyard_daemon.core.queueing.ranking import RankTerms
+from gpuyard_daemon.core.state.inputs import PolicyChanged
+from gpuyard_daemon.core.tenants.policy import Grant, Policy, QueuePolicy, TenantLimits
 from gpuyard_protocol.jobs import JobSpec, parse_array
 from support.builders import CoreHarness, job, node
 

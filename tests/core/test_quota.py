@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gpuyard_daemon.core.inputs import PolicyChanged
-from gpuyard_daemon.core.policy import Grant, Kind, Policy, QueuePolicy, TenantLimits
-from gpuyard_daemon.core.quota import ROOT, Allotment, Amounts, QuotaTree
-from gpuyard_daemon.core.ranking import BORROWING, NOMINAL, SCAVENGING
-from gpuyard_daemon.core.reclaim import Reclaim
+from gpuyard_daemon.core.preempting.reclaim import Reclaim
+from gpuyard_daemon.core.queueing.ranking import BORROWING, NOMINAL, SCAVENGING
+from gpuyard_daemon.core.state.inputs import PolicyChanged
+from gpuyard_daemon.core.tenants.policy import Grant, Kind, Policy, QueuePolicy, TenantLimits
+from gpuyard_daemon.core.tenants.quota import ROOT, Allotment, Amounts, QuotaTree
 from gpuyard_protocol.jobs import JobSpec
 from gpuyard_protocol.nodes import IdleGpu
 from support.builders import CoreHarness, gpu, job, node

@@ -7,12 +7,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpuyard_daemon.core import priority
-from gpuyard_daemon.core.facts import SizesLearnt, TenantsShifted
-from gpuyard_daemon.core.fairness import HALF_LIFE_MS
-from gpuyard_daemon.core.fixedpoint import decayed, exp2_parts, log2_parts
-from gpuyard_daemon.core.inputs import ServiceApplied
-from gpuyard_daemon.core.ranking import LIFT_GRID_MS, TOP_LEVEL, RankTerms
+from gpuyard_daemon.core.queueing import priority
+from gpuyard_daemon.core.queueing.fairness import HALF_LIFE_MS
+from gpuyard_daemon.core.queueing.fixedpoint import decayed, exp2_parts, log2_parts
+from gpuyard_daemon.core.queueing.ranking import LIFT_GRID_MS, TOP_LEVEL, RankTerms
+from gpuyard_daemon.core.state.facts import SizesLearnt, TenantsShifted
+from gpuyard_daemon.core.state.inputs import ServiceApplied
 from gpuyard_protocol.jobs import JobSpec
 from gpuyard_protocol.names import JobId
 from gpuyard_protocol.nodes import Ended

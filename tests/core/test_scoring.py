@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from gpuyard_daemon.core.capacity import NodeSpace, Pool
-from gpuyard_daemon.core.feasibility import Shape, carve_from
-from gpuyard_daemon.core.fragmentation import ONE, Demand, DemandMix, free_of, gap_values, usable_by
-from gpuyard_daemon.core.model import Node
-from gpuyard_daemon.core.partitions import NO_ROOM, Card
-from gpuyard_daemon.core.scoring import choose
+from gpuyard_daemon.core.placing.capacity import NodeSpace, Pool
+from gpuyard_daemon.core.placing.feasibility import Shape, carve_from
+from gpuyard_daemon.core.placing.fragmentation import ONE, Demand, DemandMix, free_of, gap_values, usable_by
+from gpuyard_daemon.core.placing.partitions import NO_ROOM, Card
+from gpuyard_daemon.core.placing.scoring import choose
+from gpuyard_daemon.core.state.model import Node
 from gpuyard_protocol.names import AssignmentKey
 from gpuyard_protocol.nodes import Inventory
 from gpuyard_protocol.resources import MigInstance, MpsShare, WholeCards

@@ -6,9 +6,16 @@ from typing import Any
 
 import pytest
 
-from gpuyard_daemon.core.facts import LoadTaken, ServiceScaled
-from gpuyard_daemon.core.inputs import LoadReported, NodeLost, NodeReturned, RequeueAll, ServiceApplied, ServiceDeleted
-from gpuyard_daemon.core.services import desired_replicas
+from gpuyard_daemon.core.handling.services import desired_replicas
+from gpuyard_daemon.core.state.facts import LoadTaken, ServiceScaled
+from gpuyard_daemon.core.state.inputs import (
+    LoadReported,
+    NodeLost,
+    NodeReturned,
+    RequeueAll,
+    ServiceApplied,
+    ServiceDeleted,
+)
 from gpuyard_protocol.nodes import Ended, Stop
 from gpuyard_protocol.queries import ServicesQuery
 from gpuyard_protocol.services import ServiceSpec, ServiceView

@@ -11,16 +11,16 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from gpuyard_daemon.core import facts as f
-from gpuyard_daemon.core.cluster import Cluster
-from gpuyard_daemon.core.effects import Effects
-from gpuyard_daemon.core.inputs import Cursors
 from gpuyard_daemon.core.invariants import check
-from gpuyard_daemon.core.model import Job, Verdict
 from gpuyard_daemon.core.scheduler import Scheduler
-from gpuyard_daemon.core.settings import CoreSettings
-from gpuyard_daemon.core.states import ASSIGNMENT_MOVES, JOB_MOVES, InvariantViolated, check_assignment_move
-from gpuyard_daemon.core.turn import Record
+from gpuyard_daemon.core.state import facts as f
+from gpuyard_daemon.core.state.cluster import Cluster
+from gpuyard_daemon.core.state.effects import Effects
+from gpuyard_daemon.core.state.inputs import Cursors
+from gpuyard_daemon.core.state.model import Job, Verdict
+from gpuyard_daemon.core.state.settings import CoreSettings
+from gpuyard_daemon.core.state.states import ASSIGNMENT_MOVES, JOB_MOVES, InvariantViolated, check_assignment_move
+from gpuyard_daemon.core.state.turn import Record
 from gpuyard_protocol.jobs import FINAL_STATES, JobSpec, JobView, Why
 from gpuyard_protocol.names import AssignmentKey
 from gpuyard_protocol.queries import JobsQuery

@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 
-from gpuyard_daemon.core.facts import ClaimDropped, ClaimMade, JobResuming
+from gpuyard_daemon.core.state.facts import ClaimDropped, ClaimMade, JobResuming
 from gpuyard_protocol.jobs import JobSpec
 from gpuyard_protocol.names import AssignmentKey
 from gpuyard_protocol.nodes import (

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from gpuyard_daemon.core.facts import PolicySet
-from gpuyard_daemon.core.inputs import LoadReported, PolicyChanged, ServiceApplied
-from gpuyard_daemon.core.policy import Policy, TenantLimits
+from gpuyard_daemon.core.state.facts import PolicySet
+from gpuyard_daemon.core.state.inputs import LoadReported, PolicyChanged, ServiceApplied
+from gpuyard_daemon.core.tenants.policy import Policy, TenantLimits
 from gpuyard_protocol.services import ServiceSpec
 from support.builders import CoreHarness, gpu, job, need, node
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from gpuyard_daemon.core.inputs import Input, ServiceApplied
+from gpuyard_daemon.core.state.inputs import Input, ServiceApplied
 from gpuyard_protocol.queries import JobsQuery, ServicesQuery
 from gpuyard_protocol.services import ServiceSpec
 from support.builders import CoreHarness, exited, job, need, node

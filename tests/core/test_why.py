@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
-from gpuyard_daemon.core.census import Census
-from gpuyard_daemon.core.feasibility import Reason, Shape, judge
-from gpuyard_daemon.core.inputs import NodeSuspected, RequeueAll
-from gpuyard_daemon.core.reasons import text_of
+from gpuyard_daemon.core.explaining.reasons import text_of
+from gpuyard_daemon.core.placing.census import Census
+from gpuyard_daemon.core.placing.feasibility import Reason, Shape, judge
 from gpuyard_daemon.core.scheduler import Scheduler
+from gpuyard_daemon.core.state.inputs import NodeSuspected, RequeueAll
 from gpuyard_protocol.jobs import JobSpec, parse_array
 from gpuyard_protocol.nodes import Suspended
 from gpuyard_protocol.queries import DryRun, WhyAnswer

@@ -25,8 +25,8 @@ import msgspec
 import pytest
 
 from gpuyard.cli.explaining import dry_run_lines, why_lines
-from gpuyard_daemon.core.inputs import NodeSuspected, PolicyChanged
-from gpuyard_daemon.core.policy import Grant, Policy, QueuePolicy, TenantLimits
+from gpuyard_daemon.core.state.inputs import NodeSuspected, PolicyChanged
+from gpuyard_daemon.core.tenants.policy import Grant, Policy, QueuePolicy, TenantLimits
 from gpuyard_protocol.codec import from_plain
 from gpuyard_protocol.jobs import JobRequest, JobSpec
 from gpuyard_protocol.nodes import Inventory

@@ -9,7 +9,7 @@ import pytest
 
 from gpuyard_daemon import announce
 from gpuyard_daemon.announce import Announcer
-from gpuyard_daemon.core.turn import JobNotice
+from gpuyard_daemon.core.state.turn import JobNotice
 from gpuyard_protocol.bus.base import StoredMessage
 from gpuyard_protocol.bus.memory import MemoryBroker, MemoryBus
 from gpuyard_protocol.jobs import JobEvent

@@ -7,8 +7,8 @@ import pytest
 
 from gpuyard_daemon import audit
 from gpuyard_daemon.audit import AuditLog, open_audit, read_audit
-from gpuyard_daemon.core.facts import AnswerRepeated, RequestAnswered
-from gpuyard_daemon.core.inputs import CancelRequested, JobSubmitted, RequestMalformed
+from gpuyard_daemon.core.state.facts import AnswerRepeated, RequestAnswered
+from gpuyard_daemon.core.state.inputs import CancelRequested, JobSubmitted, RequestMalformed
 from gpuyard_protocol.audit import AuditEntry, AuditQuery
 from gpuyard_protocol.bus.memory import MemoryBroker, MemoryBus
 from gpuyard_protocol.jobs import JobRequest, SubmissionAnswer, Why

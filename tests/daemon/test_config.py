@@ -8,7 +8,7 @@ import pytest
 
 from gpuyard_daemon.__main__ import main
 from gpuyard_daemon.config import EXIT_BAD_CONFIG, BadConfig, DaemonConfig, load, parse_arguments
-from gpuyard_daemon.core.policy import Grant, Policy, TenantLimits
+from gpuyard_daemon.core.tenants.policy import Grant, Policy, TenantLimits
 from gpuyard_protocol.nodes import IdleGpu
 
 

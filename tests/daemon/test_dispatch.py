@@ -10,9 +10,9 @@ import msgspec
 import pytest
 from bench.fleet import FakeAgent
 
-from gpuyard_daemon.core.facts import NodeJoined
-from gpuyard_daemon.core.inputs import Cursors, Input, JobSubmitted
 from gpuyard_daemon.core.scheduler import Scheduler
+from gpuyard_daemon.core.state.facts import NodeJoined
+from gpuyard_daemon.core.state.inputs import Cursors, Input, JobSubmitted
 from gpuyard_daemon.dispatch import PENDING_MAX, Dispatcher
 from gpuyard_daemon.ingress import decode_report
 from gpuyard_protocol.bus.base import Message, StoredMessage

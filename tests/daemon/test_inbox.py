@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gpuyard_daemon.core.inputs import (
+from gpuyard_daemon.core.state.inputs import (
     Cursors,
     JobSubmitted,
     LoadReported,

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpuyard_daemon.core.inputs import (
+from gpuyard_daemon.core.state.inputs import (
     CancelRequested,
     HoldRequested,
     Input,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from gpuyard_daemon.core.inputs import LoadReported
+from gpuyard_daemon.core.state.inputs import LoadReported
 from gpuyard_daemon.loads import SOURCE_EXPIRES_S, TICK_S, Loads
 from gpuyard_protocol.bus.base import Message
 from gpuyard_protocol.queries import ServicesPage, ServicesQuery

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gpuyard_daemon.core.inputs import Input, NodeIncompatible, NodeLost, NodeReturned, NodeSuspected
+from gpuyard_daemon.core.state.inputs import Input, NodeIncompatible, NodeLost, NodeReturned, NodeSuspected
 from gpuyard_daemon.node_monitor import TICK_S, NodeMonitor
 from gpuyard_protocol.bus.base import Message
 from gpuyard_protocol.codec import encode

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from gpuyard_daemon.config import BadConfig, load
-from gpuyard_daemon.core.inputs import CancelRequested, Cursors, Input, JobSubmitted, RequestRefused
+from gpuyard_daemon.core.state.inputs import CancelRequested, Cursors, Input, JobSubmitted, RequestRefused
 from gpuyard_daemon.inbox import Inbox
 from gpuyard_daemon.ingress import Ingress
 from gpuyard_daemon.rates import Rate, Rates

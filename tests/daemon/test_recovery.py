@@ -14,9 +14,9 @@ from gpuyard_daemon import recovery
 from gpuyard_daemon.announce import Announcer
 from gpuyard_daemon.archive import Archive
 from gpuyard_daemon.config import DaemonConfig, JournalConfig
-from gpuyard_daemon.core.inputs import Cursors
 from gpuyard_daemon.core.scheduler import Scheduler
-from gpuyard_daemon.core.settings import CoreSettings
+from gpuyard_daemon.core.state.inputs import Cursors
+from gpuyard_daemon.core.state.settings import CoreSettings
 from gpuyard_daemon.history import History, HistoryFilter
 from gpuyard_daemon.journal import Journal
 from gpuyard_daemon.recovery import Restored, StartRefused

@@ -17,10 +17,10 @@ from faults.party import Party
 from faults.witness import Witness
 from gpuyard_daemon import recovery
 from gpuyard_daemon.clock import ClockMark, YardClock, starting_ns
-from gpuyard_daemon.core.facts import JobRetired, NodeJoined
-from gpuyard_daemon.core.inputs import Input, NodeIncompatible, YardStarted
 from gpuyard_daemon.core.invariants import check
 from gpuyard_daemon.core.scheduler import Scheduler
+from gpuyard_daemon.core.state.facts import JobRetired, NodeJoined
+from gpuyard_daemon.core.state.inputs import Input, NodeIncompatible, YardStarted
 from gpuyard_daemon.dispatch import Dispatcher
 from gpuyard_daemon.exits import EXIT_INVARIANT, Fate
 from gpuyard_daemon.health import Health

@@ -30,7 +30,7 @@ from gpuyard_agent.launch.messages import BadFrame, FrameBuffer, decode_answer, 
 from gpuyard_agent.ledger import Ledger, LedgerUnusable
 from gpuyard_daemon import config as daemon_config
 from gpuyard_daemon.core.scheduler import Scheduler
-from gpuyard_daemon.core.turn import Record
+from gpuyard_daemon.core.state.turn import Record
 from gpuyard_daemon.ingress import decode_report, decode_submission
 from gpuyard_daemon.snapshots import SnapshotCorrupt, SnapshotStore
 from gpuyard_protocol import jobs, nodes, queries, resources, services

@@ -17,7 +17,8 @@ from faults.world import Kind
 from gpuyard_agent.core.book import Counters
 from gpuyard_agent.core.model import Assignment, Closed
 from gpuyard_agent.launch.leases import Leases
-from gpuyard_daemon.core import deadlines, lost_facts
+from gpuyard_daemon.core.applying import lost_facts
+from gpuyard_daemon.core.handling import deadlines
 from gpuyard_daemon.dispatch import Dispatcher
 from gpuyard_protocol.names import AssignmentKey
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from gpuyard_daemon.core import facts as f
 from gpuyard_daemon.core.scheduler import Scheduler
-from gpuyard_daemon.core.turn import Record
+from gpuyard_daemon.core.state import facts as f
+from gpuyard_daemon.core.state.turn import Record
 from gpuyard_protocol.bus.base import StoredMessage
 from gpuyard_protocol.codec import decode
 from gpuyard_protocol.names import AssignmentKey, JobId

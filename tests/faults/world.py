@@ -20,9 +20,9 @@ from faults.node import AgentProcess
 from faults.tenants import SERVICES, TENANTS, Tenants
 from faults.virtual_time import SimulatedLoop
 from faults.witness import Witness
-from gpuyard_daemon.core.inputs import LoadReported
 from gpuyard_daemon.core.invariants import check
 from gpuyard_daemon.core.scheduler import Scheduler
+from gpuyard_daemon.core.state.inputs import LoadReported
 from gpuyard_protocol.jobs import FINAL_STATES
 from support.builders import node as inventory
 

@@ -14,9 +14,12 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
-from gpuyard_daemon.core.feasibility import Shape, judge
-from gpuyard_daemon.core.gangs import Offers, plan_gang
-from gpuyard_daemon.core.inputs import (
+from gpuyard_daemon.core.placing.feasibility import Shape, judge
+from gpuyard_daemon.core.placing.gangs import Offers, plan_gang
+from gpuyard_daemon.core.placing.placement import Candidates
+from gpuyard_daemon.core.queueing.order import ShapeQueue
+from gpuyard_daemon.core.queueing.round import counts_for, places
+from gpuyard_daemon.core.state.inputs import (
     CancelRequested,
     HoldRequested,
     LoadReported,
@@ -33,10 +36,7 @@ from gpuyard_daemon.core.inputs import (
     ServiceDeleted,
     YardStarted,
 )
-from gpuyard_daemon.core.order import ShapeQueue
-from gpuyard_daemon.core.placement import Candidates
-from gpuyard_daemon.core.policy import Policy, TenantLimits
-from gpuyard_daemon.core.round import counts_for, places
+from gpuyard_daemon.core.tenants.policy import Policy, TenantLimits
 from gpuyard_protocol.jobs import DependencyKind, JobSpec, parse_array
 from gpuyard_protocol.names import AssignmentKey
 from gpuyard_protocol.nodes import Ended, Inventory, Prepared, Started

@@ -12,11 +12,11 @@ import msgspec
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gpuyard_daemon.core.inputs import Cursors, HoldRequested, JobSubmitted, PolicyChanged, ReleaseRequested
-from gpuyard_daemon.core.model import Job
-from gpuyard_daemon.core.order import WaitingLine
-from gpuyard_daemon.core.policy import Grant, Policy, QueuePolicy, TenantLimits
+from gpuyard_daemon.core.queueing.order import WaitingLine
 from gpuyard_daemon.core.scheduler import Scheduler
+from gpuyard_daemon.core.state.inputs import Cursors, HoldRequested, JobSubmitted, PolicyChanged, ReleaseRequested
+from gpuyard_daemon.core.state.model import Job
+from gpuyard_daemon.core.tenants.policy import Grant, Policy, QueuePolicy, TenantLimits
 from gpuyard_protocol.jobs import JobSpec
 from support.builders import CoreHarness, job, node
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gpuyard_daemon.core.capacity import ClaimedPlace, NodeSpace, Pool
-from gpuyard_daemon.core.demand import LiveDemand
-from gpuyard_daemon.core.feasibility import Shape, judge
-from gpuyard_daemon.core.gangs import Offers, fits, offer_of, plan_gang
-from gpuyard_daemon.core.model import Assignment, Node
-from gpuyard_daemon.core.placement import Candidates, Finder
-from gpuyard_daemon.core.scoring import choose
+from gpuyard_daemon.core.placing.capacity import ClaimedPlace, NodeSpace, Pool
+from gpuyard_daemon.core.placing.demand import LiveDemand
+from gpuyard_daemon.core.placing.feasibility import Shape, judge
+from gpuyard_daemon.core.placing.gangs import Offers, fits, offer_of, plan_gang
+from gpuyard_daemon.core.placing.placement import Candidates, Finder
+from gpuyard_daemon.core.placing.scoring import choose
+from gpuyard_daemon.core.state.model import Assignment, Node
 from gpuyard_protocol.names import AssignmentKey
 from gpuyard_protocol.resources import ResourceNeed, devices_of
 from support.builders import gpu, need, node

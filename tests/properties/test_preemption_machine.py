@@ -14,16 +14,16 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
-from gpuyard_daemon.core import exchange
-from gpuyard_daemon.core.consolidation import STARTS_PER_MOVE
-from gpuyard_daemon.core.facts import ClaimMade, Eviction
-from gpuyard_daemon.core.feasibility import Shape, judge
-from gpuyard_daemon.core.gangs import Offers, plan_gang
-from gpuyard_daemon.core.inputs import CancelRequested, NodeLost, NodeSuspected
-from gpuyard_daemon.core.placement import Candidates
-from gpuyard_daemon.core.priority import PROBE_MS
-from gpuyard_daemon.core.ranking import TOP_LEVEL, ran_ms
-from gpuyard_daemon.core.turn import Turn
+from gpuyard_daemon.core.placing.feasibility import Shape, judge
+from gpuyard_daemon.core.placing.gangs import Offers, plan_gang
+from gpuyard_daemon.core.placing.placement import Candidates
+from gpuyard_daemon.core.preempting import exchange
+from gpuyard_daemon.core.preempting.consolidation import STARTS_PER_MOVE
+from gpuyard_daemon.core.queueing.priority import PROBE_MS
+from gpuyard_daemon.core.queueing.ranking import TOP_LEVEL, ran_ms
+from gpuyard_daemon.core.state.facts import ClaimMade, Eviction
+from gpuyard_daemon.core.state.inputs import CancelRequested, NodeLost, NodeSuspected
+from gpuyard_daemon.core.state.turn import Turn
 from gpuyard_protocol.jobs import JobSpec
 from gpuyard_protocol.names import JobId
 from support.builders import CoreHarness, job, node

@@ -16,7 +16,7 @@ import pytest
 
 from gpuyard_daemon.core.invariants import check
 from gpuyard_daemon.core.scheduler import Scheduler
-from gpuyard_daemon.core.turn import Record
+from gpuyard_daemon.core.state.turn import Record
 from gpuyard_daemon.snapshots import SnapshotStore
 
 HERE = Path(__file__).parent

@@ -13,9 +13,9 @@ from typer import Typer
 from typer.testing import CliRunner
 
 from gpuyard_daemon.archive import ArchivedRecord
-from gpuyard_daemon.core.policy import Policy, TenantLimits
 from gpuyard_daemon.core.scheduler import Scheduler
-from gpuyard_daemon.core.turn import Record
+from gpuyard_daemon.core.state.turn import Record
+from gpuyard_daemon.core.tenants.policy import Policy, TenantLimits
 from gpuyard_daemon.sim import commands
 from gpuyard_daemon.sim.core_jobs import node_of
 from gpuyard_daemon.sim.recorded_events import Recorded, RecordedJob, understand

@@ -11,8 +11,10 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from gpuyard_daemon.core.facts import Fact
-from gpuyard_daemon.core.inputs import (
+from gpuyard_daemon.core.invariants import check
+from gpuyard_daemon.core.scheduler import Scheduler
+from gpuyard_daemon.core.state.facts import Fact
+from gpuyard_daemon.core.state.inputs import (
     CancelRequested,
     Cursors,
     HoldRequested,
@@ -23,11 +25,9 @@ from gpuyard_daemon.core.inputs import (
     ReleaseRequested,
     RequeueRequested,
 )
-from gpuyard_daemon.core.invariants import check
-from gpuyard_daemon.core.policy import Policy, TenantLimits
-from gpuyard_daemon.core.scheduler import Scheduler
-from gpuyard_daemon.core.settings import CoreSettings
-from gpuyard_daemon.core.turn import AnswerNotice, JobNotice, Record, Turn
+from gpuyard_daemon.core.state.settings import CoreSettings
+from gpuyard_daemon.core.state.turn import AnswerNotice, JobNotice, Record, Turn
+from gpuyard_daemon.core.tenants.policy import Policy, TenantLimits
 from gpuyard_protocol.jobs import DependencyKind, JobEvent, JobSpec, JobView, SubmissionAnswer, Why
 from gpuyard_protocol.names import AssignmentKey, JobId
 from gpuyard_protocol.nodes import Ended, Go, Inventory, Joined, Order, Prepared, Report, Start, Started, Stop

@@ -12,8 +12,8 @@ from typing import Any
 
 import msgspec
 
-from gpuyard_daemon.core.inputs import LoadReported, NodeLost, RequeueAll, ServiceApplied, YardStarted
-from gpuyard_daemon.core.turn import Record
+from gpuyard_daemon.core.state.inputs import LoadReported, NodeLost, RequeueAll, ServiceApplied, YardStarted
+from gpuyard_daemon.core.state.turn import Record
 from gpuyard_protocol.services import ServiceSpec
 from support.builders import CoreHarness, job, need, node
 from support.core_world import World

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from gpuyard_daemon.core.inputs import NodeReported, NodeReturned
+from gpuyard_daemon.core.state.inputs import NodeReported, NodeReturned
 from gpuyard_protocol.names import AssignmentKey
 from gpuyard_protocol.nodes import (
     Desired,

@@ -4,8 +4,7 @@
 byte for byte. No clock, randomness, I/O or asyncio in here; integers for every quantity, a total order in every sort,
 ids from counters.
 
-Floors, no import running up: settings, policy → facts, inputs → model, states → partitions → capacity → turn, effects,
-timers, listing, arrays, gates, tenancy, node_facts, service_facts → cluster (all state, the one writer) → feasibility →
-placement, gangs, order → impossible → draft → answers, dependencies, services → outcomes, admission, directives,
-deadlines, round, views, why, snapshot, invariants → scheduler.
+Packages: `state` (records, facts, the one writer) and `applying` (what each fact changes in it); `placing`, `tenants`,
+`queueing`, `preempting` decide where, how much, who next, who gives way, in this order and without looking up; `handling`
+takes inputs; `explaining` answers people and decides nothing. `scheduler` is the entrance, `invariants` the auditor.
 """

@@ -9,16 +9,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from gpuyard_daemon.core.arrays import LIVE_STATES
-from gpuyard_daemon.core.capacity import ClaimedPlace, NodeSpace, Pool
-from gpuyard_daemon.core.cluster import Cluster
-from gpuyard_daemon.core.holdings import amounts_of
-from gpuyard_daemon.core.listing import JOB_STATES
-from gpuyard_daemon.core.model import LEAVING, Assignment, Job
-from gpuyard_daemon.core.partitions import Card, amounts_on, mode_of, slices_at
-from gpuyard_daemon.core.quota import QuotaTree
-from gpuyard_daemon.core.states import InvariantViolated, story_of
-from gpuyard_daemon.core.tenancy import held_by
+from gpuyard_daemon.core.placing.capacity import ClaimedPlace, NodeSpace, Pool
+from gpuyard_daemon.core.placing.partitions import Card, amounts_on, mode_of, slices_at
+from gpuyard_daemon.core.state.arrays import LIVE_STATES
+from gpuyard_daemon.core.state.cluster import Cluster
+from gpuyard_daemon.core.state.listing import JOB_STATES
+from gpuyard_daemon.core.state.model import LEAVING, Assignment, Job
+from gpuyard_daemon.core.state.states import InvariantViolated, story_of
+from gpuyard_daemon.core.tenants.holdings import amounts_of
+from gpuyard_daemon.core.tenants.quota import QuotaTree
+from gpuyard_daemon.core.tenants.tenancy import held_by
 from gpuyard_protocol.jobs import PRIORITY_MIN
 from gpuyard_protocol.names import AssignmentKey
 from gpuyard_protocol.resources import MigInstance, MpsShare, Partition, devices_of

@@ -12,41 +12,39 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Collection, Sequence
 
-from gpuyard_daemon.core import (
+from gpuyard_daemon.core.applying import lost_facts
+from gpuyard_daemon.core.explaining import usage_views, views
+from gpuyard_daemon.core.explaining.plan import Planner
+from gpuyard_daemon.core.explaining.views import Gauges
+from gpuyard_daemon.core.explaining.why import Asked, Explainer
+from gpuyard_daemon.core.handling import (
     admission,
     cordons,
     deadlines,
     dependencies,
     directives,
-    fairness,
-    learning,
-    lost_facts,
     lost_nodes,
     outcomes,
     services,
-    usage_views,
-    views,
 )
-from gpuyard_daemon.core import facts as f
-from gpuyard_daemon.core import inputs as i
-from gpuyard_daemon.core.cluster import Cluster
-from gpuyard_daemon.core.draft import Draft
-from gpuyard_daemon.core.effects import Effects, standing_order, start_order
-from gpuyard_daemon.core.impossible import Possibilities
-from gpuyard_daemon.core.inputs import Cursors, Input
-from gpuyard_daemon.core.keeping import serve_claims
-from gpuyard_daemon.core.order import WaitingLine
-from gpuyard_daemon.core.plan import Planner
-from gpuyard_daemon.core.policy import Policy
-from gpuyard_daemon.core.preemption import Rounds
-from gpuyard_daemon.core.round import place_waiting
-from gpuyard_daemon.core.settings import CoreSettings
-from gpuyard_daemon.core.snapshot import read_snapshot, take_snapshot
-from gpuyard_daemon.core.states import InvariantViolated
-from gpuyard_daemon.core.suspension import resume_waiting
-from gpuyard_daemon.core.turn import Record, Turn
-from gpuyard_daemon.core.views import Gauges
-from gpuyard_daemon.core.why import Asked, Explainer
+from gpuyard_daemon.core.placing.impossible import Possibilities
+from gpuyard_daemon.core.preempting.keeping import serve_claims
+from gpuyard_daemon.core.preempting.preemption import Rounds
+from gpuyard_daemon.core.preempting.suspension import resume_waiting
+from gpuyard_daemon.core.queueing import fairness, learning
+from gpuyard_daemon.core.queueing.order import WaitingLine
+from gpuyard_daemon.core.queueing.round import place_waiting
+from gpuyard_daemon.core.state import facts as f
+from gpuyard_daemon.core.state import inputs as i
+from gpuyard_daemon.core.state.cluster import Cluster
+from gpuyard_daemon.core.state.draft import Draft
+from gpuyard_daemon.core.state.effects import Effects, standing_order, start_order
+from gpuyard_daemon.core.state.inputs import Cursors, Input
+from gpuyard_daemon.core.state.settings import CoreSettings
+from gpuyard_daemon.core.state.snapshot import read_snapshot, take_snapshot
+from gpuyard_daemon.core.state.states import InvariantViolated
+from gpuyard_daemon.core.state.turn import Record, Turn
+from gpuyard_daemon.core.tenants.policy import Policy
 from gpuyard_protocol.jobs import JobSpec, JobView, SubmissionAnswer
 from gpuyard_protocol.names import JobId, NodeId, ServiceName, SubmissionId, Tenant, User
 from gpuyard_protocol.nodes import Desired

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from gpuyard_daemon.announce import Announcer
 from gpuyard_daemon.api import Api
-from gpuyard_daemon.core.views import Gauges
+from gpuyard_daemon.core.explaining.views import Gauges
 from gpuyard_daemon.dispatch import Dispatcher
 from gpuyard_daemon.health import Health
 from gpuyard_daemon.history import History

@@ -14,11 +14,11 @@ from typing import TypeAlias
 
 import msgspec
 
-from gpuyard_daemon.core import facts as f
-from gpuyard_daemon.core import inputs as i
-from gpuyard_daemon.core.model import Job
 from gpuyard_daemon.core.scheduler import Scheduler
-from gpuyard_daemon.core.turn import Record
+from gpuyard_daemon.core.state import facts as f
+from gpuyard_daemon.core.state import inputs as i
+from gpuyard_daemon.core.state.model import Job
+from gpuyard_daemon.core.state.turn import Record
 from gpuyard_daemon.sim.recording import Recording
 from gpuyard_protocol.jobs import JobSpec
 from gpuyard_protocol.names import JobId, NodeId, Tenant, User

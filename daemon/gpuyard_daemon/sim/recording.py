@@ -15,7 +15,7 @@ import msgspec
 
 from gpuyard_daemon.archive import ArchivedRecord
 from gpuyard_daemon.config import default_state_directory
-from gpuyard_daemon.core.turn import Record
+from gpuyard_daemon.core.state.turn import Record
 from gpuyard_daemon.journal import Journal
 from gpuyard_daemon.sim.trace_files import TraceError, open_text
 from gpuyard_daemon.snapshots import SnapshotHeader

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import msgspec
 
-from gpuyard_daemon.core import inputs as i
-from gpuyard_daemon.core.policy import Policy
-from gpuyard_daemon.core.settings import CoreSettings
+from gpuyard_daemon.core.state import inputs as i
+from gpuyard_daemon.core.state.settings import CoreSettings
+from gpuyard_daemon.core.tenants.policy import Policy
 from gpuyard_daemon.sim.experiments import job_policy
 from gpuyard_daemon.sim.jobs_run import JobsRun, RunJob
 from gpuyard_daemon.sim.measures import Measures, percentile

@@ -12,10 +12,10 @@ import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from gpuyard_daemon.core.inputs import CancelRequested, Cursors, Input, JobSubmitted, NodeReported
 from gpuyard_daemon.core.scheduler import Scheduler
-from gpuyard_daemon.core.settings import CoreSettings
-from gpuyard_daemon.core.turn import AnswerNotice, NodeOrders, Record, Turn
+from gpuyard_daemon.core.state.inputs import CancelRequested, Cursors, Input, JobSubmitted, NodeReported
+from gpuyard_daemon.core.state.settings import CoreSettings
+from gpuyard_daemon.core.state.turn import AnswerNotice, NodeOrders, Record, Turn
 from gpuyard_protocol.jobs import JobSpec
 from gpuyard_protocol.names import AssignmentKey, JobId, NodeId, Tenant, User
 from gpuyard_protocol.nodes import (

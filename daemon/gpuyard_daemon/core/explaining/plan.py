@@ -1,0 +1,109 @@
+"""What would become of a job that is not submitted: refused, started and where, or waiting and why.
+
+Admission decides as it would for the job itself, on a draft that changes nothing. If it lets the job in, the job is
+asked about as one that waits would be; where there is room, placement says where.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from gpuyard_daemon.core.applying.request_facts import job_of
+from gpuyard_daemon.core.explaining.views import describe_partition
+from gpuyard_daemon.core.explaining.why import Asked, Explainer
+from gpuyard_daemon.core.handling import admission
+from gpuyard_daemon.core.placing.impossible import Possibilities
+from gpuyard_daemon.core.state import facts as f
+from gpuyard_daemon.core.state.cluster import Cluster
+from gpuyard_daemon.core.state.draft import Draft
+from gpuyard_daemon.core.state.inputs import JobSubmitted
+from gpuyard_daemon.core.state.model import Job
+from gpuyard_daemon.core.state.settings import CoreSettings
+from gpuyard_daemon.core.state.states import InvariantViolated
+from gpuyard_protocol.jobs import JobSpec, ReplicaView, SubmissionAnswer
+from gpuyard_protocol.names import Tenant, User
+from gpuyard_protocol.queries import DryRun
+from gpuyard_protocol.resources import devices_of
+
+#: Stands in for the id that a submission would have.
+_NO_SUBMISSION = "dry-run"
+
+
+class _DryDraft(Draft):
+    """Facts are noted and not applied."""
+
+    __slots__ = ()
+
+    def add(self, fact: f.Fact) -> None:
+        self.facts.append(fact)
+
+
+class Planner:
+    """Answers dry runs about one cluster."""
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        explainer: Explainer,
+        possibilities: Possibilities,
+        settings: CoreSettings,
+    ) -> None:
+        self._cluster = cluster
+        self._explainer = explainer
+        self._possibilities = possibilities
+        self._settings = settings
+
+    def plan(self, tenant: Tenant, user: User, spec: JobSpec, now_ms: int) -> DryRun:
+        draft = _DryDraft(self._cluster, self._settings, self._possibilities, now_ms)
+        admission.submit(draft, JobSubmitted(tenant=tenant, user=user, submission_id=_NO_SUBMISSION, spec=spec))
+        match draft.facts:
+            case [f.JobAccepted() as accepted]:
+                return self._of_accepted(accepted, now_ms)
+            case [f.ArrayAccepted() as accepted]:
+                plan = self._of_accepted(_first_of(accepted), now_ms)
+                return msgspec.structs.replace(plan, elements=spec.array.count if spec.array else 0)
+            case [f.RequestAnswered(answer=answer)]:
+                return _refused(answer)
+            case _:
+                raise InvariantViolated(f"a dry run led to {draft.facts}")
+
+    def _of_accepted(self, accepted: f.JobAccepted, now_ms: int) -> DryRun:
+        job = job_of(accepted, now_ms)
+        # One job of an array waits like any other; how many of them go at once matters to the later ones.
+        job.spec = msgspec.structs.replace(job.spec, array=None)
+        answer = self._explainer.why(Asked(job, now_ms, job.tenant, brief=False))
+        answer = msgspec.structs.replace(answer, story=())
+        if answer.estimate is None or answer.estimate.basis != "now":
+            return DryRun(verdict="waits", summary=answer.summary, why=answer)
+        placed = self._placed(job)
+        if not placed:
+            raise InvariantViolated(f"there is room for {job.spec.need.describe()}, and no place")
+        where = ", ".join(dict.fromkeys(replica.node for replica in placed))
+        return DryRun(verdict="starts", summary=f"it would start at once on {where}", placed=placed)
+
+    def _placed(self, job: Job) -> tuple[ReplicaView, ...]:
+        placements = self._explainer.places(job) or ()
+        return tuple(
+            [
+                ReplicaView(
+                    replica=replica,
+                    state="planned",
+                    node=placement.node,
+                    partition=describe_partition(placement.partition),
+                    devices=devices_of(placement.partition),
+                )
+                for replica, placement in enumerate(placements)
+            ]
+        )
+
+
+def _first_of(array: f.ArrayAccepted) -> f.JobAccepted:
+    """The same for the first of its jobs; the facts are alike but for the number's name."""
+    same = {name: getattr(array, name) for name in f.JobAccepted.__struct_fields__[1:]}
+    return f.JobAccepted(array.first, **same)
+
+
+def _refused(answer: SubmissionAnswer) -> DryRun:
+    text = answer.reason.text if answer.reason else "it would be rejected"
+    refusal = msgspec.structs.replace(answer, submission_id="")
+    return DryRun(verdict="rejected", summary=text, refusal=refusal)

@@ -1,0 +1,237 @@
+"""Why a job is where it is: every reason, from the code that places; what would start it now; and when it may start.
+
+For a waiting job each kind of node is judged as placement would judge it. For the others the state says it all. Nothing
+is changed, and the work is bounded: a question costs the same whether ten jobs wait or a hundred thousand.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import msgspec
+
+from gpuyard_daemon.core.explaining.forecast import AHEAD_MAX, Forecast
+from gpuyard_daemon.core.explaining.holders import expected_end, holders_of, holders_on, rows
+from gpuyard_daemon.core.explaining.reasons import key_terms
+from gpuyard_daemon.core.explaining.remedies import Remedies
+from gpuyard_daemon.core.explaining.survey import Survey, Surveyor
+from gpuyard_daemon.core.explaining.views import why_apart
+from gpuyard_daemon.core.placing.feasibility import LASTING, Reason, Shape
+from gpuyard_daemon.core.queueing.order import WaitingLine
+from gpuyard_daemon.core.queueing.round import places
+from gpuyard_daemon.core.state.cluster import Cluster
+from gpuyard_daemon.core.state.facts import Placement
+from gpuyard_daemon.core.state.model import Job
+from gpuyard_daemon.core.tenants import limits
+from gpuyard_daemon.core.tenants.quota import Obstacle
+from gpuyard_daemon.core.tenants.tenancy import OVER_QUOTA
+from gpuyard_protocol.explaining import StartEstimate
+from gpuyard_protocol.jobs import Why
+from gpuyard_protocol.names import Tenant
+from gpuyard_protocol.queries import WhyAnswer
+from gpuyard_protocol.resources import devices_of
+from gpuyard_protocol.units import format_ms
+
+
+class Asked(NamedTuple):
+    """One question."""
+
+    job: Job
+    now_ms: int
+    #: Whose eyes it is for; None: an operator's, who sees every tenant's jobs.
+    viewer: Tenant | None
+    #: Without what costs most: holders, remedies, estimate.
+    brief: bool
+
+
+class Explainer:
+    """Answers about one cluster."""
+
+    def __init__(self, cluster: Cluster, line: WaitingLine, timeslice_milli_max: int) -> None:
+        self._cluster = cluster
+        self._line = line
+        self._timeslice_milli_max = timeslice_milli_max
+        self.surveyor = Surveyor(cluster.pool)
+
+    def why(self, asked: Asked) -> WhyAnswer:
+        job, now_ms = asked.job, asked.now_ms
+        story = tuple([f"+{format_ms(at_ms - job.submitted_ms)} {text}" for at_ms, text in job.story])
+        answer = WhyAnswer(job=job.id, state=job.state, summary="", story=story)
+        if job.state == "suspended":
+            return self._of_suspended(asked, answer)
+        if job.state != "pending":
+            return msgspec.structs.replace(answer, summary=_summary_of_state(job))
+        if (apart := self._apart(job, now_ms)) is not None:
+            return msgspec.structs.replace(answer, summary=apart, estimate=self._estimate_apart(job, now_ms))
+        return self.of_waiting(asked, answer)
+
+    def of_waiting(self, asked: Asked, answer: WhyAnswer) -> WhyAnswer:
+        """A job that looks for a place; it need not be in the cluster."""
+        job, now_ms, cluster = asked.job, asked.now_ms, self._cluster
+        shape = self.shape_of(job)
+        survey = self.surveyor.survey(shape, job.id)
+        limit = self._over_limit(survey, job)
+        ahead = self._line.ahead_of(job, now_ms)
+        answer = msgspec.structs.replace(
+            answer,
+            summary=self._kept_for(job, asked.viewer) or _summary(cluster, survey, limit),
+            reasons=survey.reasons(),
+            position=ahead + 1,
+            ahead=ahead,
+            limit=limit,
+        )
+        if asked.brief or cluster.draining or not cluster.nodes:
+            return answer
+        held = holders_on(cluster, shape, survey.nearest(), now_ms)
+        starts = survey.starts and limit is None
+        first_ahead = None if starts else self._first_ahead(job, now_ms, ahead)
+        return msgspec.structs.replace(
+            answer,
+            cards=survey.cards(job.id),
+            holders=() if starts else rows(held, asked.viewer),
+            terms=key_terms(cluster.ranking.terms_of(job, now_ms)),
+            remedies=()
+            if starts
+            else Remedies(cluster, self.surveyor, job, survey, asked.viewer).find(held, first_ahead, limit),
+            estimate=StartEstimate(basis="now", text="with the next turn", at_ms=now_ms)
+            if starts
+            else Forecast(cluster, job, survey, now_ms).estimate(held, first_ahead, ahead, limit),
+        )
+
+    def _kept_for(self, job: Job, viewer: Tenant | None) -> str:
+        """Whom it waits for, if places are kept for it; "" if none are."""
+        claim = self._cluster.claims.of(job.id)
+        if claim is None:
+            return ""
+        nodes = list(dict.fromkeys([placement.node for placement in claim.placements]))
+        leaving = [self._cluster.jobs[number] for number in claim.evicted if number in self._cluster.jobs]
+        leaving = [each for each in leaving if each.live]
+        own = [f"job {each.id}" for each in leaving if viewer is None or each.tenant == viewer]
+        others = len(leaving) - len(own)
+        names = own + ([f"{others} job{'s' if others > 1 else ''} of other tenants"] if others else [])
+        whom = f"{' and '.join(names)} to leave" if names else "those that hold them to end"
+        return f"places on {', '.join(nodes)} are kept for it: it waits for {whom}"
+
+    def shape_of(self, job: Job) -> Shape:
+        return Shape(job.spec.need, job.spec.replicas, job.tenant, job.user, self._timeslice_milli_max)
+
+    def _first_ahead(self, job: Job, now_ms: int, ahead: int) -> list[Job] | None:
+        """Those before it, in order; None: too many to play them forward."""
+        return self._line.those_ahead(job, now_ms, ahead) if ahead <= AHEAD_MAX else None
+
+    def _of_suspended(self, asked: Asked, answer: WhyAnswer) -> WhyAnswer:
+        """A job whose work lies in the host's memory: it goes back to its own cards, once they are free."""
+        job, now_ms, cluster = asked.job, asked.now_ms, self._cluster
+        answer = msgspec.structs.replace(answer, summary=_summary_of_state(job))
+        (assignment,) = job.assignments
+        if assignment.home is None or asked.brief:
+            return answer
+        held = holders_of(cluster, assignment.node, devices_of(assignment.home), now_ms)
+        last = max(held, key=lambda each: each.until_ms, default=None)
+        estimate = StartEstimate(basis="none", text="no basis for an estimate: nobody knows how long its card is held")
+        if last is not None and last.basis and all(each.basis for each in held):
+            left = format_ms(max(0, last.until_ms - now_ms) // 1000 * 1000)
+            text = f"in {left}, when its card should be free, if nobody goes before it"
+            estimate = StartEstimate(basis=last.basis, text=text, at_ms=last.until_ms)
+        terms = key_terms(cluster.ranking.terms_of(job, now_ms))
+        return msgspec.structs.replace(answer, holders=rows(held, asked.viewer), estimate=estimate, terms=terms)
+
+    # --- jobs that do not look for a place yet -----------------------------------------------------------------------
+
+    def _apart(self, job: Job, now_ms: int) -> str | None:
+        """Why a pending job does not even look for a place; None if it does."""
+        left = format_ms(max(0, job.not_before_ms - now_ms) // 1000 * 1000)
+        if job.not_before_ms and not job.held_by:
+            if not job.attempt:
+                return f"begins in {left}, as it was asked to"
+            because = f" after: {job.why.text}" if job.why else ""
+            return f"waits {left} before a new start{because}"
+        apart = why_apart(self._cluster, job)
+        return apart.text if apart else None
+
+    def _estimate_apart(self, job: Job, now_ms: int) -> StartEstimate:
+        if job.held_by:
+            return StartEstimate(basis="none", text="no estimate: it starts once it is released")
+        if job.not_before_ms:
+            left = format_ms(max(0, job.not_before_ms - now_ms) // 1000 * 1000)
+            return StartEstimate(
+                basis="begin", text=f"not before {left} from now; then as room allows", at_ms=job.not_before_ms
+            )
+        ends = []
+        for _, number in job.spec.depends_on:
+            target = self._cluster.jobs.get(number)
+            if target is not None and not target.is_final:
+                ends.append((number, *expected_end(self._cluster, target, now_ms)))
+        if ends and all(basis for _, _, basis in ends):
+            number, at_ms, basis = max(ends, key=lambda end: end[1])
+            left = format_ms(max(0, at_ms - now_ms) // 1000 * 1000)
+            if basis:
+                return StartEstimate(
+                    basis=basis, text=f"in {left}, when job {number} has ended; then as room allows", at_ms=at_ms
+                )
+        return StartEstimate(basis="none", text="no basis for an estimate: what it waits for may end at any time")
+
+    # --- limits ------------------------------------------------------------------------------------------------------
+
+    def places(self, job: Job) -> tuple[Placement, ...] | None:
+        """Where placement would put it now, on cards that its queue may use; None: nowhere."""
+        queue = self._line.queue_of(job)
+        if self._cluster.quota.has_quotas:
+            within = limits.within_quota(self._cluster, job)
+            if within is not None and not isinstance(within, Obstacle):
+                queue = queue.limited_to(within)
+        return places(self._cluster.pool, queue)
+
+    def _over_limit(self, survey: Survey, job: Job) -> Why | None:
+        """What limit and quotas say: to the least it could count for, or else to the places it would get now."""
+        cluster = self._cluster
+        least = self._line.queue_of(job).least_milli(cluster.pool)
+        over = cluster.tenancy.blocks(job.tenant, least) or limits.over_quota(cluster, job)
+        if over is None and survey.starts and (cluster.tenancy.is_limited(job.tenant) or cluster.quota.has_quotas):
+            placements = self.places(job)
+            if placements is not None:
+                return limits.over_with(cluster, job, placements)
+            if cluster.quota.has_quotas:
+                return Why(OVER_QUOTA, "its queue's quota leaves it only cards of models that are not free")
+        return over
+
+
+def _summary(cluster: Cluster, survey: Survey, limit: Why | None) -> str:
+    if cluster.draining:
+        return "the yard is stopping: nothing starts until it is started again"
+    if not cluster.nodes:
+        return "no node has joined yet"
+    if limit is not None:
+        return limit.text
+    replicas, members = survey.shape.replicas, survey.members
+    if members >= replicas:
+        return "it starts with the next turn"
+    if members:
+        return f"{replicas} replicas start together or not at all: there is room for {members} now"
+    reasons = survey.reasons()
+    if all(Reason(reason.reason.code) in LASTING for reason in reasons):
+        return f"no node of today could ever run it: {reasons[0].reason.text}"
+    return f"{reasons[0].reason.text} (on {reasons[0].nodes} of {len(cluster.nodes)} nodes)"
+
+
+def _summary_of_state(job: Job) -> str:
+    because = job.verdict.why if job.verdict else job.why
+    where = ", ".join(dict.fromkeys(assignment.node for assignment in job.assignments))
+    match job.state:
+        case "starting":
+            waits = sum(1 for assignment in job.assignments if assignment.state == "ordered")
+            return f"starting on {where}" + (
+                f": {waits} replicas are not prepared yet" if waits and job.spec.replicas > 1 else ""
+            )
+        case "running":
+            return f"running on {where}"
+        case "suspended":
+            reason = f" ({because.text})" if because else ""
+            if job.assignments and job.assignments[0].home is None:
+                return f"leaving its card on {where}{reason}"
+            return f"suspended on {where}{reason}: it goes back to its card when that is free"
+        case "stopping":
+            left = ", ".join(dict.fromkeys(a.node for a in job.assignments if a.is_live))
+            return f"stopping ({because.text if because else 'told to'}): waits for {left} to report the end"
+        case _:
+            return f"{job.state}: {because.text}" if because else job.state

@@ -1,0 +1,1 @@
+"""Who gives way to whom: exchanges, victims, claims on places, reservations, moves that make room."""

@@ -1,0 +1,37 @@
+"""When a waiting job may take the place of running ones of its own band: the arithmetic, without nodes and jobs.
+
+The exchange test: a victim goes only if it is at least one level larger than the claimant would be with four times the
+victim's cost added to it. That is the argument for shortest-first with the price of the switch in it: dear victims
+protect themselves, and nobody can be evicted by what it itself evicted.
+
+Costs are GPU-milliseconds: the victim's GPUs times the run time that it will have to spend again.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from gpuyard_daemon.core.queueing.priority import PROBE_MS, natural_level
+
+#: Weight of a victim's cost against the claimant's size.
+COST_WEIGHT: Final = 4
+#: A victim is larger than the claimant with its cost by so many levels at least.
+MARGIN: Final = 1
+#: Level at which a job counts that has waited to the top: it is lifted a little further than its own size.
+TOP: Final = -1
+#: Preemptions may cost a job this part of its useful run time, beside the first, which is free.
+CREDIT_DIVISOR: Final = 20
+#: A job that has been preempted runs at least so many times its restart before it may be again.
+GAP_RESTARTS: Final = 10
+
+
+def may_take(claimant_size: int, claimant_level: int, victim_level: int, cost: int, *, at_top: bool = False) -> bool:
+    """The exchange test. `claimant_level` may be lower than its size says (aging, deadline, class)."""
+    with_cost = natural_level(claimant_size + COST_WEIGHT * cost)
+    lifted = natural_level(claimant_size) - (TOP if at_top else claimant_level)
+    return with_cost - lifted + MARGIN <= victim_level
+
+
+def least_run_ms(restart_ms: int, preemptions: int) -> int:
+    """How long an attempt runs before it may be ended for somebody of the same band."""
+    return max(PROBE_MS, GAP_RESTARTS * restart_ms) if preemptions else PROBE_MS

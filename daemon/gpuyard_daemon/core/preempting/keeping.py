@@ -1,0 +1,99 @@
+"""Serving those for whom places are kept: placed once everybody has left, dropped once that can no longer be.
+
+The only readers of claims that change anything; who gets one is decided in `preemption` and `reservations`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from gpuyard_daemon.core.placing.trial import PoolTrial
+from gpuyard_daemon.core.state import facts as f
+from gpuyard_daemon.core.state.cluster import Cluster
+from gpuyard_daemon.core.state.draft import Draft
+from gpuyard_daemon.core.state.model import Claim, Job
+from gpuyard_daemon.core.tenants.limits import may_hold
+from gpuyard_protocol.jobs import Why
+from gpuyard_protocol.resources import WholeCards, devices_of
+
+
+def serve_claims(draft: Draft) -> None:
+    """Place the jobs whose places have been left; drop claims to places that are no longer to be had."""
+    cluster = draft.cluster
+    if cluster.draining:
+        return
+    for claim in list(cluster.claims):
+        job = cluster.jobs[claim.job]
+        gone = _gone(cluster, claim)
+        if gone is None and is_free(cluster, job, claim):
+            placements = tuple(claim.placements)
+            if may_hold(cluster, job, placements):
+                prepare_until_ms = draft.now_ms + draft.settings.prepare_timeout_ms if len(placements) > 1 else 0
+                draft.add(f.JobPlaced(job.id, placements, prepare_until_ms))
+            else:
+                gone = f"tenant {job.tenant} is at its limit"
+        elif gone is None and claim.kind == "preempt" and not _somebody_leaves(cluster, claim):
+            gone = "somebody else holds it"
+        if gone is not None:
+            draft.add(f.ClaimDropped(job.id, Why("ClaimVoid", f"no place is kept for it any more: {gone}")))
+
+
+def _gone(cluster: Cluster, claim: Claim) -> str | None:
+    """What became of a place that nobody can be put on any more."""
+    for placement in claim.placements:
+        space = cluster.pool.spaces.get(placement.node)
+        if space is None or space.node.state != "ready":
+            return f"node {placement.node} is {space.node.state if space else 'no longer there'}"
+        if space.node.cordoned_by:
+            return f"node {placement.node} is cordoned"
+        for uuid in devices_of(placement.partition):
+            card = space.by_uuid.get(uuid)
+            if card is None or not card.takes_work:
+                return f"card {uuid} of node {placement.node} takes no work"
+    for number in claim.evicted:
+        other = cluster.jobs.get(number)
+        if other is not None and other.refused_suspension and other.state == "running":
+            return f"job {number} could not be suspended and runs on"
+    return None
+
+
+def _somebody_leaves(cluster: Cluster, claim: Claim) -> bool:
+    """Whether anybody is on the way out of the nodes of a claim, so that it may yet become free."""
+    nodes = {placement.node for placement in claim.placements}
+    return any(
+        assignment.is_live and assignment.node in nodes
+        for job in cluster.leaving.values()
+        for assignment in job.assignments
+    )
+
+
+def is_free(cluster: Cluster, job: Job, claim: Claim, without: Iterable[Job] = ()) -> bool:
+    """Whether everybody has left the places of a claim. `without`: as if these had."""
+    need, gone = job.spec.need, list(without)
+    if not gone and not _looks_free(cluster, job, claim):
+        return False
+    trial = PoolTrial(cluster.pool)
+    for other in gone:
+        trial.without(other.assignments)
+    for replica, placement in enumerate(claim.placements):
+        space = trial.space(placement.node)
+        if space.cpu_free_milli < need.cpu_milli or space.memory_free_mib < need.memory_mib:
+            return False
+        if not all(
+            space.by_uuid[uuid].could_take(placement.partition, job.tenant) for uuid in devices_of(placement.partition)
+        ):
+            return False
+        trial.take(job.id, replica, placement, job.tenant, need.cpu_milli, need.memory_mib)
+    return True
+
+
+def _looks_free(cluster: Cluster, job: Job, claim: Claim) -> bool:
+    """At a glance, so that nothing is copied for claims that are waited for."""
+    need = job.spec.need
+    for placement in claim.placements:
+        space, partition = cluster.pool.spaces[placement.node], placement.partition
+        if space.cpu_free_milli < need.cpu_milli or space.memory_free_mib < need.memory_mib:
+            return False
+        if isinstance(partition, WholeCards) and any(space.by_uuid[uuid].mode != "idle" for uuid in partition.devices):
+            return False
+    return True

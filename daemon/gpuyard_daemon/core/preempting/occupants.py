@@ -1,0 +1,104 @@
+"""Who runs and might be told to give way, and what that would cost.
+
+Whatever time decides here (how long somebody ran, its level) is read at the beginning of the present round's period, so
+that all turns of one period, and a core restored in the middle of it, see the same occupants.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from gpuyard_daemon.core.preempting import exchange
+from gpuyard_daemon.core.preempting.suspension import can_be_suspended
+from gpuyard_daemon.core.queueing.ranking import outlives_ms, ran_ms, width_milli
+from gpuyard_daemon.core.state.cluster import Cluster
+from gpuyard_daemon.core.state.facts import EvictionKind
+from gpuyard_daemon.core.state.model import Job
+from gpuyard_daemon.core.state.settings import CoreSettings
+from gpuyard_protocol.units import MILLI
+
+
+class Occupant(NamedTuple):
+    """A running job as those see it who would like its place."""
+
+    job: Job
+    attempt: int
+    band: int
+    #: Its effective level; 0 where it does not matter, because it is not exchangeable.
+    level: int
+    kind: EvictionKind
+    #: Run time that it would have to spend again, ms.
+    overhead_ms: int
+    #: The same over its GPUs, thousandths of a card × ms.
+    lost_milli_ms: int
+    #: It ran long enough, and preemptions have cost it little enough, to be ended for somebody of its own band.
+    exchangeable: bool
+    #: Whether it may be stopped at all.
+    preemptible: bool
+    #: When time alone makes it easier to take next; 0: never.
+    next_ms: int
+
+    @property
+    def cost(self) -> int:
+        """GPU-milliseconds."""
+        return self.lost_milli_ms // MILLI
+
+
+def occupants(cluster: Cluster, settings: CoreSettings, at_ms: int, most: int) -> list[Occupant]:
+    """The largest of the running jobs, at most so many."""
+    found = []
+    for job, _ in zip(cluster.running.largest_first(at_ms), range(most), strict=False):
+        if job.verdict is None and job.started_ms and at_ms - job.started_ms >= 0:
+            found.append(_occupant(cluster, settings, job, at_ms))
+    return found
+
+
+def _occupant(cluster: Cluster, settings: CoreSettings, job: Job, at_ms: int) -> Occupant:
+    ranking = cluster.ranking
+    this_run_ms = at_ms - max(job.started_ms, job.runs_since_ms)
+    kind = kind_of(cluster, job)
+    restart_ms = _restart_ms(settings, job, kind)
+    overhead_ms = restart_ms if kind != "requeue" else restart_ms + at_ms - job.started_ms
+    useful_ms = ran_ms(job, at_ms) - job.overhead_ms
+    owed_ms = job.overhead_ms * exchange.CREDIT_DIVISOR - useful_ms if job.preemptions else 0
+    missing_ms = max(exchange.least_run_ms(restart_ms, job.preemptions) - this_run_ms, owed_ms)
+    # Who would lose all of its run is only given up if it is known to be large, and not for a guess at it.
+    is_known = kind != "requeue" or ran_ms(job, at_ms) < outlives_ms(job)
+    exchangeable = missing_ms <= 0 and not job.service and is_known
+    moments = [missing_ms, settings.reclaim_after_ms - this_run_ms]
+    if exchangeable and (border_ms := ranking.next_border_ms(job, at_ms)) is not None:
+        moments.append(border_ms - at_ms)
+    return Occupant(
+        job=job,
+        attempt=job.attempt,
+        band=ranking.band_of(job),
+        level=ranking.rank_of(job, at_ms).level if exchangeable else 0,
+        kind=kind,
+        overhead_ms=overhead_ms,
+        lost_milli_ms=overhead_ms * width_milli(job),
+        exchangeable=exchangeable,
+        preemptible=job.spec.preemption != "never",
+        next_ms=at_ms + min([moment for moment in moments if moment > 0], default=-at_ms),
+    )
+
+
+def kind_of(cluster: Cluster, job: Job) -> EvictionKind:
+    """How a job would give way now: the first rung of its ladder that holds."""
+    if job.spec.preemption == "checkpoint":
+        return "checkpoint"
+    return "suspend" if can_be_suspended(cluster, job) else "requeue"
+
+
+def restart_of(cluster: Cluster, settings: CoreSettings, job: Job) -> int:
+    """What it costs a job to give way and go on later, ms; where it starts anew, beside what it loses."""
+    return _restart_ms(settings, job, kind_of(cluster, job))
+
+
+def _restart_ms(settings: CoreSettings, job: Job, kind: EvictionKind) -> int:
+    match kind:
+        case "suspend":
+            return settings.restart_suspend_ms
+        case "checkpoint":
+            return job.spec.restart_ms or settings.restart_checkpoint_ms
+        case "requeue":
+            return job.spec.restart_ms or settings.restart_requeue_ms

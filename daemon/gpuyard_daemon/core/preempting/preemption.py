@@ -1,0 +1,329 @@
+"""Rounds of preemption: waiting jobs that may take the place of running ones do so, or nothing happens.
+
+Who may take whose place: a job of a better band that of a worse one, if the rules of the bands say so; within a band,
+whoever passes the exchange test, for a victim that ran long enough and has credit left. A job that is never to be
+preempted never is.
+
+When: in each turn for those who came into line in it, and at the beginning of each period of some seconds for all whose
+queues are blocked. Which period a turn is in follows from the last record's time, so a restored core holds the same
+rounds. A plan is carried out whole, as one fact: the claimant's places are kept for it, and the victims told to go.
+
+Who may take nothing and has waited to the top gets a set of places kept for it (`reservations`), and the free part of
+such sets takes guests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from gpuyard_daemon.core.preempting import exchange, reservations
+from gpuyard_daemon.core.preempting.consolidation import make_room
+from gpuyard_daemon.core.preempting.occupants import Occupant, occupants
+from gpuyard_daemon.core.preempting.reclaim import Reclaiming
+from gpuyard_daemon.core.preempting.suspension import can_be_suspended
+from gpuyard_daemon.core.preempting.victims import Plan, Search
+from gpuyard_daemon.core.queueing.order import ShapeQueue, WaitingLine
+from gpuyard_daemon.core.queueing.priority import PROBE_MS
+from gpuyard_daemon.core.queueing.ranking import BORROWING, FLOOR, TOP_LEVEL, Rank, width_milli
+from gpuyard_daemon.core.state import facts as f
+from gpuyard_daemon.core.state.cluster import Cluster
+from gpuyard_daemon.core.state.draft import Draft
+from gpuyard_daemon.core.state.model import Job
+from gpuyard_daemon.core.state.settings import CoreSettings
+from gpuyard_daemon.core.tenants.holdings import amounts_of, sum_of
+from gpuyard_daemon.core.tenants.limits import may_hold
+from gpuyard_daemon.core.tenants.quota import Amounts
+from gpuyard_protocol.jobs import Why
+from gpuyard_protocol.names import JobId
+from gpuyard_protocol.units import MILLI, format_ms
+
+PREEMPTED = "Preempted"
+#: Facts after which a job may stand in line that did not before.
+_ARRIVALS = (f.JobAccepted, f.ReplicaWanted, f.JobRequeued, f.JobWoken, f.JobReleased)
+#: Facts that move the levels of those who run.
+_LEVELS_MOVED = (f.TenantsShifted, f.SizesLearnt, f.PolicySet)
+#: Plans made for one claimant before it has to wait for the next round.
+_PLANS_MAX = 4
+#: Jobs of one queue that a round looks at.
+_OF_ONE_QUEUE_MAX = 32
+#: Claimants of a round for whom work may move aside, or is looked for.
+_ROOMS_MAX = 4
+#: GPUs that may be on their way from one job to another in the smallest of yards, in thousandths.
+_MOVING_MIN_MILLI = 8 * MILLI
+
+
+class Rounds:
+    """When rounds are held. Which are, follows from the state; what is kept here only says when to wake up for one."""
+
+    def __init__(self) -> None:
+        #: When time alone may make a difference next; 0: never, None: the next period's round finds out.
+        self._next_ms: int | None = None
+        #: The occupants at the beginning of a period, and which period. Who starts in it is none of them yet; that
+        #: tenants' levels moved is seen from the facts; the rest is looked at when it is used.
+        self._occupants: tuple[int, list[Occupant]] = (-1, [])
+
+    def hold(self, draft: Draft, line: WaitingLine, last_record_ms: int) -> None:
+        """Let those take others' places who may."""
+        cluster, settings = draft.cluster, draft.settings
+        if cluster.draining or not len(cluster.running):
+            return
+        if draft.facts:
+            self._next_ms = None
+            if any(isinstance(fact, _LEVELS_MOVED) for fact in draft.facts):
+                self._occupants = (-1, [])
+        period_ms = draft.now_ms - draft.now_ms % settings.preempt_every_ms
+        if is_full := period_ms > last_record_ms or _made_way(draft):
+            heads = [queue for _, queue, _ in line.blocked_heads()[: settings.preempt_heads]]
+        else:
+            heads = _arrived(draft, line)
+        if not heads and not len(cluster.claims):
+            return
+        held = _Round(draft, line, self._present(draft, period_ms), period_ms, is_full=is_full)
+        is_through = held.hold(heads)
+        if is_full and is_through:
+            self._next_ms = held.next_ms
+
+    def _present(self, draft: Draft, period_ms: int) -> list[Occupant]:
+        """Who of a period's occupants is still there, in the band that it is in now."""
+        cluster, settings = draft.cluster, draft.settings
+        if self._occupants[0] != period_ms:
+            self._occupants = (period_ms, occupants(cluster, settings, period_ms, settings.preempt_occupants))
+        there = self._occupants[1]
+        if cluster.quota.is_plain and not cluster.services:
+            # Everybody is in one band.
+            return [each for each in there if each.job.state == "running" and each.job.attempt == each.attempt]
+        band_of = cluster.ranking.band_of
+        return [
+            occupant if (band := band_of(job)) == occupant.band else occupant._replace(band=band)
+            for occupant in there
+            if (job := occupant.job).state == "running" and job.attempt == occupant.attempt
+        ]
+
+    def next_ms(self, cluster: Cluster, settings: CoreSettings, now_ms: int) -> int | None:
+        """When a turn is due for a round; None: there is nobody who could gain by it."""
+        if cluster.draining or not cluster.waiting or not len(cluster.running) or self._next_ms == 0:
+            return None
+        period_ms = settings.preempt_every_ms
+        following_ms = now_ms - now_ms % period_ms + period_ms
+        if self._next_ms is None:
+            return following_ms
+        return max(following_ms, -(-self._next_ms // period_ms) * period_ms)
+
+
+def _made_way(draft: Draft) -> bool:
+    """Somebody who had given way has left in this turn: the next may be told to go."""
+    return any(isinstance(fact, f.JobRequeued) and fact.why.code == PREEMPTED for fact in draft.facts)
+
+
+def _arrived(draft: Draft, line: WaitingLine) -> list[ShapeQueue]:
+    """Blocked queues whose heads came into line in this turn, best first."""
+    cluster, found = draft.cluster, {}
+    for fact in draft.facts:
+        if isinstance(fact, _ARRIVALS) and (job := cluster.waiting.get(fact.job)) is not None:
+            queue = line.blocked_queue_of(job)
+            if queue is not None:
+                found[job.id] = (queue, job)
+    ranked = sorted(found.values(), key=lambda entry: cluster.ranking.rank_of(entry[1], draft.now_ms))
+    return [queue for queue, _ in ranked[: draft.settings.preempt_heads]]
+
+
+class _Round:
+    """One pass over waiting jobs, with the occupants as they were at the beginning of the period."""
+
+    def __init__(self, draft: Draft, line: WaitingLine, present: list[Occupant], at_ms: int, *, is_full: bool) -> None:
+        self._draft = draft
+        self._line = line
+        self._is_full = is_full
+        self._at_ms = at_ms
+        self._looks = draft.settings.preempt_nodes
+        self._occupants = present
+        #: Claimants for whom it may yet be asked whether work could move aside.
+        self._rooms_left = _ROOMS_MAX
+        cluster = draft.cluster
+        moving = [cluster.leaving.get(number) for claim in cluster.claims for number in claim.evicted]
+        self._moving_milli = sum([width_milli(job) for job in moving if job is not None])
+
+    @property
+    def next_ms(self) -> int:
+        """When time alone makes one of them easier to take; 0: never."""
+        moments = [occupant.next_ms for occupant in self._occupants if occupant.next_ms]
+        if any(claim.kind == "reserve" for claim in self._draft.cluster.claims):
+            moments.append(self._at_ms - self._at_ms % reservations.REPLAN_MS + reservations.REPLAN_MS)
+        return min(moments, default=0)
+
+    def hold(self, heads: Iterable[ShapeQueue]) -> bool:
+        """Whether all of them were looked at."""
+        cluster, settings = self._draft.cluster, self._draft.settings
+        most = max(_MOVING_MIN_MILLI, cluster.pool.capacity_milli * settings.preempt_moving_permille // 1000)
+        is_through = True
+        if self._is_full:
+            self._looks = reservations.review(self._draft, self._line, self._occupants, self._at_ms, self._looks)
+        for queue in heads:
+            # Of equal jobs one after the other, until one finds nothing.
+            for job in self._line.first_of(queue, _OF_ONE_QUEUE_MAX):
+                if job.id in cluster.claims:
+                    continue
+                if self._looks <= 0:
+                    return False
+                rank = cluster.ranking.rank_of(job, self._draft.now_ms)
+                if self._moving_milli >= most and rank.band != FLOOR:
+                    is_through = False
+                    break
+                if not self._serve(queue, job, rank):
+                    break
+        return is_through
+
+    def _serve(self, queue: ShapeQueue, job: Job, rank: Rank) -> bool:
+        """Whether somebody gave way to a job, or it was let in as a guest."""
+        plan = self._plan(queue, job, rank)
+        if plan is not None:
+            self._carry_out(job, rank, plan)
+            return True
+        cluster = self._draft.cluster
+        if self._is_full and self._rooms_left:
+            self._rooms_left -= 1
+            self._looks = make_room(self._draft, self._line, queue, job, self._occupants, self._looks)
+            if (claim := cluster.claims.of(job.id)) is not None:
+                self._gone(claim.evicted)
+                return True
+        if self._is_full and reservations.may_reserve(cluster, rank):
+            self._looks = reservations.reserve(self._draft, queue, job, self._occupants, self._at_ms, self._looks)
+            return job.id in cluster.claims
+        return reservations.admit_guest(self._draft, queue, job, rank)
+
+    def _plan(self, queue: ShapeQueue, job: Job, rank: Rank) -> Plan | None:
+        """The cheapest plan whose victims the claimant is entitled to one after the other."""
+        refused: set[JobId] = set()
+        for _ in range(_PLANS_MAX):
+            allowed = [each for each in self._allowed(job, rank) if each.job.id not in refused]
+            plan = self._search(queue, job, allowed) if allowed and self._looks > 0 else None
+            if plan is None:
+                return None
+            wrong = self._not_entitled(job, rank, plan)
+            if wrong is None:
+                victims = [each.job for each in plan.victims]
+                return plan if self._may_hold(job, plan, victims) else None
+            refused.add(wrong)
+        return None
+
+    def _may_hold(self, job: Job, plan: Plan, victims: list[Job]) -> bool:
+        """Once all those who give way, for it and for others, have left, and the others have come."""
+        cluster = self._draft.cluster
+        coming = [cluster.jobs[claim.job] for claim in cluster.claims if claim.kind == "preempt"]
+        going = [*victims, *cluster.leaving.values()]
+        less_milli = sum([width_milli(each) for each in going if each.tenant == job.tenant])
+        less_milli -= sum([width_milli(each) for each in coming if each.tenant == job.tenant])
+        return may_hold(cluster, job, plan.placements, less_milli=less_milli, victims=going, also=self._coming(job))
+
+    def _coming(self, job: Job) -> Amounts:
+        """What those of a job's queue will hold for whom places are being freed."""
+        cluster = self._draft.cluster
+        if not cluster.quota.has_quotas:
+            return {}
+        name, spaces = cluster.quota.queue_of(job), cluster.pool.spaces
+        return sum_of(
+            [
+                amounts_of(spaces[place.node], place.partition)
+                for claim in cluster.claims
+                if claim.kind == "preempt" and cluster.quota.queue_of(cluster.jobs[claim.job]) == name
+                for place in claim.placements
+                if place.node in spaces
+            ]
+        )
+
+    def _reclaiming(self, job: Job) -> Reclaiming | None:
+        cluster = self._draft.cluster
+        if not cluster.quota.has_quotas:
+            return None
+        reclaiming = Reclaiming(cluster, job, self._coming(job))
+        for leaving in cluster.leaving.values():
+            reclaiming.take(leaving)
+        return reclaiming
+
+    def _search(self, queue: ShapeQueue, job: Job, allowed: list[Occupant]) -> Plan | None:
+        cluster = self._draft.cluster
+        search = Search(cluster.pool, queue.shape, job, allowed, cluster.leaving.values(), self._looks)
+        if queue.shape.replicas == 1:
+            plan = search.single()
+        else:
+            plan = search.gang([space.node.id for space in queue.spanning.in_order(cluster.pool)])
+        self._looks = search.looks
+        return plan
+
+    def _allowed(self, job: Job, rank: Rank) -> list[Occupant]:
+        """Whom the claimant could take the place of, each for itself."""
+        cluster = self._draft.cluster
+        size = cluster.ranking.size_of(job, self._draft.now_ms)
+        reclaiming = self._reclaiming(job)
+        # Its cost can only raise a claimant's level: whoever is not above it even for nothing need not be looked at.
+        least = (exchange.TOP if rank.level == TOP_LEVEL else rank.level) + exchange.MARGIN
+        allowed = []
+        for occupant in self._occupants:
+            is_larger = occupant.exchangeable and occupant.level >= least
+            if occupant.preemptible and (
+                (is_larger and self._may_exchange(rank, size, occupant))
+                or self._may_reclaim(rank, occupant, reclaiming)
+            ):
+                allowed.append(occupant)
+        return allowed
+
+    def _may_exchange(self, rank: Rank, size: int, occupant: Occupant) -> bool:
+        at_top = rank.level == TOP_LEVEL
+        return occupant.band == rank.band and exchange.may_take(
+            size, rank.level, occupant.level, occupant.cost, at_top=at_top
+        )
+
+    def _may_reclaim(self, rank: Rank, occupant: Occupant, reclaiming: Reclaiming | None) -> bool:
+        """The floor of a service takes from whoever is not one; of others, quota says who may have what back."""
+        ran_ms = self._at_ms - occupant.job.started_ms
+        if rank.band == FLOOR:
+            return occupant.band > FLOOR and ran_ms >= PROBE_MS
+        if reclaiming is None or occupant.band < max(rank.band, BORROWING):
+            return False
+        return ran_ms >= self._draft.settings.reclaim_after_ms and reclaiming.may_take(occupant.job)
+
+    def _not_entitled(self, job: Job, rank: Rank, plan: Plan) -> JobId | None:
+        """The first victim that cannot go, or that quota does not give up, once those before it have gone; or None."""
+        cluster = self._draft.cluster
+        softly: list[Job] = []
+        for each in plan.victims:
+            if each.kind == "suspend":
+                if not can_be_suspended(cluster, each.job, softly):
+                    return each.job.id
+                softly.append(each.job)
+        reclaiming = self._reclaiming(job)
+        if reclaiming is None:
+            return None
+        size = cluster.ranking.size_of(job, self._draft.now_ms)
+        for each in plan.victims:
+            if each.exchangeable and self._may_exchange(rank, size, each):
+                continue
+            if not self._may_reclaim(rank, each, reclaiming):
+                return each.job.id
+            reclaiming.take(each.job)
+        return None
+
+    def _carry_out(self, job: Job, rank: Rank, plan: Plan) -> None:
+        evictions = tuple(
+            [
+                f.Eviction(each.job.id, each.kind, each.overhead_ms, each.lost_milli_ms, _why(job, rank, each))
+                for each in plan.victims
+            ]
+        )
+        self._draft.add(f.ClaimMade(job.id, "preempt", plan.placements, evictions))
+        self._gone([each.job.id for each in plan.victims])
+
+    def _gone(self, victims: list[JobId]) -> None:
+        self._occupants = [each for each in self._occupants if each.job.id not in victims]
+        jobs = self._draft.cluster.jobs
+        self._moving_milli += sum([width_milli(jobs[number]) for number in victims])
+
+
+def _why(job: Job, rank: Rank, victim: Occupant) -> Why:
+    cost = f"it costs {format_ms(victim.overhead_ms // 1000 * 1000)} of run time"
+    if rank.band == FLOOR:
+        return Why(PREEMPTED, f"preempted by job {job.id}, which a service is never to be without; {cost}")
+    if not victim.exchangeable or rank.band < victim.band:
+        return Why(PREEMPTED, f"preempted by job {job.id}, whose queue takes back its part of the quota; {cost}")
+    levels = f"which is at level {rank.level} where this is at {victim.level}"
+    return Why(PREEMPTED, f"preempted by job {job.id}, {levels}; {cost}")

@@ -1,0 +1,124 @@
+"""Suspended jobs: who can be, what nodes say about it, and when they go back to their cards.
+
+A job can be suspended if it asked for that, has one replica, and holds one whole card or turns on one: of what is cut
+otherwise the driver cannot take the work off. Its node must have memory for the image. Where any of this fails it gives
+way like one that starts anew.
+
+A suspended job goes back as soon as its card is free and nobody who waits goes first. It grows older meanwhile like
+anybody else in line, so it does not wait for ever behind small ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Final, TypeAlias
+
+from gpuyard_daemon.core.placing.capacity import NodeSpace
+from gpuyard_daemon.core.queueing.order import WaitingLine
+from gpuyard_daemon.core.state import facts as f
+from gpuyard_daemon.core.state.cluster import Cluster
+from gpuyard_daemon.core.state.draft import Draft
+from gpuyard_daemon.core.state.model import Assignment, Job
+from gpuyard_daemon.core.tenants.limits import may_hold
+from gpuyard_protocol.jobs import Why
+from gpuyard_protocol.nodes import Resumed, ResumeFailed, Suspended, SuspendFailed
+from gpuyard_protocol.resources import Partition, devices_of
+
+#: Between attempts to go back to a card that its node would not give.
+RESUME_AGAIN_MS: Final = 10_000
+
+
+Answer: TypeAlias = Suspended | Resumed | SuspendFailed | ResumeFailed
+
+
+def take_report(draft: Draft, report: Answer, assignment: Assignment) -> None:
+    """What a node says about an order to suspend or resume; only the answer to the newest counts."""
+    if report.step != assignment.step:
+        return
+    key = report.key
+    match report:
+        case Suspended() if assignment.state == "suspending":
+            draft.add(f.ReplicaSuspended(key, report.image_mib))
+        case SuspendFailed() if assignment.state == "suspending":
+            draft.add(f.SuspensionFailed(key, _why(report.code, report.detail, "it could not be suspended")))
+        case Resumed() if assignment.state == "resuming":
+            draft.add(f.ReplicaResumed(key))
+        case ResumeFailed() if assignment.state == "resuming":
+            why = _why(report.code, report.detail, "it could not go back to its card")
+            draft.add(f.ResumptionFailed(key, draft.now_ms + RESUME_AGAIN_MS, why))
+
+
+def _why(code: str, detail: str, text: str) -> Why:
+    return Why(code[:64] or "Refused", f"{text}: {(detail or code)[:300]}")
+
+
+def resume_waiting(draft: Draft, line: WaitingLine, *, first: bool) -> None:
+    """Let suspended jobs go back to their cards. `first`: only those that go before everybody in line."""
+    cluster = draft.cluster
+    if not cluster.suspended or cluster.draining:
+        return
+    ranking, now_ms = cluster.ranking, draft.now_ms
+    line.catch_up(now_ms)
+    head = line.next() if first else None
+    best = ranking.rank_of(head[1], now_ms) if head is not None else None
+    for job in sorted(cluster.suspended.values(), key=lambda each: ranking.rank_of(each, now_ms)):
+        if best is not None and ranking.rank_of(job, now_ms) > best:
+            return
+        if job.resume_after_ms <= now_ms and not job.held_by:
+            _resume(draft, job)
+
+
+def _resume(draft: Draft, job: Job) -> None:
+    cluster, assignment = draft.cluster, job.assignments[0]
+    space, home = cluster.pool.spaces[assignment.node], assignment.home
+    if home is None or space.node.state != "ready":
+        return
+    if any(uuid not in space.by_uuid for uuid in devices_of(home)):
+        why = Why("CardGone", "the card that it was suspended from is no longer there")
+        draft.add(f.JobStopping(job.id, "requeue", why, "card-gone"))
+        return
+    if not _has_room(space, job, home) or not may_hold(cluster, job, (f.Placement(assignment.node, home),)):
+        return
+    if not _has_room(space.beside_claims(job.id), job, home):
+        # It is kept for somebody: who goes first?
+        rank = cluster.ranking.rank_of(job, draft.now_ms)
+        kept = [cluster.claims.records[number] for number in dict.fromkeys([claim.job for claim in space.claims])]
+        if any(
+            claim.kind == "preempt" or cluster.ranking.rank_of(cluster.jobs[claim.job], draft.now_ms) < rank
+            for claim in kept
+        ):
+            return
+        for claim in kept:
+            draft.add(f.ClaimDropped(claim.job, Why("Overtaken", f"job {job.id} goes back to its card first")))
+    draft.add(f.JobResuming(job.id))
+
+
+def _has_room(space: NodeSpace, job: Job, home: Partition) -> bool:
+    cards = [space.by_uuid[uuid] for uuid in devices_of(home)]
+    is_free = all(card.takes_work and card.could_take(home, job.tenant) for card in cards)
+    return is_free and space.cpu_free_milli >= job.spec.need.cpu_milli
+
+
+def can_be_suspended(cluster: Cluster, job: Job, beside: Iterable[Job] = ()) -> bool:
+    """Whether a running job's node can take its work off the card now, as far as is known here, and `beside` it."""
+    if job.spec.preemption != "suspend" or job.refused_suspension or len(job.assignments) != 1 or job.service:
+        return False
+    assignment = job.assignments[0]
+    bound_mib = cluster.pool.image_bound(assignment)
+    if not bound_mib:
+        return False
+    space = cluster.pool.spaces[assignment.node]
+    inventory = space.node.inventory
+    if inventory is None or space.memory_free_mib < bound_mib:
+        return False
+    images = [
+        other.image_mib if other.home is not None else cluster.pool.image_bound(other)
+        for other in space.assignments.values()
+        if other.home is not None or other.state == "suspending"
+    ]
+    images += [
+        cluster.pool.image_bound(other.assignments[0])
+        for other in beside
+        if other.assignments[0].node == assignment.node
+    ]
+    return sum(images) + bound_mib <= inventory.suspend_mib

@@ -1,0 +1,240 @@
+"""Which running jobs would have to leave so that a waiting one finds its places, at the least cost.
+
+Planned on a trial of the pool, and nothing is left of a plan that does not work out: either every replica has its place
+once the victims are gone, or nobody is told to go. What is on its way out anyway counts as gone, for nothing.
+
+On one node: victims by band, level and cost, largest first, until the replica fits; then those are let be that turn out
+not to be needed, the dearest first. Over several nodes: member by member on the node where the next is cheapest, given
+who has to go already; a gang that has to go frees all its nodes for its cost.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+from gpuyard_daemon.core.placing.capacity import Pool
+from gpuyard_daemon.core.placing.feasibility import Shape
+from gpuyard_daemon.core.placing.trial import PoolTrial
+from gpuyard_daemon.core.preempting.occupants import Occupant
+from gpuyard_daemon.core.state.facts import Placement
+from gpuyard_daemon.core.state.model import LEAVING, Assignment, Job
+from gpuyard_protocol.names import JobId, NodeId
+from gpuyard_protocol.resources import NoGpu, devices_of
+
+
+class Plan(NamedTuple):
+    """Who goes, and where the claimant's replicas go then."""
+
+    victims: tuple[Occupant, ...]
+    placements: tuple[Placement, ...]
+
+
+class Search:
+    """One claimant's search. `leaving`: jobs that are stopping already. `looks` bounds the work: nodes tried."""
+
+    def __init__(
+        self, pool: Pool, shape: Shape, job: Job, allowed: Iterable[Occupant], leaving: Iterable[Job], looks: int
+    ) -> None:
+        self._trial = PoolTrial(pool)
+        self._shape = shape
+        self._job = job
+        self._spanning = shape.replicas > 1
+        self._by_node: dict[NodeId, list[Occupant]] = {}
+        for occupant in sorted(allowed, key=_giving_order):
+            for node in dict.fromkeys([a.node for a in occupant.job.assignments if a.is_live]):
+                self._by_node.setdefault(node, []).append(occupant)
+        for other in leaving:
+            for assignment in other.assignments:
+                if assignment.is_live:
+                    self._by_node.setdefault(assignment.node, [])
+        self.looks = looks
+
+    def single(self) -> Plan | None:
+        """The cheapest node for a job of one replica."""
+        best: tuple[int, int, int, NodeId, list[Occupant]] | None = None
+        for node in sorted(self._by_node, key=self._number):
+            if self.looks <= 0:
+                break
+            mark = self._trial.mark()
+            chosen = self._free(node)
+            self._trial.undo(mark)
+            if chosen is not None:
+                found = (sum([o.lost_milli_ms for o in chosen]), len(chosen), self._number(node), node, chosen)
+                best = min(best, found, key=lambda plan: plan[:3]) if best else found
+        if best is None:
+            return None
+        return self._settle(best[4], [best[3]])
+
+    def gang(self, roomy: Iterable[NodeId]) -> Plan | None:
+        """Places for all replicas. `roomy`: nodes that take some of them as they are."""
+        nodes = dict.fromkeys([*roomy, *sorted(self._by_node, key=self._number)])
+        victims: dict[JobId, Occupant] = {}
+        members = dict.fromkeys(nodes, 0)
+        #: (cost of the next member, has none yet, number, node, state of the node's offer): the cheapest first.
+        offers: list[tuple[int, bool, int, NodeId, int]] = []
+        states = dict.fromkeys(nodes, 0)
+        for node in nodes:
+            self._offer(node, members, states, offers)
+        placed = 0
+        while placed < self._shape.replicas:
+            if not offers or self.looks <= 0:
+                return None
+            _, _, _, node, state = heapq.heappop(offers)
+            if state != states[node]:
+                continue
+            chosen = self._free(node)
+            if chosen is None:
+                return None
+            self._trial.put(node, self._shape, self._job.id, placed, spanning=True)
+            placed += 1
+            members[node] += 1
+            changed = {node}
+            for occupant in chosen:
+                victims[occupant.job.id] = occupant
+                changed.update(self._forget(occupant))
+            for each in sorted(changed & nodes.keys(), key=self._number):
+                states[each] += 1
+                self._offer(each, members, states, offers)
+        used = [node for node in nodes if members[node]]
+        return self._settle(list(victims.values()), used)
+
+    def _offer(
+        self,
+        node: NodeId,
+        members: Mapping[NodeId, int],
+        states: Mapping[NodeId, int],
+        offers: list[tuple[int, bool, int, NodeId, int]],
+    ) -> None:
+        mark = self._trial.mark()
+        chosen = self._free(node)
+        self._trial.undo(mark)
+        if chosen is not None:
+            cost = sum([occupant.lost_milli_ms for occupant in chosen])
+            heapq.heappush(offers, (cost, not members[node], self._number(node), node, states[node]))
+
+    # --- one node ----------------------------------------------------------------------------------------------------
+
+    def _free(self, node: NodeId) -> list[Occupant] | None:
+        """Take victims off the trial until one more replica fits a node; None, and some taken, if it never does."""
+        self.looks -= 1
+        self._clear(node)
+        trial, shape, owner = self._trial, self._shape, self._job.id
+        chosen: list[Occupant] = []
+        candidates = iter(self._by_node.get(node, ()))
+        while type(trial.judge(node, shape, spanning=self._spanning, owner=owner)) is not int:
+            occupant = next(candidates, None)
+            if occupant is None:
+                return None
+            self._remove(occupant)
+            chosen.append(occupant)
+        if len(chosen) > 1:
+            self._prune(node, chosen)
+        return chosen
+
+    def _prune(self, node: NodeId, chosen: list[Occupant]) -> None:
+        """Put back whoever is not needed for one more replica on this node, the dearest first."""
+        for occupant in sorted(chosen, key=_dear_first):
+            mark = self._trial.mark()
+            self._put_back(occupant)
+            if type(self._trial.judge(node, self._shape, spanning=self._spanning, owner=self._job.id)) is int:
+                chosen.remove(occupant)
+            else:
+                self._trial.undo(mark)
+
+    def _clear(self, node: NodeId) -> None:
+        """What leaves the node anyway is gone. Undone with everything else, so it is looked for each time."""
+        space = self._trial.space(node)
+        leaving = [a for key, a in sorted(space.assignments.items()) if a.state in LEAVING and key in space.amounts]
+        if leaving:
+            self._trial.without(leaving)
+
+    def _remove(self, occupant: Occupant) -> None:
+        """Off its place; of a suspended one its memory stays, and its image beside it."""
+        self._trial.without(self._held(occupant))
+        if occupant.kind == "suspend":
+            hold, memory_mib = self._image(occupant)
+            self._trial.restore(hold, occupant.job.tenant, 0, memory_mib)
+
+    def _image(self, occupant: Occupant) -> tuple[Assignment, int]:
+        """What a suspended victim holds of its node, and how much memory that is."""
+        held = occupant.job.assignments[0]
+        memory_mib = occupant.job.spec.need.memory_mib + self._trial.pool.image_bound(held)
+        return Assignment(held.key, held.node, NoGpu(), "running"), memory_mib
+
+    def _held(self, occupant: Occupant) -> list[Assignment]:
+        """What an occupant holds in the trial."""
+        return [a for a in occupant.job.assignments if a.is_live and a.key in self._trial.space(a.node).amounts]
+
+    def _put_back(self, occupant: Occupant) -> None:
+        """Only after `_remove`, with nothing in its places since."""
+        job = occupant.job
+        if occupant.kind == "suspend":
+            self._trial.without([self._image(occupant)[0]])
+        for assignment in job.assignments:
+            if assignment.is_live:
+                self._trial.restore(assignment, job.tenant, job.spec.need.cpu_milli, job.spec.need.memory_mib)
+
+    def _forget(self, occupant: Occupant) -> set[NodeId]:
+        """A victim that is chosen is no candidate any more; the nodes that it leaves."""
+        nodes = {assignment.node for assignment in occupant.job.assignments if assignment.is_live}
+        for node in nodes:
+            self._by_node[node] = [other for other in self._by_node[node] if other is not occupant]
+        return nodes
+
+    def _number(self, node: NodeId) -> int:
+        return self._trial.pool.spaces[node].node.number
+
+    # --- the whole plan ----------------------------------------------------------------------------------------------
+
+    def _settle(self, victims: list[Occupant], nodes: list[NodeId]) -> Plan | None:
+        """Place all replicas with the victims gone, and let those stay who hold nothing that is needed after all."""
+        trial = self._trial
+        trial.undo()
+        for occupant in victims:
+            self._remove(occupant)
+        for node in nodes:
+            self._clear(node)
+        placements = trial.place(self._shape, self._job.id, nodes)
+        if placements is None:
+            return None
+        kept = set()
+        for occupant in sorted(victims, key=_dear_first):
+            if self._could_stay(occupant):
+                self._put_back(occupant)
+                kept.add(occupant.job.id)
+        leaving = [occupant for occupant in victims if occupant.job.id not in kept]
+        return Plan(tuple(sorted(leaving, key=lambda o: o.job.id)), placements)
+
+    def _could_stay(self, occupant: Occupant) -> bool:
+        job = occupant.job
+        mark = self._trial.mark()
+        if occupant.kind == "suspend":
+            self._trial.without([self._image(occupant)[0]])
+        for assignment in job.assignments:
+            if assignment.is_live:
+                space = self._trial.space(assignment.node)
+                need = job.spec.need
+                fits = (
+                    space.cpu_free_milli >= need.cpu_milli
+                    and space.memory_free_mib >= need.memory_mib
+                    and all(
+                        space.by_uuid[uuid].could_take(assignment.partition, job.tenant)
+                        for uuid in devices_of(assignment.partition)
+                    )
+                )
+                if not fits:
+                    self._trial.undo(mark)
+                    return False
+                self._trial.restore(assignment, job.tenant, need.cpu_milli, need.memory_mib)
+        self._trial.undo(mark)
+        return True
+
+
+def _giving_order(occupant: Occupant) -> tuple[int, int, int, int]:
+    return (-occupant.band, -occupant.level, occupant.lost_milli_ms, -occupant.job.id)
+
+
+def _dear_first(occupant: Occupant) -> tuple[int, int]:
+    return (-occupant.lost_milli_ms, occupant.job.id)

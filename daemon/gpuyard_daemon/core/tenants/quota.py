@@ -1,0 +1,284 @@
+"""Queues and their quotas: a tree in which each queue has a nominal part, may borrow, and lends what it does not use.
+
+A *grant* is for one model of card and one kind of sharing, or for any. A queue is held to its grants, and so is every
+queue above it: something starts only if used + wanted stays within nominal + borrow limit at each of them, and if it
+leaves alone what other queues do not lend. What a queue uses counts at all queues above it, and is kept up to date as
+places come and go, so a question costs the depth of the tree.
+
+*Band.* A job is within quota if it stays within nominal at the nearest queue, from its own upwards, that has a grant
+for such cards. Beyond that it borrows. Queues of scavengers take what nobody wants. Where no queue has a grant,
+everybody shares one queue without quota.
+
+Who may have back what another queue holds says `reclaim`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+
+from gpuyard_daemon.core.tenants.policy import DEFAULT_QUEUE, Grant, Kind, Policy, QueuePolicy
+from gpuyard_protocol.names import Tenant
+from gpuyard_protocol.nodes import IdleGpu
+
+if TYPE_CHECKING:
+    from gpuyard_daemon.core.state.model import Job
+
+#: Compute in thousandths of a card, by model and kind of sharing.
+Amounts: TypeAlias = dict[tuple[str, Kind], int]
+#: The yard itself, above all queues.
+ROOT = ""
+
+
+class Allotment:
+    """A grant of a queue, and how much of it is used."""
+
+    __slots__ = (
+        "borrow_milli", "kind", "lend_milli", "model", "nominal_milli", "reserve_milli", "unlent_milli", "used_milli",
+    )  # fmt: skip
+
+    def __init__(self, grant: Grant) -> None:
+        self.model, self.kind = grant.model, grant.kind
+        self.nominal_milli = grant.nominal_milli
+        #: -1: as much as others leave.
+        self.borrow_milli = grant.borrow_milli
+        self.lend_milli = grant.lend_milli
+        #: What is kept for the queue itself though it does not use it.
+        self.reserve_milli = 0 if grant.lend_milli < 0 else max(0, grant.nominal_milli - grant.lend_milli)
+        #: By this queue and those below it.
+        self.used_milli = 0
+        #: Reserved and unused by queues below.
+        self.unlent_milli = 0
+
+    def covers(self, model: str, kind: str) -> bool:
+        """Whether it is for such cards."""
+        return self.model in ("", model) and self.kind in ("", kind)
+
+    def part_of(self, amounts: Mapping[tuple[str, Kind], int]) -> int:
+        return sum([milli for (model, kind), milli in amounts.items() if self.covers(model, kind)])
+
+    @property
+    def idle_reserve_milli(self) -> int:
+        return max(0, self.reserve_milli - self.used_milli)
+
+    def most_milli(self) -> int | None:
+        """None: no limit."""
+        return None if self.borrow_milli < 0 else self.nominal_milli + self.borrow_milli
+
+
+class Queue:
+    """A queue of the tree."""
+
+    __slots__ = ("allotments", "idle", "is_scavenger", "name", "parent", "weight")
+
+    def __init__(self, policy: QueuePolicy) -> None:
+        self.name = policy.name
+        self.parent: Queue | None = None
+        self.weight = max(1, policy.weight)
+        self.is_scavenger = policy.scavenger
+        self.idle = policy.idle
+        self.allotments = [Allotment(grant) for grant in policy.grants]
+
+    def upwards(self) -> Iterator[Queue]:
+        """It and all above it."""
+        queue: Queue | None = self
+        while queue is not None:
+            yield queue
+            queue = queue.parent
+
+    def covering(self, amounts: Amounts) -> list[tuple[Allotment, int]]:
+        """Its grants that such a place counts towards, and with how much."""
+        found = [(allotment, allotment.part_of(amounts)) for allotment in self.allotments]
+        return [(allotment, milli) for allotment, milli in found if milli]
+
+
+class Obstacle(NamedTuple):
+    """What a quota says against a place."""
+
+    queue: str
+    allotment: Allotment
+    wanted_milli: int
+
+
+class QuotaTree:
+    """All queues, and what is used of their grants."""
+
+    __slots__ = ("_eased", "_queue_of_tenant", "_root", "capacity_version", "has_quotas", "is_plain", "queues")
+
+    def __init__(self) -> None:
+        self.queues: dict[str, Queue] = {}
+        self._queue_of_tenant: dict[Tenant, str] = {}
+        self._root = Queue(QueuePolicy(name=ROOT))
+        #: Any queue has a grant; no queue has, and none is of scavengers.
+        self.has_quotas = False
+        self.is_plain = True
+        #: Queues that use less since this was last asked.
+        self._eased: set[str] = set()
+        #: Of the pool, when its cards were counted last.
+        self.capacity_version = -1
+        self.set_policy(Policy(), {})
+
+    def set_policy(self, policy: Policy, capacity: Mapping[str, int]) -> None:
+        """Make the tree that a policy says, unused; whoever calls enters what is held. `capacity`: by model."""
+        self.queues = {each.name: Queue(each) for each in policy.queues}
+        self.queues.setdefault(DEFAULT_QUEUE, Queue(QueuePolicy(name=DEFAULT_QUEUE)))
+        self._root = Queue(QueuePolicy(name=ROOT))
+        for each in policy.queues:
+            self.queues[each.name].parent = self.queues.get(each.parent, self._root)
+        for queue in self.queues.values():
+            queue.parent = queue.parent or self._root
+        self._queue_of_tenant = {name: limits.queue for name, limits in policy.tenants if limits.queue}
+        self._queue_of_tenant[""] = policy.default.queue or DEFAULT_QUEUE
+        self.has_quotas = any(queue.allotments for queue in self.queues.values())
+        self.is_plain = not self.has_quotas and not any(queue.is_scavenger for queue in self.queues.values())
+        self._eased.update(self.queues)
+        models = {allotment.model for queue in self.queues.values() for allotment in queue.allotments}
+        self._root.allotments = [Allotment(Grant(model=model, borrow_milli=0)) for model in sorted(models)]
+        for queue in self.queues.values():
+            for allotment in queue.allotments:
+                self._note_unlent(queue, allotment, allotment.idle_reserve_milli)
+        self.set_capacity(capacity)
+
+    def set_capacity(self, capacity: Mapping[str, int]) -> None:
+        """The yard's cards changed: what it has itself bounds what can be borrowed beside what is not lent."""
+        for allotment in self._root.allotments:
+            have = capacity.get(allotment.model, 0) if allotment.model else sum(capacity.values())
+            # Cards are counted where they are: here is only kept what somebody does not lend.
+            keeps = any(within(each, allotment) and each.reserve_milli for each in self._all_below_root())
+            allotment.nominal_milli, allotment.borrow_milli = have, (0 if keeps else -1)
+        self._eased.add(ROOT)
+
+    def _all_below_root(self) -> Iterator[Allotment]:
+        for queue in self.queues.values():
+            if queue.parent is self._root:
+                yield from queue.allotments
+
+    # --- whose -------------------------------------------------------------------------------------------------------
+
+    def queue_name(self, tenant: Tenant, asked: str) -> str:
+        """The queue that a job of a tenant stands in; one that is no more stands for the default queue."""
+        name = asked or self._queue_of_tenant.get(tenant) or self._queue_of_tenant[""]
+        return name if name in self.queues else DEFAULT_QUEUE
+
+    def queue_of(self, job: Job) -> str:
+        return self.queue_name(job.tenant, job.spec.queue)
+
+    def idle_rule(self, tenant: Tenant, asked: str) -> IdleGpu | None:
+        """Of the queue, or of the nearest one above it that has one."""
+        queue = self.queues[self.queue_name(tenant, asked)]
+        return next((each.idle for each in queue.upwards() if each.idle is not None), None)
+
+    def may_use(self, tenant: Tenant, asked: str) -> bool:
+        """A tenant's jobs go to its own queue, or to one below it."""
+        own = self.queue_name(tenant, "")
+        return any(queue.name == own for queue in self.queues[asked].upwards())
+
+    # --- what is used ------------------------------------------------------------------------------------------------
+
+    def take(self, name: str, amounts: Amounts) -> None:
+        self._count(name, amounts, 1)
+
+    def give(self, name: str, amounts: Amounts) -> None:
+        self._count(name, amounts, -1)
+        if self.has_quotas:
+            self._eased.update([queue.name for queue in self.queues[name].upwards()])
+
+    def _count(self, name: str, amounts: Amounts, sign: int) -> None:
+        if not self.has_quotas:
+            return
+        for queue in self.queues[name].upwards():
+            for allotment, milli in queue.covering(amounts):
+                before = allotment.idle_reserve_milli
+                allotment.used_milli += sign * milli
+                self._note_unlent(queue, allotment, allotment.idle_reserve_milli - before)
+
+    def _note_unlent(self, queue: Queue, allotment: Allotment, change: int) -> None:
+        if change and queue.parent is not None:
+            for above in queue.parent.allotments:
+                if above.model in ("", allotment.model) and above.kind in ("", allotment.kind):
+                    above.unlent_milli += change
+
+    def take_eased(self) -> set[str]:
+        """Queues (and the yard, "") that may have more room than when this was last asked."""
+        eased, self._eased = self._eased, set()
+        return eased
+
+    # --- may it start ------------------------------------------------------------------------------------------------
+
+    def obstacle(self, name: str, amounts: Amounts, less: Mapping[str, Amounts] | None = None) -> Obstacle | None:
+        """What keeps so much more from being held in a queue; None if nothing does.
+
+        `less`: by queue, what is taken to be given back.
+        """
+        if not self.has_quotas:
+            return None
+        below: list[tuple[Allotment, int]] = []
+        for queue in self.queues[name].upwards():
+            mine = queue.covering(amounts)
+            gone = [given for giver, given in (less or {}).items() if queue in self.queues[giver].upwards()]
+            for allotment, milli in mine:
+                most = allotment.most_milli()
+                if most is not None:
+                    # What the queue below keeps for itself is there for its own jobs.
+                    own = sum([min(part, each.idle_reserve_milli) for each, part in below if within(each, allotment)])
+                    used = allotment.used_milli - sum(map(allotment.part_of, gone))
+                    if used + allotment.unlent_milli - own + milli > most:
+                        return Obstacle(queue.name, allotment, milli)
+            below = mine
+        return None
+
+    def never(self, name: str, amounts: Amounts) -> Obstacle | None:
+        """What would keep so much from being held in a queue though nothing else were."""
+        if not self.has_quotas:
+            return None
+        for queue in self.queues[name].upwards():
+            for allotment, milli in queue.covering(amounts):
+                most = allotment.most_milli()
+                if queue is not self._root and most is not None and milli > most:
+                    return Obstacle(queue.name, allotment, milli)
+        return None
+
+    # --- bands -------------------------------------------------------------------------------------------------------
+
+    def is_scavenger(self, name: str) -> bool:
+        return any(queue.is_scavenger for queue in self.queues[name].upwards())
+
+    def within_nominal(self, name: str, amounts: Amounts, *, held: bool = False) -> bool:
+        """Whether a place stays within nominal at the queue that guarantees it. `held`: it is counted already."""
+        if not self.has_quotas:
+            return True
+        guaranteed = self._guarantor(name, amounts)
+        return bool(guaranteed) and all(
+            allotment.used_milli + (0 if held else milli) <= allotment.nominal_milli for allotment, milli in guaranteed
+        )
+
+    def guaranteed_milli(self, name: str, amounts: Amounts, otherwise: int) -> int:
+        """What a queue is guaranteed of such cards, by itself or those above; `otherwise`, where nobody has a quota."""
+        if not self.has_quotas:
+            return otherwise
+        return min([allotment.nominal_milli for allotment, _ in self._guarantor(name, amounts)], default=0)
+
+    def _guarantor(self, name: str, amounts: Amounts) -> list[tuple[Allotment, int]]:
+        for queue in self.queues[name].upwards():
+            if queue is not self._root and (found := queue.covering(amounts)):
+                return found
+        return []
+
+    # --- reclaim -----------------------------------------------------------------------------------------------------
+
+    def sides(self, one: str, other: str) -> tuple[Queue, Queue] | None:
+        """The queues beside each other, one above or at each, that part the two; None if one stands above the other."""
+        above = list(self.queues[one].upwards())
+        places = {queue.name: at for at, queue in enumerate(above)}
+        below: Queue | None = None
+        for queue in self.queues[other].upwards():
+            at = places.get(queue.name)
+            if at is not None:
+                return (above[at - 1], below) if at and below is not None else None
+            below = queue
+        return None
+
+
+def within(inner: Allotment, outer: Allotment) -> bool:
+    """Whether one grant is for a part of what another is for."""
+    return outer.model in ("", inner.model) and outer.kind in ("", inner.kind)
