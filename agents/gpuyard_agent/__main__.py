@@ -23,7 +23,7 @@ import uvloop
 from gpuyard_agent import host, identity, network
 from gpuyard_agent.checkpoint import CheckpointBackend
 from gpuyard_agent.checkpoint_worker import CheckpointWorker
-from gpuyard_agent.config import EXIT_BAD_CONFIG, AgentConfig, BadConfig, parse_arguments
+from gpuyard_agent.config import EXIT_BAD_CONFIG, AgentConfig, parse_arguments
 from gpuyard_agent.core.model import InvariantViolated
 from gpuyard_agent.devices.base import DeviceBackend, DeviceTrouble, NoDriver
 from gpuyard_agent.devices.nvml import NvmlBackend
@@ -38,7 +38,6 @@ from gpuyard_agent.launch.limits import Enforceable, probe_supervisor, probe_sys
 from gpuyard_agent.launch.systemd import SystemdLauncher
 from gpuyard_agent.launch.turn_taking import TurnTakingLauncher
 from gpuyard_agent.ledger import Ledger, LedgerUnusable
-from gpuyard_agent.notify import Notifier
 from gpuyard_agent.partitions.maker import CardPartitions
 from gpuyard_agent.partitions.timeslice import DriverSlices, TimeSliceMaker
 from gpuyard_agent.partitions.turns import TurnSettings
@@ -49,6 +48,8 @@ from gpuyard_agent.twin import NameTaken
 from gpuyard_protocol.bus.base import Bus
 from gpuyard_protocol.bus.nats import connect
 from gpuyard_protocol.nodes import IdleGpu, Inventory
+from gpuyard_protocol.service.sd_notify import Notifier
+from gpuyard_protocol.service.settings_file import BadConfig
 
 EXIT_INVARIANT = 70
 EXIT_TEMPORARY = 75

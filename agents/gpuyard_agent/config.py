@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -22,9 +21,9 @@ from gpuyard_agent.launch.accounts import AccountPolicy
 from gpuyard_agent.launch.choose import LauncherChoice
 from gpuyard_agent.launch.containers import EngineChoice
 from gpuyard_agent.partitions.timeslice import Slice
-from gpuyard_protocol.codec import Malformed, from_plain
-from gpuyard_protocol.http_guard import OPEN, GuardRefused, HttpGuard, guard_for
 from gpuyard_protocol.names import NAME_EXPECTED, is_name
+from gpuyard_protocol.service.http_guard import OPEN, GuardRefused, HttpGuard, guard_for
+from gpuyard_protocol.service.settings_file import BadConfig, bad, load_settings
 from gpuyard_protocol.units import Duration, Memory
 
 #: What `sysexits.h` calls a configuration error; systemd is told not to restart on it.
@@ -32,10 +31,6 @@ EXIT_BAD_CONFIG = 78
 #: Shorter turns would be spent on taking them.
 QUANTUM_MIN_MS = 100
 LOG_LEVELS = ("debug", "info", "warning", "error")
-
-
-class BadConfig(Exception):
-    """The settings make no sense; the text says where and what is allowed."""
 
 
 class AgentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -125,35 +120,35 @@ class AgentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     def validate(self) -> None:
         """`BadConfig` with one sentence for the first thing wrong."""
         if self.node and not is_name(self.node):
-            raise _bad("node", self.node, NAME_EXPECTED)
+            raise bad("node", self.node, NAME_EXPECTED)
         for part in self.nats.split(","):
             if urlsplit(part.strip()).scheme not in ("nats", "tls") or not urlsplit(part.strip()).hostname:
-                raise _bad("nats", self.nats, "nats://HOST:PORT or tls://HOST:PORT, several with commas")
+                raise bad("nats", self.nats, "nats://HOST:PORT or tls://HOST:PORT, several with commas")
         host, colon, port = self.http.rpartition(":")
         if self.http and not (host and colon and port.isdigit() and int(port) < 65536):
-            raise _bad("http", self.http, "HOST:PORT, such as '127.0.0.1:7791', or '' for none")
+            raise bad("http", self.http, "HOST:PORT, such as '127.0.0.1:7791', or '' for none")
         if bool(self.tls_cert) != bool(self.tls_key):
-            raise _bad("tls_key", self.tls_key, "'tls_cert' and 'tls_key' together")
+            raise bad("tls_key", self.tls_key, "'tls_cert' and 'tls_key' together")
         if bool(self.http_cert) != bool(self.http_key):
-            raise _bad("http_key", self.http_key, "'http_cert' and 'http_key' together")
+            raise bad("http_key", self.http_key, "'http_cert' and 'http_key' together")
         if self.key and not Path(self.key).is_file():
-            raise _bad("key", self.key, "a file that holds the seed of this node's key")
+            raise bad("key", self.key, "a file that holds the seed of this node's key")
         if self.quantum < QUANTUM_MIN_MS:
-            raise _bad("quantum", str(self.quantum), "100ms at least")
+            raise bad("quantum", str(self.quantum), "100ms at least")
         if self.log_level not in LOG_LEVELS:
-            raise _bad("log_level", self.log_level, f"one of {', '.join(LOG_LEVELS)}")
+            raise bad("log_level", self.log_level, f"one of {', '.join(LOG_LEVELS)}")
         try:
             AccountPolicy(self.run_as, self.run_shares_as)
         except ValueError as error:
             raise BadConfig(str(error)) from None
         earlier = max(self.idle_gpu_warn, self.idle_gpu_suspend)
         if 0 < self.idle_gpu_release < earlier:
-            raise _bad("idle_gpu_release", str(self.idle_gpu_release), f"'0s', or {earlier} at least")
+            raise bad("idle_gpu_release", str(self.idle_gpu_release), f"'0s', or {earlier} at least")
         if self.checkpoints and not (Path(self.checkpoints).is_absolute() and Path(self.checkpoints).is_dir()):
-            raise _bad("checkpoints", self.checkpoints, "the absolute path of a directory that is there")
+            raise bad("checkpoints", self.checkpoints, "the absolute path of a directory that is there")
         for name in self.labels:
             if not name or not name.isprintable() or "=" in name:
-                raise _bad("labels", name, "names without '='")
+                raise bad("labels", name, "names without '='")
         if self.simulate:
             try:
                 parse_cards(self.simulate)
@@ -170,29 +165,7 @@ def default_state_directory(environment: Mapping[str, str], uid: int) -> Path:
 
 def load(file: Path | None, overrides: Mapping[str, Any]) -> AgentConfig:
     """The settings of `file` with `overrides` (from flags) on top; `BadConfig` for anything wrong."""
-    plain: dict[str, Any] = {}
-    if file is not None:
-        try:
-            plain = tomllib.loads(file.read_text())
-        except OSError as error:
-            raise BadConfig(f"{file}: {error.strerror or error}") from None
-        except (ValueError, RecursionError) as error:
-            raise BadConfig(f"{file}: not TOML: {error}") from None
-    where = str(file) if file is not None else "flags"
-    try:
-        config = from_plain(AgentConfig, {**plain, **overrides})
-        config.validate()
-    except Malformed as error:
-        hint = f" (did you mean {error.nearest!r}?)" if error.nearest else ""
-        key = error.path.removeprefix("$.")
-        raise BadConfig(f"{where}: {key}: found {error.found}; expected {error.expected}{hint}") from None
-    except BadConfig as error:
-        raise BadConfig(f"{where}: {error}") from None
-    return config
-
-
-def _bad(key: str, found: str, expected: str) -> BadConfig:
-    return BadConfig(f"{key}: found {found!r}; expected {expected}")
+    return load_settings(AgentConfig, file, overrides)
 
 
 def parse_arguments(arguments: Sequence[str]) -> AgentConfig:

@@ -18,14 +18,15 @@ import structlog
 import uvloop
 
 from gpuyard_daemon import assembly, logging_setup
-from gpuyard_daemon.config import EXIT_BAD_CONFIG, BadConfig, DaemonConfig, parse_arguments
+from gpuyard_daemon.config import EXIT_BAD_CONFIG, DaemonConfig, parse_arguments
 from gpuyard_daemon.exits import EXIT_OK, EXIT_TEMPORARY, Fate
 from gpuyard_daemon.health import Health
 from gpuyard_daemon.journal import JournalRefused, LeadershipLost
-from gpuyard_daemon.notify import Notifier
 from gpuyard_daemon.recovery import StartLater, StartRefused
 from gpuyard_daemon.reload import Reloader
 from gpuyard_protocol.bus.base import BusError, PermissionDenied
+from gpuyard_protocol.service.sd_notify import Notifier
+from gpuyard_protocol.service.settings_file import BadConfig
 
 log = structlog.get_logger("daemon")
 

@@ -25,7 +25,7 @@ from gpuyard_daemon.api import Api
 from gpuyard_daemon.archive import Archive
 from gpuyard_daemon.audit import AuditLog, open_audit
 from gpuyard_daemon.clock import YardClock, open_clock, write_mark
-from gpuyard_daemon.config import BadConfig, DaemonConfig
+from gpuyard_daemon.config import DaemonConfig
 from gpuyard_daemon.core.scheduler import Scheduler
 from gpuyard_daemon.core.state.facts import JobRetired, NodeJoined
 from gpuyard_daemon.core.state.inputs import NodeIncompatible, PolicyChanged, YardStarted
@@ -50,7 +50,6 @@ from gpuyard_daemon.measures import Measures
 from gpuyard_daemon.node_monitor import TICK_S as NODES_TICK_S
 from gpuyard_daemon.node_monitor import NodeMonitor
 from gpuyard_daemon.node_verbs import NodeVerbs
-from gpuyard_daemon.notify import Notifier
 from gpuyard_daemon.recovery import Replay, StartLater, StartRefused
 from gpuyard_daemon.reload import Reloader
 from gpuyard_daemon.runtime import Durable, Runtime
@@ -61,6 +60,8 @@ from gpuyard_protocol.bus.base import Bus, BusError, StreamUnavailable
 from gpuyard_protocol.bus.nats import connect
 from gpuyard_protocol.names import NodeId
 from gpuyard_protocol.queries import NodeView
+from gpuyard_protocol.service.sd_notify import Notifier
+from gpuyard_protocol.service.settings_file import BadConfig
 from gpuyard_protocol.subjects import Streams, stream_name
 
 log = structlog.get_logger("daemon")

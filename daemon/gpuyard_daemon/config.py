@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,8 +22,9 @@ from gpuyard_daemon.queue_config import WEIGHT_MAX, QueueConfig, problem_of, que
 from gpuyard_daemon.rates import BURST_S, NO_LIMIT, Rate
 from gpuyard_protocol.bus.credentials import CREDENTIALS_SUFFIX
 from gpuyard_protocol.codec import Malformed, from_plain
-from gpuyard_protocol.http_guard import OPEN, GuardRefused, HttpGuard, guard_for
 from gpuyard_protocol.names import NAME_EXPECTED, is_name
+from gpuyard_protocol.service.http_guard import OPEN, GuardRefused, HttpGuard, guard_for
+from gpuyard_protocol.service.settings_file import BadConfig, bad, load_settings
 from gpuyard_protocol.units import MILLI, Duration, GpuAmount, Memory
 
 #: What `sysexits.h` calls a configuration error; systemd is told not to restart on it.
@@ -40,10 +40,6 @@ DEFAULT_TENANT = "default"
 _BUILT_IN_LIMITS = TenantLimits(gpus_max_milli=0, jobs_max=100_000)
 #: The policy goes into one record of the journal, as a whole.
 TENANTS_MAX = 10_000
-
-
-class BadConfig(Exception):
-    """The settings make no sense; the text says where and what is allowed."""
 
 
 class JournalConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -177,24 +173,24 @@ class DaemonConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     def validate(self) -> None:
         """`BadConfig` with one sentence for the first thing wrong."""
         if not is_name(self.yard):
-            raise _bad("yard", self.yard, NAME_EXPECTED)
+            raise bad("yard", self.yard, NAME_EXPECTED)
         if self.log_level not in LOG_LEVELS:
-            raise _bad("log_level", self.log_level, f"one of {', '.join(LOG_LEVELS)}")
+            raise bad("log_level", self.log_level, f"one of {', '.join(LOG_LEVELS)}")
         host, colon, port = self.http.rpartition(":")
         if self.http and not (host and colon and port.isdigit() and int(port) < 65536):
-            raise _bad("http", self.http, "HOST:PORT, such as '127.0.0.1:7790', or '' for none")
+            raise bad("http", self.http, "HOST:PORT, such as '127.0.0.1:7790', or '' for none")
         for address in self.nats.split(","):
             parts = urlsplit(address.strip() if "://" in address else f"nats://{address.strip()}")
             if parts.scheme not in ("nats", "tls") or not parts.hostname:
-                raise _bad("nats", self.nats, "nats://HOST:PORT or tls://HOST:PORT, several with commas")
+                raise bad("nats", self.nats, "nats://HOST:PORT or tls://HOST:PORT, several with commas")
         if self.replicas not in (1, 3, 5):
-            raise _bad("replicas", str(self.replicas), "1, 3 or 5")
+            raise bad("replicas", str(self.replicas), "1, 3 or 5")
         if bool(self.tls_cert) != bool(self.tls_key):
-            raise _bad("tls_key", self.tls_key, "'tls_cert' and 'tls_key' together")
+            raise bad("tls_key", self.tls_key, "'tls_cert' and 'tls_key' together")
         if bool(self.http_cert) != bool(self.http_key):
-            raise _bad("http_key", self.http_key, "'http_cert' and 'http_key' together")
+            raise bad("http_key", self.http_key, "'http_cert' and 'http_key' together")
         if self.journal.budget is not None and self.journal.budget < BUDGET_MIN_MIB:
-            raise _bad("journal.budget", str(self.journal.budget), f"at least {Memory(BUDGET_MIN_MIB)}")
+            raise bad("journal.budget", str(self.journal.budget), f"at least {Memory(BUDGET_MIN_MIB)}")
         for name, value in (
             ("journal.snapshot_records", self.journal.snapshot_records),
             ("journal.snapshot_size", self.journal.snapshot_size),
@@ -204,15 +200,15 @@ class DaemonConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             ("history_days", self.history_days),
         ):
             if value <= 0:
-                raise _bad(name, str(value), "more than 0")
+                raise bad(name, str(value), "more than 0")
         self._validate_tenants()
         for model, speed in self.gpu_speeds.items():
             if not 0.001 <= speed <= 1:
-                raise _bad(f"gpu_speeds.{model}", str(speed), "a number from 0.001 to 1, the fastest model's")
+                raise bad(f"gpu_speeds.{model}", str(speed), "a number from 0.001 to 1, the fastest model's")
         if problem := problem_of(self.queues):
-            raise _bad(*problem)
+            raise bad(*problem)
         if self.nodes.lost_after <= self.nodes.suspected_after:
-            raise _bad("nodes.lost_after", str(self.nodes.lost_after), "more than 'nodes.suspected_after'")
+            raise bad("nodes.lost_after", str(self.nodes.lost_after), "more than 'nodes.suspected_after'")
         try:
             self.scheduler.validate()
         except ValueError as error:
@@ -220,20 +216,20 @@ class DaemonConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     def _validate_tenants(self) -> None:
         if len(self.tenants) > TENANTS_MAX:
-            raise _bad("tenants", f"{len(self.tenants)} tables", f"at most {TENANTS_MAX}")
+            raise bad("tenants", f"{len(self.tenants)} tables", f"at most {TENANTS_MAX}")
         for name, table in self.tenants.items():
             if not is_name(name):
-                raise _bad(f"tenants.{name}", name, NAME_EXPECTED)
+                raise bad(f"tenants.{name}", name, NAME_EXPECTED)
             if table.jobs_max is not None and table.jobs_max <= 0:
-                raise _bad(f"tenants.{name}.jobs_max", str(table.jobs_max), "a number above 0")
+                raise bad(f"tenants.{name}.jobs_max", str(table.jobs_max), "a number above 0")
             if table.weight is not None and not 1 <= table.weight <= WEIGHT_MAX:
-                raise _bad(f"tenants.{name}.weight", str(table.weight), f"a number between 1 and {WEIGHT_MAX}")
+                raise bad(f"tenants.{name}.weight", str(table.weight), f"a number between 1 and {WEIGHT_MAX}")
             if table.queue and table.queue not in (known := {*self.queues, DEFAULT_QUEUE}):
-                raise _bad(f"tenants.{name}.queue", table.queue, f"one of {', '.join(sorted(known))}")
+                raise bad(f"tenants.{name}.queue", table.queue, f"one of {', '.join(sorted(known))}")
             for key, least in (("submissions_per_s", 0), ("submissions_burst", 1)):
                 value = getattr(table, key)
                 if value is not None and value < least:
-                    raise _bad(f"tenants.{name}.{key}", str(value), f"a number not below {least}")
+                    raise bad(f"tenants.{name}.{key}", str(value), f"a number not below {least}")
 
 
 def _rate(table: TenantConfig, base: Rate) -> Rate:
@@ -261,26 +257,7 @@ def default_state_directory(environment: Mapping[str, str], uid: int) -> Path:
 
 def load(file: Path | None, overrides: Mapping[str, Any]) -> DaemonConfig:
     """The settings of `file` with `overrides` (top-level keys, from flags) on top; `BadConfig` for anything wrong."""
-    plain: dict[str, Any] = {}
-    if file is not None:
-        try:
-            plain = tomllib.loads(file.read_text())
-        except OSError as error:
-            raise BadConfig(f"{file}: {error.strerror or error}") from None
-        except (ValueError, RecursionError) as error:
-            raise BadConfig(f"{file}: not TOML: {error}") from None
-    where = str(file) if file is not None else "flags"
-    try:
-        _check_tenants(plain.get("tenants"))
-        config = from_plain(DaemonConfig, {**plain, **overrides})
-        config.validate()
-    except Malformed as error:
-        hint = f" (did you mean {error.nearest!r}?)" if error.nearest else ""
-        key = error.path.removeprefix("$.")
-        raise BadConfig(f"{where}: {key}: found {error.found}; expected {error.expected}{hint}") from None
-    except BadConfig as error:
-        raise BadConfig(f"{where}: {error}") from None
-    return config
+    return load_settings(DaemonConfig, file, overrides, lambda plain: _check_tenants(plain.get("tenants")))
 
 
 def _check_tenants(tables: object) -> None:
@@ -291,10 +268,6 @@ def _check_tenants(tables: object) -> None:
         except Malformed as error:
             path = f"$.tenants.{name}{error.path.removeprefix('$')}"
             raise Malformed(path, error.found, error.expected, error.nearest) from None
-
-
-def _bad(key: str, found: str, expected: str) -> BadConfig:
-    return BadConfig(f"{key}: found {found!r}; expected {expected}")
 
 
 def parse_arguments(arguments: Sequence[str]) -> DaemonConfig:

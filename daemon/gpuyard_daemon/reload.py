@@ -13,7 +13,8 @@ from collections.abc import Callable
 
 import structlog
 
-from gpuyard_daemon.config import BadConfig, DaemonConfig
+from gpuyard_daemon.config import DaemonConfig
+from gpuyard_protocol.service.settings_file import BadConfig
 
 log = structlog.get_logger("reload")
 

@@ -37,11 +37,11 @@ from gpuyard_daemon.leadership import (
     newest_claim,
     read_claim,
 )
-from gpuyard_daemon.notify import Notifier
 from gpuyard_daemon.recovery import PartMissing, Replay, StartLater, StartRefused
 from gpuyard_daemon.snapshots import SnapshotStore, start_child, wait_for_child
 from gpuyard_protocol.bus.base import Bus, BusError, NoResponders, StoredMessage, StreamReader
 from gpuyard_protocol.codec import Malformed
+from gpuyard_protocol.service.sd_notify import Notifier
 from gpuyard_protocol.subjects import JOURNAL_ENTRY, JOURNAL_LEADER, stream_name
 
 log = structlog.get_logger("standby")

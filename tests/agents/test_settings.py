@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from gpuyard_agent import identity
-from gpuyard_agent.config import BadConfig, load, parse_arguments
+from gpuyard_agent.config import load, parse_arguments
+from gpuyard_protocol.service.settings_file import BadConfig
 
 
 def test_flags_override_the_file(tmp_path: Path) -> None:

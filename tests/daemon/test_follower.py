@@ -12,13 +12,13 @@ from gpuyard_daemon.health import Health
 from gpuyard_daemon.history import History
 from gpuyard_daemon.journal import Journal
 from gpuyard_daemon.leadership import GONE_AFTER_S, SILENT_AFTER_S, Presence, Vigil, newest_claim
-from gpuyard_daemon.notify import Notifier
 from gpuyard_daemon.recovery import PartMissing
 from gpuyard_daemon.snapshots import SnapshotStore
 from gpuyard_daemon.standby import Follower, Ground
 from gpuyard_protocol.bus.base import Bus, StoredMessage
 from gpuyard_protocol.bus.nats import connect
 from gpuyard_protocol.codec import encode
+from gpuyard_protocol.service.sd_notify import Notifier
 from gpuyard_protocol.subjects import streams
 from support.builders import CoreHarness, job, node
 from support.daemon import until

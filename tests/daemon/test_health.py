@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import socket
 from pathlib import Path
 
@@ -12,7 +11,6 @@ import pytest
 
 from gpuyard_daemon.health import BEAT_LATE_S, BEAT_S, STALLED_AFTER_S, Health
 from gpuyard_daemon.measures import Histogram
-from gpuyard_daemon.notify import Notifier
 from gpuyard_protocol.bus.nats import connect
 from support.daemon import DaemonProcess, Tenant, until
 from support.nats import NatsProcess
@@ -69,20 +67,6 @@ def test_the_largest_delay_of_the_loop_is_told_once() -> None:
     assert world.health.take_loop_delay_s() == 0
 
 
-@pytest.mark.parametrize("kind", ["path", "abstract"])
-def test_systemd_hears_what_it_is_told(tmp_path: Path, kind: str) -> None:
-    name = str(tmp_path / "notify") if kind == "path" else f"@gpuyard-test-{os.getpid()}"
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
-        manager.bind("\0" + name[1:] if kind == "abstract" else name)
-        notifier = Notifier({"NOTIFY_SOCKET": name, "WATCHDOG_USEC": "30000000", "WATCHDOG_PID": str(os.getpid())})
-        assert notifier.watchdog_interval_s == 15
-        notifier.ready("scheduling")
-        notifier.alive()
-        notifier.stopping("told to")
-        heard = [manager.recv(1000) for _ in range(3)]
-    assert heard == [b"READY=1\nSTATUS=scheduling", b"WATCHDOG=1", b"STOPPING=1\nSTATUS=told to"]
-
-
 async def test_a_daemon_whose_turns_stand_still_says_so_and_starves_the_watchdog(
     nats_process: NatsProcess, tmp_path: Path
 ) -> None:
@@ -116,14 +100,6 @@ async def test_a_daemon_whose_turns_stand_still_says_so_and_starves_the_watchdog
         finally:
             await bus.close()
             daemon.kill()
-
-
-def test_without_systemd_nothing_happens(tmp_path: Path) -> None:
-    notifier = Notifier({})
-    assert notifier.watchdog_interval_s is None
-    notifier.ready("scheduling")
-    Notifier({"NOTIFY_SOCKET": str(tmp_path / "nobody")}).alive()
-    assert Notifier({"NOTIFY_SOCKET": "x", "WATCHDOG_USEC": "5", "WATCHDOG_PID": "1"}).watchdog_interval_s is None
 
 
 def test_a_histogram_counts_up_to_each_bound() -> None:

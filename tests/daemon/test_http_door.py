@@ -20,7 +20,7 @@ from gpuyard_agent.http import HttpDoor as AgentDoor
 from gpuyard_agent.metrics import Metrics
 from gpuyard_daemon.config import EXIT_BAD_CONFIG, DaemonConfig
 from gpuyard_daemon.yard.certificates import ensure_certificates, make_node_certificate
-from gpuyard_protocol.http_guard import guard_for
+from gpuyard_protocol.service.http_guard import guard_for
 from support.daemon import SETTINGS, DaemonProcess
 from support.nats import NatsProcess
 

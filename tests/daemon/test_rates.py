@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from gpuyard_daemon.config import BadConfig, load
+from gpuyard_daemon.config import load
 from gpuyard_daemon.core.state.inputs import CancelRequested, Cursors, Input, JobSubmitted, RequestRefused
 from gpuyard_daemon.inbox import Inbox
 from gpuyard_daemon.ingress import Ingress
@@ -16,6 +16,7 @@ from gpuyard_protocol.bus.base import StoredMessage
 from gpuyard_protocol.bus.memory import MemoryBroker, MemoryBus
 from gpuyard_protocol.codec import encode
 from gpuyard_protocol.jobs import Why
+from gpuyard_protocol.service.settings_file import BadConfig
 from support.builders import CoreHarness, node
 
 START_MS = 1_700_000_000_000

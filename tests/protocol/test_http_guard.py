@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from gpuyard_protocol.http_guard import OPEN, GuardRefused, HttpGuard, guard_for, is_loopback
+from gpuyard_protocol.service.http_guard import OPEN, GuardRefused, HttpGuard, guard_for, is_loopback
 
 
 @pytest.mark.parametrize(

@@ -33,8 +33,9 @@ def doctor(
     # Here and not above: other commands need none of it.
     import orjson
 
-    from gpuyard_agent.config import BadConfig, load
+    from gpuyard_agent.config import load
     from gpuyard_agent.doctor.checks import examine
+    from gpuyard_protocol.service.settings_file import BadConfig
 
     try:
         settings = load(config or (CONFIG if CONFIG.is_file() else None), {})

@@ -152,10 +152,11 @@ def replay(
     as_json: _Json = False,
 ) -> None:
     """Live a real yard's journal again with other settings, quotas or hardware, and compare waits and allocation."""
-    from gpuyard_daemon.config import BadConfig, load
+    from gpuyard_daemon.config import load
     from gpuyard_daemon.sim.experiments import JOB_POLICIES
     from gpuyard_daemon.sim.replaying import Changed, run_replay
     from gpuyard_daemon.sim.trace_files import TraceError
+    from gpuyard_protocol.service.settings_file import BadConfig
 
     for name in policy or ():
         _one_of("--policy", name, JOB_POLICIES)

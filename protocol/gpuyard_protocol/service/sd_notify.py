@@ -1,8 +1,8 @@
 """Talking to systemd: ready, alive, stopping. Without systemd every call does nothing.
 
 The protocol is one datagram to the socket named by $NOTIFY_SOCKET; a library for that would be longer than this file.
-The watchdog is fed only while the daemon makes progress (see `health`), so that systemd restarts one that merely
-exists.
+Whoever feeds the watchdog does so only while it makes progress (`health` in daemon and agent), so that systemd restarts
+a process that merely exists.
 """
 
 from __future__ import annotations
