@@ -6,7 +6,8 @@ process; else while every card it lies on computes nothing, so a share under MPS
 too. A card that does not tell its load (MIG before Hopper) is never idle. Samples come with telemetry; while none come,
 the time counts on only up to `GAP_MS`.
 
-Whether an idle job is suspended is not decided here: its card would have to be worth something to somebody.
+Whether an idle job is suspended is not decided here but by the yard, which knows what the job agreed to. Once it is off
+its card it is not idle any more: whoever suspended it counts on.
 
 Pure: samples and times come in, verdicts come out.
 """
@@ -35,6 +36,8 @@ class IdleStep(NamedTuple):
     key: AssignmentKey
     idle_ms: int
     stage: Literal["warn", "suspend"]
+    #: After so long it will be ended; 0: never.
+    release_ms: int
 
 
 class _Idle(msgspec.Struct):
@@ -78,7 +81,7 @@ class IdleWatch:
             for stage, after_ms in _stages(policy):
                 if after_ms and known.idle_ms >= after_ms and stage not in known.told:
                     known.told.add(stage)
-                    steps.append(IdleStep(key, known.idle_ms, stage))
+                    steps.append(IdleStep(key, known.idle_ms, stage, policy.release_ms))
             if policy.release_ms and known.idle_ms >= policy.release_ms:
                 detail = f"it computed nothing on its cards for {format_ms(known.idle_ms)}"
                 verdicts[key] = Verdict(outcome="signalled", code=IDLE_GPU, detail=detail)

@@ -111,9 +111,10 @@ class Pulse:
         live = self._core.live
         steps, verdicts = self._idle.look(samples, live, host.node_clock_ms(), self._use.samples)
         self._metrics.idle_assignments.set(self._idle.idle)
-        for key, idle_ms, stage in steps:
-            _log.warning("holds cards and computes nothing", assignment=str(key), idle=format_ms(idle_ms), stage=stage)
-            self._emit(SeenIdle(key, idle_ms, stage))
+        for step in steps:
+            idle = format_ms(step.idle_ms)
+            _log.warning("holds cards and computes nothing", assignment=str(step.key), idle=idle, stage=step.stage)
+            self._emit(SeenIdle(step.key, step.idle_ms, step.stage, step.release_ms))
         for key, verdict in verdicts.items():
             self._emit(MustEnd(key, verdict, live[key].start.launch.stop_grace_ms))
 

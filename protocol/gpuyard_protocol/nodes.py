@@ -411,6 +411,8 @@ class Idle(msgspec.Struct, frozen=True, tag="idle", kw_only=True, omit_defaults=
     at_ms: int
     idle_ms: int
     stage: Literal["warn", "suspend"] = "warn"
+    #: So long idle, and the node ends it; 0: never.
+    release_ms: int = 0
 
 
 Report: TypeAlias = Joined | Prepared | Started | Ended | Suspended | Resumed | SuspendFailed | ResumeFailed | Idle

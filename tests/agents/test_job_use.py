@@ -90,8 +90,9 @@ async def test_under_mps_and_for_what_has_ended_no_load_is_told(tmp_path: Path, 
 def test_an_idle_job_is_reported() -> None:
     core, start = CoreHarness(), start_order(1, "x")
     core.run(start)
-    told = core.tell(SeenIdle(start.key, 60_000, "suspend"))
-    assert told.reports == [Idle(key=start.key, at_ms=core.wall_ms, idle_ms=60_000, stage="suspend")]
+    told = core.tell(SeenIdle(start.key, 60_000, "suspend", 90_000))
+    expected = Idle(key=start.key, at_ms=core.wall_ms, idle_ms=60_000, stage="suspend", release_ms=90_000)
+    assert told.reports == [expected]
     assert told.others == []
     assert core.tell(SeenIdle(AssignmentKey(9, 1, 0), 60_000, "warn")).reports == []
 

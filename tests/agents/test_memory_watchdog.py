@@ -133,7 +133,7 @@ def test_a_job_is_told_of_stage_by_stage_each_once() -> None:
         steps, verdicts = watch.look(samples(A=0), running(WholeCards(("A",))), now_ms)
         told += steps
         assert verdicts == {}
-    assert told == [(ONE, 2_000, "warn"), (ONE, 4_000, "suspend")]
+    assert told == [(ONE, 2_000, "warn", 0), (ONE, 4_000, "suspend", 0)]
 
 
 def test_the_rule_of_a_jobs_queue_goes_before_the_nodes() -> None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
+import pytest
 
 from gpuyard_daemon.core.state.facts import ClaimDropped, ClaimMade, JobResuming
+from gpuyard_daemon.core.state.turn import JobNotice
 from gpuyard_protocol.jobs import JobSpec
 from gpuyard_protocol.names import AssignmentKey
 from gpuyard_protocol.nodes import (
     Ended,
+    Idle,
     Inventory,
     Resume,
     Resumed,
@@ -190,3 +193,105 @@ def test_a_restart_of_the_daemon_leaves_it_where_it_is() -> None:
     h.restart()
     h.ended(small)
     assert [order.step for order in h.new_orders(Resume)] == [2]
+
+
+# --- cards held idle ---
+
+
+def idle(number: int, stage: Literal["warn", "suspend"] = "suspend", release_ms: int = 0) -> Idle:
+    return Idle(key=key(number), at_ms=0, idle_ms=600_000, stage=stage, release_ms=release_ms)
+
+
+def idling(*, release_ms: int = 0) -> tuple[CoreHarness, int]:
+    """A job that was suspended because it held its card idle."""
+    h = CoreHarness(restart_every=2)
+    h.join(able())
+    number = running_for(h, softly(gpus=1), HOUR)
+    h.report("n-1", idle(number, release_ms=release_ms))
+    assert [order.step for order in h.new_orders(Suspend)] == [1]
+    h.report("n-1", Suspended(key=key(number), step=1, at_ms=0, image_mib=30_000))
+    return h, number
+
+
+def test_a_job_that_holds_its_card_idle_leaves_it_until_it_is_released() -> None:
+    h, number = idling()
+    other = h.submit(job(gpus=1))
+    h.run(other)
+    h.ended(other)
+    h.settle(most_ms=24 * HOUR)
+    assert (h.state(number), h.facts(JobResuming)) == ("suspended", []), "its card is free, and it stays away from it"
+    why = h.core.why(number, h.now_ms)
+    assert why is not None
+    assert "held by alice" in why.summary
+    assert "computed nothing for 10m" in why.summary
+    assert h.release(number).accepted
+    h.report("n-1", Resumed(key=key(number), step=2, at_ms=0))
+    assert (h.state(number), h.view(number).attempt) == ("running", 1)
+    h.settle(most_ms=24 * HOUR)
+    assert h.state(number) == "running"
+
+
+def test_an_idle_job_that_nobody_releases_ends_when_its_time_is_over() -> None:
+    h, number = idling(release_ms=3_600_000)
+    h.settle(most_ms=2_900_000)
+    assert h.state(number) == "suspended"
+    h.settle(most_ms=200_000)
+    assert [order.key for order in h.new_orders(Stop)] == [key(number)]
+    h.stopped(number)
+    reason = h.view(number).reason
+    assert h.state(number) == "failed"
+    assert reason is not None
+    assert reason.code == "IdleGpu"
+
+
+def test_an_idle_job_that_was_released_does_not_end_any_more() -> None:
+    h, number = idling(release_ms=3_600_000)
+    h.release(number)
+    h.report("n-1", Resumed(key=key(number), step=2, at_ms=0))
+    h.settle(most_ms=24 * HOUR)
+    assert h.state(number) == "running"
+
+
+def test_an_idle_job_that_loses_its_node_starts_anew_without_being_released() -> None:
+    h, number = idling()
+    h.report("n-1", Ended(key=key(number), outcome="lost", at_ms=0, code="NodeRestarted"))
+    assert (h.state(number), h.view(number).attempt) == ("starting", 2)
+
+
+def test_an_idle_job_that_its_node_cannot_suspend_runs_on_and_nothing_holds_it() -> None:
+    h = CoreHarness(restart_every=2)
+    h.join(able())
+    number = running_for(h, softly(gpus=1), HOUR)
+    h.report("n-1", idle(number))
+    h.report("n-1", SuspendFailed(key=key(number), step=1, at_ms=0, code="DriverRefused"))
+    assert h.state(number) == "running"
+    assert h.core.cluster.jobs[number].held_by == ""
+    h.report("n-1", idle(number))
+    assert h.new_orders(Suspend) == [], "it is not asked twice"
+
+
+@pytest.mark.parametrize(("spec", "stage"), [(job(gpus=1), "suspend"), (softly(gpus=1), "warn")])
+def test_the_owner_of_an_idle_job_is_told_and_its_card_is_left_to_it(
+    spec: JobSpec, stage: Literal["warn", "suspend"]
+) -> None:
+    h = CoreHarness(restart_every=2)
+    h.join(able())
+    number = running_for(h, spec, HOUR)
+    turn = h.report("n-1", idle(number, stage))
+    told = [notice.event for notice in turn.notices if isinstance(notice, JobNotice)]
+    assert [(event.state, event.reason and event.reason.code) for event in told] == [("running", "IdleGpu")]
+    assert h.new_orders(Suspend) == []
+    why = h.core.why(number, h.now_ms)
+    assert why is not None
+    assert any("computed nothing" in line for line in why.story)
+    assert h.view(number).reason is None
+
+
+def test_an_idle_job_that_is_requeued_with_a_hold_waits_until_it_is_released() -> None:
+    h, number = idling()
+    assert h.requeue(number, hold=True).accepted
+    h.stopped(number)
+    h.settle(most_ms=HOUR)
+    assert h.state(number) == "pending"
+    assert h.release(number).accepted
+    assert h.state(number) == "starting"

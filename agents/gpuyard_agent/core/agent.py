@@ -186,8 +186,10 @@ class AgentCore:
                 suspension.broken(book, assignment, event)
             case TimeHalted(total_ms=total_ms):
                 life.time_halted(book, assignment, total_ms)
-            case SeenIdle(idle_ms=idle_ms, stage=stage):
-                book.report(Idle(key=assignment.key, at_ms=book.wall_ms, idle_ms=idle_ms, stage=stage))
+            case SeenIdle(idle_ms=idle_ms, stage=stage, release_ms=release_ms):
+                at_ms = book.wall_ms
+                told = Idle(key=event.key, at_ms=at_ms, idle_ms=idle_ms, stage=stage, release_ms=release_ms)
+                book.report(told)
             case MustEnd(verdict=verdict, grace_ms=grace_ms):
                 life.stop(book, assignment, verdict, grace_ms)
             case _:

@@ -208,6 +208,8 @@ class SeenIdle:
     key: AssignmentKey
     idle_ms: int
     stage: Literal["warn", "suspend"]
+    #: After so long it will be ended; 0: never.
+    release_ms: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -206,6 +206,10 @@ def _indexes(cluster: Cluster) -> Iterator[str]:
     waiting -= _throttled(cluster, waiting)
     if waiting != set(cluster.waiting):
         yield f"waiting: {sorted(cluster.waiting)[:20]}; by the jobs {sorted(waiting)[:20]}"
+    off = {job.id for job in cluster.jobs.values() if any(each.state == "suspended" for each in job.assignments)}
+    off -= {number for number in off if cluster.jobs[number].held_by}
+    if off != set(cluster.suspended):
+        yield f"suspended: {sorted(cluster.suspended)[:20]}; by the jobs {sorted(off)[:20]}"
     waiters = cluster.waiting.keys() | cluster.suspended.keys()
     strangers = [job.id for job in cluster.jobs.values() if bool(job.waits_since_ms) != (job.id in waiters)]
     if strangers:

@@ -116,8 +116,9 @@ def woken(cluster: Cluster, fact: f.JobWoken, now_ms: int, effects: Effects) -> 
 
 def held(cluster: Cluster, fact: f.JobHeld, now_ms: int, effects: Effects) -> None:
     for job in _meant(cluster, fact):
-        if not job.held_by:
+        if not job.held_by or job.idled:
             job.held_by = fact.by
+            suspend_facts.forget_idleness(job)
             cluster.park(job)
             cluster.settle_array(job)
             job.note(now_ms, f"held by {fact.by}")
@@ -128,6 +129,7 @@ def let_go(cluster: Cluster, fact: f.JobReleased, now_ms: int, effects: Effects)
         if job.held_by:
             job.held_by = ""
             job.note(now_ms, "released")
+            suspend_facts.released(cluster, job, now_ms)
             if job.state == "pending":
                 cluster.queue_up(job)
 

@@ -38,6 +38,21 @@ def suspend(cluster: Cluster, job: Job, why: Why, now_ms: int, effects: Effects)
     effects.tell(job, now_ms)
 
 
+def idled(cluster: Cluster, fact: f.JobIdled, now_ms: int, effects: Effects) -> None:
+    job = cluster.job(fact.job)
+    job.note(now_ms, fact.why.text)
+    effects.warn(job, fact.why, now_ms)
+
+
+def suspending(cluster: Cluster, fact: f.JobSuspending, now_ms: int, effects: Effects) -> None:
+    """Off its card until it is released."""
+    job = cluster.job(fact.job)
+    job.held_by, job.idled, job.idle_end_ms = fact.by, fact.idle, fact.end_ms
+    if job.idle_end_ms:
+        cluster.timers.set_job(job.idle_end_ms, Timer.IDLE_END, job.id)
+    suspend(cluster, job, fact.why, now_ms, effects)
+
+
 def suspended(cluster: Cluster, fact: f.ReplicaSuspended, now_ms: int, effects: Effects) -> None:
     job, assignment = _of(cluster, fact.key)
     cluster.move_assignment(job, assignment, "suspended")
@@ -52,6 +67,8 @@ def suspension_failed(cluster: Cluster, fact: f.SuspensionFailed, now_ms: int, e
     job, assignment = _of(cluster, fact.key)
     cluster.leaving.pop(job.id, None)
     job.refused_suspension = True
+    job.held_by = ""
+    forget_idleness(job)
     cluster.pool.leaving(cluster.pool.spaces[assignment.node])
     cluster.move_assignment(job, assignment, "running")
     _run(cluster, job, now_ms, effects, f"runs on: {fact.why.text}")
@@ -96,6 +113,14 @@ def forget_suspension(cluster: Cluster, job: Job, now_ms: int) -> None:
     """It is told to stop, or has ended."""
     if job.id in cluster.suspended:
         _stop_waiting(cluster, job, now_ms)
+    if job.idled:
+        # What held it was its card, which it has lost: should it start anew, it does so like any other.
+        job.held_by = ""
+        forget_idleness(job)
+
+
+def forget_idleness(job: Job) -> None:
+    job.idled, job.idle_end_ms = False, 0
 
 
 def _of(cluster: Cluster, key: AssignmentKey) -> tuple[Job, Assignment]:
@@ -123,7 +148,17 @@ def _leave_card(cluster: Cluster, job: Job, assignment: Assignment, image_mib: i
         cluster.drop_absent(space)
 
 
+def released(cluster: Cluster, job: Job, now_ms: int) -> None:
+    """Nobody holds a job any more: if it is suspended, it may go back to its card."""
+    forget_idleness(job)
+    if any(assignment.state == "suspended" for assignment in job.assignments):
+        _wait(cluster, job, now_ms)
+
+
 def _wait(cluster: Cluster, job: Job, now_ms: int) -> None:
+    """In line for its card, unless somebody holds it."""
+    if job.held_by:
+        return
     cluster.suspended[job.id] = job
     job.level = cluster.ranking.natural_of(job, now_ms)
     job.waits_since_ms = max(1, now_ms)
@@ -131,6 +166,7 @@ def _wait(cluster: Cluster, job: Job, now_ms: int) -> None:
 
 def _stop_waiting(cluster: Cluster, job: Job, now_ms: int) -> None:
     del cluster.suspended[job.id]
+    cluster.claims.drop(job.id)
     job.waited_ms = now_ms - job.waits_since_ms
     job.waits_since_ms = job.resume_after_ms = 0
 

@@ -11,6 +11,7 @@ from collections.abc import Collection
 
 from gpuyard_daemon.core.applying.lost_facts import lapses_ms
 from gpuyard_daemon.core.explaining.views import job_view
+from gpuyard_daemon.core.handling.idleness import end_idle
 from gpuyard_daemon.core.handling.lost_nodes import lease_ran_out
 from gpuyard_daemon.core.handling.outcomes import give_up_preparing
 from gpuyard_daemon.core.handling.services import rescale
@@ -44,6 +45,9 @@ def _holds(cluster: Cluster, entry: tuple[int, Timer, JobId, str, str]) -> bool:
             return job is not None and job.prepare_until_ms == at_ms
         case Timer.RESUME:
             return job_id in cluster.suspended and cluster.jobs[job_id].resume_after_ms == at_ms
+        case Timer.IDLE_END:
+            job = cluster.jobs.get(job_id)
+            return job is not None and job.idle_end_ms == at_ms
         case Timer.FORGIVE:
             node = cluster.nodes.get(owner)
             return node is not None and name in node.avoided and node.avoided[name].until_ms == at_ms
@@ -83,6 +87,8 @@ def _fire(draft: Draft, entry: tuple[int, Timer, JobId, str, str]) -> None:
         case Timer.RESUME:
             # The turn itself is what it waited for.
             pass
+        case Timer.IDLE_END:
+            end_idle(draft, cluster.jobs[job_id])
         case Timer.FORGIVE:
             draft.add(f.NodeForgiven(owner, name))
         case Timer.SCALE_DOWN:

@@ -148,7 +148,7 @@ def _requeue(draft: Draft, job: Job, request: RequeueRequested) -> Why | None:
         return Why("NotRunning", f"job {job.id} waits already")
     if job.verdict is not None and job.verdict.kind != "requeue":
         return Why("AlreadyStopping", f"job {job.id} is stopping already: {job.verdict.why.text}")
-    if request.hold and not job.held_by:
+    if request.hold and (not job.held_by or job.idled):
         draft.add(f.JobHeld(job.id, request.user))
     if job.verdict is None:
         why = Why("Requeued", f"requeued by {request.user}")

@@ -17,6 +17,7 @@ Uncharged starts that keep going wrong wait longer each time, so a broken node c
 from __future__ import annotations
 
 from gpuyard_daemon.core.applying.lost_facts import is_given_up
+from gpuyard_daemon.core.handling.idleness import take_idle
 from gpuyard_daemon.core.handling.services import replica_ended
 from gpuyard_daemon.core.placing.partitions import mode_of
 from gpuyard_daemon.core.preempting.suspension import take_report
@@ -29,6 +30,7 @@ from gpuyard_protocol.names import AssignmentKey, NodeId
 from gpuyard_protocol.nodes import (
     NODE_FAULTS,
     Ended,
+    Idle,
     Joined,
     Prepared,
     Report,
@@ -107,6 +109,8 @@ def _take_report(draft: Draft, batch: NodeReported, report: Report) -> None:
                 draft.add(f.ReplicaStarted(key, port))
         case Suspended() | Resumed() | SuspendFailed() | ResumeFailed():
             take_report(draft, report, assignment)
+        case Idle():
+            take_idle(draft, report, assignment)
         case Ended():
             end_replica(draft, report)
 

@@ -64,7 +64,7 @@ def resume_waiting(draft: Draft, line: WaitingLine, *, first: bool) -> None:
     for job in sorted(cluster.suspended.values(), key=lambda each: ranking.rank_of(each, now_ms)):
         if best is not None and ranking.rank_of(job, now_ms) > best:
             return
-        if job.resume_after_ms <= now_ms and not job.held_by:
+        if job.resume_after_ms <= now_ms:
             _resume(draft, job)
 
 

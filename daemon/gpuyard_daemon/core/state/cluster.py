@@ -111,7 +111,7 @@ class Cluster:
         self.running = Running()
         #: Jobs that were told to stop and have not ended.
         self.leaving: dict[JobId, Job] = {}
-        #: Suspended jobs that wait for their cards.
+        #: Suspended jobs that wait for their cards, and that nobody holds.
         self.suspended: dict[JobId, Job] = {}
         #: Finished jobs, longest ago first.
         self.finished: OrderedDict[JobId, None] = OrderedDict()
@@ -342,7 +342,7 @@ class Cluster:
             self.running.enter(job, self.totals.summed_to_ms)
         if job.state == "stopping" or any(each.state == "suspending" for each in job.assignments):
             self.leaving[job.id] = job
-        if any(each.state == "suspended" for each in job.assignments):
+        if not job.held_by and any(each.state == "suspended" for each in job.assignments):
             self.suspended[job.id] = job
         if job.state == "pending":
             self.queue_up(job)
@@ -373,6 +373,8 @@ _HANDLERS: dict[type, Callable[[Cluster, Any, int, Effects], None]] = {
     f.JobPlaced: job_facts.placed,
     f.ClaimMade: claim_facts.made,
     f.ClaimDropped: claim_facts.dropped,
+    f.JobIdled: suspend_facts.idled,
+    f.JobSuspending: suspend_facts.suspending,
     f.ReplicaSuspended: suspend_facts.suspended,
     f.SuspensionFailed: suspend_facts.suspension_failed,
     f.JobResuming: suspend_facts.resuming,

@@ -5,9 +5,11 @@ Filled while facts are applied, and only there, so that applying a record again 
 
 from __future__ import annotations
 
+import msgspec
+
 from gpuyard_daemon.core.state.model import Assignment, Job, Node
 from gpuyard_daemon.core.state.turn import AnswerNotice, JobNotice, NodeOrders, Notice
-from gpuyard_protocol.jobs import JobEvent, SubmissionAnswer
+from gpuyard_protocol.jobs import JobEvent, SubmissionAnswer, Why
 from gpuyard_protocol.names import JobId, NodeId, Tenant
 from gpuyard_protocol.nodes import Launch, Order, Resume, Start, Suspend
 
@@ -40,6 +42,10 @@ class Effects:
         if fresh is not None:
             self._notices[fresh] = None
         self._notices.append(JobNotice(job.tenant, event_of(job, now_ms)))
+
+    def warn(self, job: Job, why: Why, now_ms: int) -> None:
+        """Something its owner should know; the job's state is as it was."""
+        self._notices.append(JobNotice(job.tenant, msgspec.structs.replace(event_of(job, now_ms), reason=why)))
 
     def tell_fresh(self, job: Job, now_ms: int) -> None:
         """The job was accepted and waits; worth a notice only if it still waits at the end of the turn."""

@@ -149,6 +149,25 @@ class ClaimMade(_Fact, frozen=True, tag="claimed"):
     evictions: tuple[Eviction, ...] = ()
 
 
+class JobIdled(_Fact, frozen=True, tag="idled"):
+    """Its cards compute nothing, and its owner is told so."""
+
+    job: JobId
+    why: Why
+
+
+class JobSuspending(_Fact, frozen=True, tag="suspending"):
+    """It is told to leave its card, for nobody else's sake, and stays off it until it is released."""
+
+    job: JobId
+    why: Why
+    #: In whose name it is held.
+    by: User
+    #: It was suspended for holding its card idle. Unless it has been released it ends at `end_ms`; 0: whenever.
+    idle: bool = False
+    end_ms: int = 0
+
+
 class ReplicaSuspended(_Fact, frozen=True, tag="suspended"):
     """Off its card, into the host's memory."""
 
@@ -469,6 +488,8 @@ Fact: TypeAlias = (
     | JobPlaced
     | ClaimMade
     | ClaimDropped
+    | JobIdled
+    | JobSuspending
     | ReplicaSuspended
     | SuspensionFailed
     | JobResuming

@@ -152,6 +152,10 @@ class Job(_Record):
     refused_suspension: bool = False
     #: A suspended job is not resumed before this.
     resume_after_ms: int = 0
+    #: It was suspended for holding its card idle, and not because its owner said so.
+    idled: bool = False
+    #: Unless it has been released by then, such a job ends; 0: whenever.
+    idle_end_ms: int = 0
 
     @property
     def is_final(self) -> bool:

@@ -129,6 +129,8 @@ def _rebuild(snapshot: Snapshot) -> Cluster:
         learning.enter_run(cluster, job)
         if job.prepare_until_ms:
             cluster.timers.set_job(job.prepare_until_ms, Timer.PREPARE, job.id)
+        if job.idle_end_ms:
+            cluster.timers.set_job(job.idle_end_ms, Timer.IDLE_END, job.id)
         if job.live:
             _hold(cluster, job)
     for node in snapshot.nodes:

@@ -29,6 +29,8 @@ class Timer(IntEnum):
     LEASE = 6
     #: A suspended job may be asked again to go back to its card. Subject: job.
     RESUME = 7
+    #: A job that was suspended for holding its card idle ends. Subject: job.
+    IDLE_END = 8
 
 
 class Timers:
