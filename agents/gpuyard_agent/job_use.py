@@ -13,6 +13,7 @@ from collections.abc import Mapping
 import structlog
 
 from gpuyard_agent.core.model import Assignment
+from gpuyard_agent.declared_use import DeclaredUse
 from gpuyard_agent.devices.base import DeviceBackend, DeviceProcess, DeviceTrouble
 from gpuyard_agent.owners import owners_of
 from gpuyard_protocol.names import AssignmentKey, DeviceUuid
@@ -28,8 +29,10 @@ _log = structlog.get_logger("gpuyard_agent.job_use")
 class JobUse:
     """The newest look."""
 
-    def __init__(self, backend: DeviceBackend) -> None:
+    def __init__(self, backend: DeviceBackend, declared: DeclaredUse | None = None) -> None:
+        """`declared`: on modelled cards what jobs say of themselves goes before what the model says."""
         self._backend = backend
+        self._declared = declared if backend.simulated else None
         self._samples: dict[AssignmentKey, JobSample] = {}
         self._looked_s = 0.0
 
@@ -64,8 +67,24 @@ class JobUse:
                 continue
             for pid, key in owners_of(processes, mains).items():
                 seen[key].append(processes[pid])
+        if self._declared is not None:
+            seen.update(_say_themselves(self._declared, running))
         self._samples = {key: _sum_up(key, running[key], processes) for key, processes in seen.items()}
         self._looked_s = time.monotonic()
+
+
+def _say_themselves(
+    declared: DeclaredUse, running: Mapping[AssignmentKey, Assignment]
+) -> dict[AssignmentKey, list[DeviceProcess]]:
+    return {
+        key: [
+            DeviceProcess(device=device, pid=pid, memory_mib=one.memory_mib, utilization_pct=one.utilization_pct)
+            for device in devices_of(found.start.partition)[:1]
+            for pid, one in said.items()
+        ]
+        for key, found in running.items()
+        if (said := declared.of(key))
+    }
 
 
 def _sum_up(key: AssignmentKey, assignment: Assignment, processes: list[DeviceProcess]) -> JobSample:

@@ -30,6 +30,7 @@ from gpuyard_agent.commands import CommandDoor
 from gpuyard_agent.core import AgentCore
 from gpuyard_agent.core.events import InventoryRead, ProcessesListed, ReportsDelivered, TimeHalted, TimePassed
 from gpuyard_agent.core.model import State
+from gpuyard_agent.declared_use import DeclaredUse
 from gpuyard_agent.devices.base import DeviceBackend, DeviceTrouble
 from gpuyard_agent.drill import FaultDrill
 from gpuyard_agent.hands import Hands
@@ -139,10 +140,11 @@ class Runtime:
         self._containers = Containers(engine, identity.node)
         self._hands = self._make_hands(rules, accounts)
         launcher.on_halted = lambda key, total_ms: self._inbox.put(TimeHalted(key, total_ms))
-        self._use = JobUse(backend)
+        declared = DeclaredUse(self._store)
+        self._use = JobUse(backend, declared)
         launcher.is_busy = self._use.is_busy
         self._idle = IdleWatch(rules.idle)
-        self._watchdog = Watchdog(backend, self._store, emit=self._inbox.put, live=lambda: self._core.live)
+        self._watchdog = Watchdog(backend, declared, emit=self._inbox.put, live=lambda: self._core.live)
         self._cards = CardWatch(
             inventory,
             backend,

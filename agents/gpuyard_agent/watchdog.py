@@ -15,8 +15,6 @@ no wall: between two looks a job may take what is left of the card, and a neighb
 from __future__ import annotations
 
 import asyncio
-import os
-import stat
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
@@ -24,8 +22,8 @@ import structlog
 
 from gpuyard_agent.core.events import Event, MustEnd
 from gpuyard_agent.core.model import Assignment, Verdict
+from gpuyard_agent.declared_use import DeclaredUse
 from gpuyard_agent.devices.base import DeviceBackend, DeviceProcess, DeviceTrouble
-from gpuyard_agent.logs import LogStore
 from gpuyard_agent.owners import owners_of
 from gpuyard_protocol.names import AssignmentKey, DeviceUuid
 from gpuyard_protocol.resources import MpsShare, TimeSliceShare
@@ -38,9 +36,6 @@ GRACE_PCT = 5
 GRACE_MIB = 512
 OUT_OF_MEMORY = "OutOfPartitionMemory"
 TOO_MANY = "TooManyGpuProcesses"
-#: In the directory of a replica on modelled cards: lines "PID MIB", what its processes would hold on a real card.
-DECLARED_FILE = "simulated-gpu-use"
-_DECLARED_BYTES_MAX = 4096
 
 _log = structlog.get_logger("gpuyard_agent.watchdog")
 
@@ -110,13 +105,13 @@ class Watchdog:
     def __init__(
         self,
         backend: DeviceBackend,
-        store: LogStore,
+        declared: DeclaredUse,
         *,
         emit: Callable[[Event], None],
         live: Callable[[], Mapping[AssignmentKey, Assignment]],
     ) -> None:
         self._backend = backend
-        self._store = store
+        self._declared = declared
         self._emit = emit
         self._live = live
         self._watch = MemoryWatch()
@@ -156,23 +151,7 @@ class Watchdog:
         for key in mains.values():
             mine = {pid: held[pid] for pid, owner in owners.items() if owner == key}
             if self._backend.simulated:
-                mine = _declared(os.path.join(self._store.files(key).job_dir, DECLARED_FILE)) or mine
+                said = self._declared.of(key)
+                mine = {pid: one.memory_mib for pid, one in said.items()} or mine
             uses[key] = Use(sum(mine.values()), len(mine))
         return uses
-
-
-def _declared(path: str) -> dict[int, int]:
-    """By pid; empty without the file. It is the job's: it may be anything, and nothing is waited for."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError:
-        return {}
-    try:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            return {}
-        words = os.read(descriptor, _DECLARED_BYTES_MAX).decode("ascii", "replace").split()
-        return {int(pid): int(mib) for pid, mib in zip(words[::2], words[1::2], strict=False)}
-    except (OSError, ValueError):
-        return {}
-    finally:
-        os.close(descriptor)

@@ -10,6 +10,7 @@ import pynvml
 from fake_driver.control import FakeDriver
 from gpuyard_agent.core.events import Event, MustEnd
 from gpuyard_agent.core.model import Assignment
+from gpuyard_agent.declared_use import DeclaredUse
 from gpuyard_agent.devices.nvml import NvmlBackend
 from gpuyard_agent.logs import LogStore
 from gpuyard_agent.watchdog import Watchdog
@@ -33,7 +34,8 @@ async def test_the_job_over_its_share_is_found_among_its_neighbours(
                 start = start_order(number, "true", partition=TimeSliceShare(card, 400, memory_mib))
                 live[start.key] = Assignment(key=start.key, start=start, boot_id="b", state="running", pid=job.pid)
             events: list[Event] = []
-            dog = Watchdog(backend, LogStore(tmp_path, lambda key: True), emit=events.append, live=lambda: live)
+            declared = DeclaredUse(LogStore(tmp_path, lambda key: True))
+            dog = Watchdog(backend, declared, emit=events.append, live=lambda: live)
             await dog.look()
             assert events == []
             await dog.look()
