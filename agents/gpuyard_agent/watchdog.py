@@ -3,8 +3,8 @@
 Time-slice has no memory limit at all, and the limit of MPS is one process's, so a job with more processes than it
 declared could take a multiple of its share. The driver's list of processes is read every other second, each process is
 counted to its assignment, and what is over its limit in two looks in a row is ended as a whole: its own failure, with
-`OutOfPartitionMemory` or `TooManyGpuProcesses`. Whole cards and MIG instances end at their own edge and are not looked
-at; a node without shares asks the driver nothing.
+`OutOfPartitionMemory` or `TooManyGpuProcesses`. Whole cards and MIG instances without MPS end at their own edge and are
+not looked at; a node without shares asks the driver nothing.
 
 A limit is exceeded beyond a grace, since what the driver counts includes contexts, which no program asked for. This is
 no wall: between two looks a job may take what is left of the card, and a neighbour that allocates just then fails.
@@ -26,7 +26,7 @@ from gpuyard_agent.declared_use import DeclaredUse
 from gpuyard_agent.devices.base import DeviceBackend, DeviceProcess, DeviceTrouble
 from gpuyard_agent.owners import owners_of
 from gpuyard_protocol.names import AssignmentKey, DeviceUuid
-from gpuyard_protocol.resources import MpsShare, TimeSliceShare
+from gpuyard_protocol.resources import MigInstance, MpsShare, TimeSliceShare
 
 WATCH_S = 2.0
 #: Looks in a row over the limit.
@@ -62,6 +62,8 @@ def limit_of(assignment: Assignment) -> Limit | None:
             return Limit(memory_mib, processes)
         case TimeSliceShare(memory_mib=memory_mib):
             return Limit(memory_mib)
+        case MigInstance(memory_mib=memory_mib, processes=processes) if processes:
+            return Limit(memory_mib, processes)
         case _:
             return None
 
@@ -128,7 +130,7 @@ class Watchdog:
         by_card: dict[DeviceUuid, list[AssignmentKey]] = {}
         for key in limits:
             partition = running[key].start.partition
-            if isinstance(partition, MpsShare | TimeSliceShare):
+            if isinstance(partition, MpsShare | MigInstance | TimeSliceShare):
                 by_card.setdefault(partition.device, []).append(key)
         uses: dict[AssignmentKey, Use] = {}
         for device, keys in sorted(by_card.items()):

@@ -99,6 +99,8 @@ class JobRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_
     #: Cards by model: `H100`, `A100|H100`, `A100:80GB`, `A100:80GB:4` (then also the number).
     gpu_model: GpuWish | None = None
     gpu_processes: int = 1
+    #: Beside `mig`: its CUDA processes share the instance under MPS, at most `gpu_processes` of them.
+    mps: bool = False
     #: Of a share: what it leans on, `compute`, `memory` or `light`; shares that lean on the same go to different cards.
     gpu_load: GpuLoad | None = None
     cpus: Cpus | None = None
@@ -209,9 +211,11 @@ class JobRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_
             return need
         if not IMAGE.fullmatch(self.image):
             raise _malformed("image", self.image, IMAGE_EXPECTED)
-        if need.is_share and need.isolation == "soft":
+        if need.mps or (need.is_share and need.isolation == "soft"):
             raise _malformed(
-                "image", self.image, "'isolation' hard or none beside a share: MPS cannot be used from a container"
+                "image",
+                self.image,
+                "no 'mps', and 'isolation' hard or none beside a share: MPS cannot be used from a container",
             )
         return msgspec.structs.replace(need, containers=True)
 
@@ -293,6 +297,8 @@ class ResourceRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, 
     isolation: Isolation | None = None
     gpu_model: GpuWish | None = None
     gpu_processes: int = 1
+    #: Beside `mig`: its CUDA processes share the instance under MPS, at most `gpu_processes` of them.
+    mps: bool = False
     gpu_load: GpuLoad | None = None
     cpus: Cpus | None = None
     memory: Memory | None = None
@@ -318,6 +324,12 @@ def resource_need(request: JobRequest | ResourceRequest, *, default_isolation: I
     isolation = request.isolation or default_isolation
     if request.mig and isolation == "none":
         raise _malformed("isolation", "none", "'soft' or 'hard': a MIG instance is never shared in time")
+    if request.mps and not request.mig:
+        raise _malformed("mps", True, "'mig' beside it: a share of a card ('gpu', 'gpu_memory') is under MPS by itself")
+    if request.mig and request.gpu_processes > 1 and not request.mps:
+        raise _malformed(
+            "gpu_processes", request.gpu_processes, "'mps: true' beside it, or 1: nothing else counts them"
+        )
     if request.gpu_load and not (request.gpu or request.gpu_memory):
         raise _malformed("gpu_load", request.gpu_load, "'gpu' or 'gpu_memory' beside it: only shares have neighbours")
     for label, value in request.node_labels.items():
@@ -331,6 +343,7 @@ def resource_need(request: JobRequest | ResourceRequest, *, default_isolation: I
         isolation=isolation,
         gpu_processes=request.gpu_processes,
         gpu_load=request.gpu_load or "",
+        mps=request.mps,
         models=wish.models if wish else (),
         card_memory_mib=wish.memory_mib if wish else 0,
         cpu_milli=1000 if request.cpus is None else int(request.cpus),

@@ -53,6 +53,8 @@ class ResourceNeed(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     #: The node must run container images.
     containers: bool = False
     gpu_load: GpuLoad = ""
+    #: The replica's CUDA processes share its MIG instance under MPS, at most `gpu_processes` of them.
+    mps: bool = False
 
     @property
     def wants_gpu(self) -> bool:
@@ -68,7 +70,8 @@ class ResourceNeed(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
         if self.gpus:
             return f"{self.gpus}×{model or 'GPU'}"
         if self.mig:
-            return self.mig + (f" of {model}" if model else "")
+            crowd = f" for {self.gpu_processes} processes under MPS" if self.mps else ""
+            return self.mig + crowd + (f" of {model}" if model else "")
         if self.is_share:
             compute = f"{format_milli(self.share_milli)}×{model or 'GPU'}" if self.share_milli else model or "GPU"
             memory = f"/{format_mib(self.share_memory_mib)}" if self.share_memory_mib else ""
@@ -108,6 +111,8 @@ class MigInstance(msgspec.Struct, frozen=True, tag="mig", tag_field="mode"):
     memory_mib: int
     #: Compute slices, for accounting.
     compute_slices: int
+    #: Its job's CUDA processes share it under MPS, so many at most, and each has that part of its memory. 0: no MPS.
+    processes: int = 0
 
 
 class TimeSliceShare(msgspec.Struct, frozen=True, tag="timeslice", tag_field="mode"):
@@ -162,7 +167,7 @@ class Device(msgspec.Struct, frozen=True, kw_only=True):
     mig_slices: int = 0
     mig_compute_slices: int = 0
     mig_profiles: tuple[MigProfileFacts, ...] = ()
-    #: Most processes under MPS at once.
+    #: Most processes under MPS at once, in whichever way it is cut; 0: there is no MPS.
     mps_clients_max: int = 48
     pci_bus_id: str = ""
     numa_node: int = -1
@@ -178,6 +183,10 @@ class Device(msgspec.Struct, frozen=True, kw_only=True):
     #: What lies between it and the node's other cards on PCIe, by UUID: `same-board`, `same-switch`, `switches`,
     #: `host-bridge`, `numa-node` or `system`, from near to far.
     pcie_peers: tuple[tuple[DeviceUuid, str], ...] = ()
+
+    def mps_clients_in(self, compute_slices: int) -> int:
+        """Most processes under MPS in a MIG instance of so many compute slices: its part of the card's."""
+        return self.mps_clients_max * compute_slices // max(1, self.mig_compute_slices)
 
     @property
     def short_model(self) -> str:

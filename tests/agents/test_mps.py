@@ -21,11 +21,11 @@ from gpuyard_agent.devices.base import DeviceTrouble
 from gpuyard_agent.devices.nvml import NvmlBackend
 from gpuyard_agent.launch.base import Account
 from gpuyard_agent.partitions import mps, mps_daemon
-from gpuyard_agent.partitions.base import NeighbourFault, PartitionGrant
+from gpuyard_agent.partitions.base import NeighbourFault, PartitionGrant, PartitionRefused
 from gpuyard_agent.partitions.maker import CardPartitions
 from gpuyard_agent.partitions.mps_daemon import MpsDaemon
 from gpuyard_protocol.names import AssignmentKey
-from gpuyard_protocol.resources import Device, MpsShare
+from gpuyard_protocol.resources import Device, MigInstance, MpsShare
 from support.devices import fake_cards
 
 #: For a program to start, and for what happens to it to show.
@@ -267,14 +267,105 @@ async def test_a_card_that_an_earlier_agent_left_exclusive_is_opened_again(yard:
     assert yard.driver.gpu().get("compute_mode") == 0
 
 
-async def test_a_daemon_serves_a_mig_instance_too(yard: Yard) -> None:
-    """What asks for it does not exist yet; the daemon is made for anything that CUDA can be shown."""
+# --- inside a MIG instance ---
+
+
+async def crowd(yard: Yard, partitions: CardPartitions, processes: int = 4) -> PartitionGrant:
+    """Of a job whose processes share an instance."""
     card = await yard.card()
-    made = await yard.backend.create_mig(card.uuid, "3g.40gb", 0)
-    daemon = MpsDaemon(
-        yard.driver.program("nvidia-cuda-mps-control"), yard.directory / "mps" / "x-0", made.mig_uuid, yard.account
-    )
-    await daemon.ensure()
-    assert await daemon.state() == "serving"
-    await daemon.quit()
-    assert await daemon.state() == "gone"
+    facts = next(facts for facts in card.mig_profiles if facts.name == "3g.40gb")
+    instance = MigInstance(card.uuid, "3g.40gb", 4, facts.size, facts.memory_mib, facts.compute_slices, processes)
+    return await partitions.prepare(key(1), instance, yard.account, "acme")
+
+
+async def test_processes_of_a_job_share_its_mig_instance_and_each_has_its_part_of_the_memory(yard: Yard) -> None:
+    partitions = await yard.partitions()
+    grant = await crowd(yard, partitions)
+    assert grant.env["CUDA_VISIBLE_DEVICES"] == grant.mig_uuid
+    jobs = [await yard.start(grant, "--memory", "8000", "--seconds", "60") for _ in range(2)]
+    card = await yard.card()
+    for job in jobs:
+        assert job.said["mps_server"] == jobs[0].said["mps_server"]
+        assert (job.said["percentage"], job.said["limit_mib"]) == (100.0, 40_448 // 4)
+    assert {one.mig_uuid for one in await yard.backend.processes(card.uuid)} == {grant.mig_uuid}
+    greedy = await asyncio.create_subprocess_exec(
+        yard.driver.program("fake-cuda"), "--memory", "11000",
+        env={"PATH": os.environ["PATH"], **grant.env}, stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+    assert await greedy.wait() == 70, "out of memory"
+    for job in jobs:
+        await partitions.before_kill(key(1), (job.pid,))
+        assert await job.end() == 75, "terminated by MPS"
+    await partitions.undo(key(1))
+    assert yard.daemons() == []
+    assert await yard.backend.mig_instances(card.uuid) == ()
+
+
+async def test_the_card_goes_on_admitting_everybody_while_an_instance_is_under_mps(yard: Yard) -> None:
+    partitions = await yard.partitions()
+    await crowd(yard, partitions)
+    assert yard.driver.gpu().get("compute_mode") == 0
+    await partitions.undo(key(1))
+
+
+async def test_a_fault_inside_an_instance_is_the_jobs_own(yard: Yard) -> None:
+    partitions = await yard.partitions()
+    grant = await crowd(yard, partitions)
+    job = await yard.start(grant, "--seconds", "60")
+    server = job.said["mps_server"]
+    client = MpsDaemon(
+        yard.driver.program("nvidia-cuda-mps-control"),
+        Path(grant.env["CUDA_MPS_PIPE_DIRECTORY"]).parent, grant.mig_uuid, yard.account,
+    )  # fmt: skip
+    await asyncio.to_thread(client._ask, f"fake_fault {server}")
+    assert await job.end() == 76, "a fatal fault"
+    await partitions._mps.examine((grant.mig_uuid, os.getuid()))
+    assert yard.hit == [], "nobody else was hit, and its program has seen it"
+    await yard.start(grant, "--seconds", "60")
+
+
+async def test_an_agent_that_comes_back_finds_the_instance_served(yard: Yard) -> None:
+    first = await yard.partitions()
+    grant = await crowd(yard, first)
+    (daemon,) = yard.daemons()
+    await first.close()
+    second = await yard.partitions()
+    card = await yard.card()
+    facts = next(facts for facts in card.mig_profiles if facts.name == "3g.40gb")
+    instance = MigInstance(card.uuid, "3g.40gb", 4, facts.size, facts.memory_mib, facts.compute_slices, 4)
+    assert await second.adopt(key(1), instance, yard.account, "acme") == grant
+    assert await second.sweep() == ()
+    assert yard.daemons() == [daemon]
+    await second.undo(key(1))
+    assert yard.daemons() == []
+
+
+async def test_what_an_earlier_agent_left_of_a_served_instance_goes_daemon_first(yard: Yard) -> None:
+    first = await yard.partitions()
+    job = await yard.start(await crowd(yard, first), "--seconds", "60")
+    job.kill()
+    await job.end()
+    await first.close()
+    second = await yard.partitions()
+    swept = await second.sweep()
+    assert [line.split(" of ")[0] for line in swept] == ["MPS control daemon", "MIG instance 3g.40gb at 4"]
+    assert await yard.backend.mig_instances((await yard.card()).uuid) == ()
+
+
+async def test_more_processes_than_an_instance_serves_are_refused(yard: Yard) -> None:
+    partitions = await yard.partitions()
+    with pytest.raises(PartitionRefused, match=r"serves 20 processes under MPS in 3g\.40gb, not 21"):
+        await crowd(yard, partitions, 21)
+    assert yard.daemons() == []
+
+
+async def test_an_instance_goes_again_when_its_daemon_does_not_come_up(
+    yard: Yard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    partitions = await yard.partitions()
+    yard.driver.inject("mps:start", error=1)
+    with pytest.raises(DeviceTrouble):
+        await crowd(yard, partitions)
+    yard.driver.clear_faults()
+    assert await yard.backend.mig_instances((await yard.card()).uuid) == ()
+    assert partitions.held() == ()

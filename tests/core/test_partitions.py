@@ -237,3 +237,20 @@ def test_slices_that_somebody_outside_the_yard_holds_are_left_alone() -> None:
     assert fit(card, need(mig="1g.10gb"), "acme", ("mig",), 4000) < 0
     card.give(AssignmentKey(1, 1, 0))
     assert (card.mode, card.mask) == ("mig", 0b1111)
+
+
+def test_a_mig_instance_is_put_under_mps_where_its_job_asks_for_it() -> None:
+    card = Card(gpu(), 0)
+    instance = take(card, need(mig="2g.20gb", mps=True, gpu_processes=3))
+    assert isinstance(instance, MigInstance)
+    assert (instance.profile, instance.processes) == ("2g.20gb", 3)
+    plain = take(card, need(mig="2g.20gb"))
+    assert isinstance(plain, MigInstance)
+    assert plain.processes == 0
+
+
+@pytest.mark.parametrize(("clients_max", "processes"), [(48, 14), (0, 1)])
+def test_an_instance_serves_its_part_of_the_processes_that_the_card_serves(clients_max: int, processes: int) -> None:
+    card = Card(msgspec.structs.replace(gpu(), mps_clients_max=clients_max), 0)
+    assert take(card, need(mig="2g.20gb", mps=True, gpu_processes=processes)) is None
+    assert take(card, need(mig="2g.20gb")) is not None

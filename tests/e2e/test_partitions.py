@@ -51,6 +51,19 @@ async def test_a_mig_instance_is_named_by_its_own_uuid(yard: Yard) -> None:
     assert env["GPUYARD_PARTITION"] == "mig"
 
 
+async def test_processes_of_a_job_share_its_mig_instance_under_mps(yard: Yard) -> None:
+    async with yard.connect() as client:
+        env = await _environment(client, mig="2g.20gb", mps=True, gpu_processes=4)
+        with pytest.raises(gpuyard.Rejected, match=r"no card can give 2g\.20gb for 20 processes"):
+            await client.submit(command=["env"], mig="2g.20gb", mps=True, gpu_processes=20)
+    assert env["CUDA_VISIBLE_DEVICES"].startswith("MIG-")
+    assert env["GPUYARD_PARTITION"] == "mig"
+    assert env["CUDA_MPS_PIPE_DIRECTORY"]
+    assert "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE" not in env
+    number, _, limit = env["CUDA_MPS_PINNED_DEVICE_MEM_LIMIT"].partition("=")
+    assert (number, int(limit.removesuffix("M")) * 4 // 1024) == ("0", 19)
+
+
 async def test_isolation_none_takes_turns(yard: Yard) -> None:
     async with yard.connect() as client:
         env = await _environment(client, gpu=0.5, isolation="none")

@@ -129,6 +129,9 @@ def test_resources_become_one_kind_of_need(fields: dict[str, Any], need: Resourc
         ({"mig": "1g.10gb", "isolation": "none"}, "$.isolation"),
         ({"gpu": 0.5, "gpu_processes": 0}, "$.gpu_processes"),
         ({"gpu": 0.5, "gpu_processes": 49}, "$.gpu_processes"),
+        ({"mig": "2g.20gb", "gpu_processes": 3}, "$.gpu_processes"),
+        ({"gpu": 0.5, "mps": True}, "$.mps"),
+        ({"mig": "2g.20gb", "mps": True, "image": "python:3"}, "$.image"),
         ({"node_labels": {"a b": "x"}}, "$.node_labels.a b"),
         ({"node_labels": {"a": "x\n"}}, "$.node_labels.a"),
         ({"priority": 3}, "$.priority"),
@@ -202,6 +205,8 @@ def test_no_field_is_accepted_and_then_ignored() -> None:
     only_names = {"v", "submission_id"}  # one value, or read before the core
     # What makes no sense alone.
     beside: dict[str, dict[str, Any]] = {"deadline": {"estimate": "1h"}, "gpu_load": {"gpu": 0.5}}
+    beside["mps"] = {"mig": "2g.20gb"}
+    samples["mps"] = True
     samples["gpu_load"] = "memory"
     samples["deadline"] = "+8h"
     for field in JobRequest.__struct_fields__:

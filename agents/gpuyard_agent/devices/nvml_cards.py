@@ -27,6 +27,8 @@ from gpuyard_protocol.resources import Device, Mode
 MPS_CONTROL = "nvidia-cuda-mps-control"
 #: CUDA compute capability from which MPS can limit compute and memory (Volta).
 _LIMITS_UNDER_MPS = (7, 0)
+#: Drivers from 590 on serve more, if every process takes fewer connections.
+MPS_CLIENTS_MAX = 48
 #: From this architecture on (Hopper) MIG mode is switched at once; before, by a reset of the card.
 _SWITCHES_AT_ONCE = 9
 _PROHIBITED = pynvml.NVML_COMPUTEMODE_PROHIBITED
@@ -147,6 +149,7 @@ def read_device(card: Card, index: int, may_switch: bool) -> Device:
         pci_bus_id=facts.pci_bus_id,
         numa_node=facts.numa_node,
         nvlinks=card.device.nvlinks,
+        mps_clients_max=MPS_CLIENTS_MAX if _has_mps(card) else 0,
         healthy=not fault,
         fault=fault,
     )
@@ -192,13 +195,17 @@ def _read_modes(card: Card, may_switch: bool) -> tuple[str, tuple[Mode, ...]]:
     modes: list[Mode] = []
     if not now or (can_make and can_switch):
         modes.append("whole")
-        if card.facts.capability >= _LIMITS_UNDER_MPS and shutil.which(MPS_CONTROL):
+        if _has_mps(card):
             modes.append("mps")
         if compute_mode != _EXCLUSIVE or card.is_exclusive:
             modes.append("timeslice")
     if can_make and (now or can_switch):
         modes.insert(1, "mig")
     return "", tuple(modes)
+
+
+def _has_mps(card: Card) -> bool:
+    return card.facts.capability >= _LIMITS_UNDER_MPS and bool(shutil.which(MPS_CONTROL))
 
 
 def read_memory(handle: Any) -> tuple[int, int | None]:

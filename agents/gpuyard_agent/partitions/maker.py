@@ -24,7 +24,7 @@ from gpuyard_agent.partitions.room import CardLedger, mode_of
 from gpuyard_agent.partitions.timeslice import TimeSliceMaker
 from gpuyard_agent.partitions.whole import NothingMaker, WholeMaker
 from gpuyard_protocol.names import AssignmentKey, DeviceUuid
-from gpuyard_protocol.resources import Device, MigInstance, Mode, MpsShare, Partition, devices_of
+from gpuyard_protocol.resources import Device, MigInstance, Mode, Partition, devices_of
 
 
 class CardPartitions:
@@ -46,12 +46,13 @@ class CardPartitions:
         self._backend = backend
         self._ledger = CardLedger(())
         self._mps = MpsMaker(backend, run_dir / "mps", control, is_exclusive=mps_exclusive)
-        self._mig = MigMaker(backend, run_dir / "mig.json")
+        self._mig = MigMaker(backend, run_dir / "mig.json", self._mps)
         self._makers: dict[Mode, ModeMaker] = {
             "idle": NothingMaker(),
             "whole": WholeMaker(),
-            "mig": self._mig,
+            # Before MIG: a daemon that was left over is to go before its instance.
             "mps": self._mps,
+            "mig": self._mig,
             "timeslice": time_slice or TimeSliceMaker(),
         }
         #: What was given, by assignment: `prepare` answers again with the same.
@@ -135,9 +136,7 @@ class CardPartitions:
         self._backend.running(key, pid)
 
     async def before_kill(self, key: AssignmentKey, pids: Collection[int]) -> None:
-        holding = self._ledger.get(key)
-        if holding is not None and isinstance(holding.partition, MpsShare):
-            await self._mps.before_kill(key, pids)
+        await self._mps.before_kill(key, pids)
 
     def listen(self, tell: Callable[[NeighbourFault], None]) -> None:
         self._mps.listen(tell)

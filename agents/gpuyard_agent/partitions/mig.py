@@ -8,6 +8,9 @@ Three kinds of instances are told apart. Held: an assignment's, also one found a
 its process runs. Left over: this agent's by its records, but nobody holds it (its making or destroying was cut short);
 `sweep` removes those, half ones too. Foreign: everything else. Those are never touched; `offered` takes the places they
 cover out of what the card offers, so that no planner counts on them.
+
+A job with several CUDA processes may ask for MPS inside its instance: it gets a control daemon that sees the instance
+alone, which comes after the instance and goes before it.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from gpuyard_agent.devices.base import DeviceBackend, DeviceTrouble, MigInstance
 from gpuyard_agent.launch.base import Account
 from gpuyard_agent.partitions.base import PartitionGrant, PartitionRefused
 from gpuyard_agent.partitions.mig_records import MigRecord, MigRecords
+from gpuyard_agent.partitions.mps import MpsMaker
 from gpuyard_agent.partitions.whole import visible
 from gpuyard_protocol.names import AssignmentKey, DeviceUuid
 from gpuyard_protocol.resources import Device, MigInstance, MigProfileFacts, Partition
@@ -32,9 +36,10 @@ _MEDIA = "+me"
 class MigMaker:
     """One instance for one assignment."""
 
-    def __init__(self, backend: DeviceBackend, records: Path) -> None:
-        """`records`: a file of this maker alone."""
+    def __init__(self, backend: DeviceBackend, records: Path, mps: MpsMaker) -> None:
+        """`records`: a file of this maker alone. `mps`: serves instances whose job asked for it."""
         self._backend = backend
+        self._mps = mps
         self._records = MigRecords(records)
         #: Place and UUID of the instance of each assignment; "" while it is being made.
         self._made: dict[AssignmentKey, tuple[DeviceUuid, int, str]] = {}
@@ -104,7 +109,14 @@ class MigMaker:
             del self._made[key]
             raise
         self._made[key] = (partition.device, partition.start, found.mig_uuid)
-        return PartitionGrant(env=visible((found.mig_uuid,)), mode="mig", cards=1, mig_uuid=found.mig_uuid)
+        env = visible((found.mig_uuid,))
+        if partition.processes:
+            try:
+                env = await self._mps.serve_instance(key, partition, found.mig_uuid, account)
+            except BaseException:
+                await self.unmake(key, partition, account.uid)
+                raise
+        return PartitionGrant(env=env, mode="mig", cards=1, mig_uuid=found.mig_uuid)
 
     async def _find(self, partition: MigInstance) -> MigInstanceFound | None:
         """The instance, if it is there and ours; what is left over in its place is removed."""
@@ -140,6 +152,7 @@ class MigMaker:
         if key not in self._made or not isinstance(partition, MigInstance):
             return
         device, start, mig_uuid = self._made[key]
+        await self._mps.leave_instance(key)  # its server is at home in the instance, which could not go before it
         await self._backend.destroy_mig(device, mig_uuid)
         # An earlier try may have left half of it, which has no UUID any more.
         await self._backend.destroy_mig_remains(device, start)

@@ -11,6 +11,10 @@ them is gone; a client killed amid its work can wedge the server for the others.
 and where one has failed, everybody on it is told `NeighbourFault`, the place takes nothing new, and the daemon ends
 with its last share. `before_kill` ends a client's work in an orderly way first.
 
+Inside a MIG instance MPS serves the processes of one job, which asked for it: a daemon that sees the instance alone, no
+cap on compute, and for each process its part of the instance's memory. No neighbours are there to be told of a fault:
+the job's own processes see it.
+
 On modelled cards the environment and the books are all there is.
 """
 
@@ -29,7 +33,7 @@ from gpuyard_agent.partitions.mps_daemon import MpsDaemon
 from gpuyard_agent.partitions.process_tree import descendants
 from gpuyard_agent.partitions.whole import visible
 from gpuyard_protocol.names import AssignmentKey, DeviceUuid
-from gpuyard_protocol.resources import MpsShare, Partition
+from gpuyard_protocol.resources import MigInstance, MpsShare, Partition
 
 CONTROL_PROGRAM = "nvidia-cuda-mps-control"
 #: Between two questions to each daemon.
@@ -42,6 +46,7 @@ TERMINATE_S = 5.0
 _CARD_FILE = "card"
 _EXCLUSIVE_FILE = "exclusive"
 
+#: A card or a MIG instance, and the account that is served there.
 _Place = tuple[DeviceUuid, int]
 
 
@@ -64,6 +69,8 @@ class MpsMaker:
         self._daemons: dict[_Place, MpsDaemon] = {}
         #: The shares that each daemon serves. Empty sets are not kept: the last release ends the daemon.
         self._users: dict[_Place, set[AssignmentKey]] = {}
+        #: Of the places, the MIG instances: each serves one job.
+        self._instances: set[_Place] = set()
         #: Places that failed, and how: nobody comes in until the last one is out.
         self._failed: dict[_Place, str] = {}
         #: Questions in a row that a daemon left without an answer.
@@ -83,7 +90,29 @@ class MpsMaker:
         if not self._backend.simulated:
             await self._serve(place, directory, account)
         self._users.setdefault(place, set()).add(key)
-        return PartitionGrant(env=_environment(partition, directory), mode="mps", cards=1)
+        return PartitionGrant(env=_share_environment(partition, directory), mode="mps", cards=1)
+
+    async def serve_instance(
+        self, key: AssignmentKey, instance: MigInstance, mig_uuid: str, account: Account
+    ) -> dict[str, str]:
+        """What the processes of a job need in their environment to share its instance."""
+        place = (mig_uuid, account.uid)
+        directory = self._directory(mig_uuid, account.uid)
+        self._instances.add(place)
+        if not self._backend.simulated:
+            try:
+                await self._serve(place, directory, account)
+            except BaseException:
+                self._instances.discard(place)
+                raise
+        self._users[place] = {key}
+        return _instance_environment(instance, mig_uuid, directory)
+
+    async def leave_instance(self, key: AssignmentKey) -> None:
+        place = self._place_of(key)
+        if place is not None:
+            await self._leave(key, place)
+            self._instances.discard(place)
 
     async def _serve(self, place: _Place, directory: Path, account: Account) -> None:
         """A daemon that answers. Raises `DeviceTrouble`; then what nobody uses is not left behind."""
@@ -98,7 +127,8 @@ class MpsMaker:
             self._fail(place, "its control daemon has died" if daemon.pid() is None else "its control daemon is stuck")
             raise DeviceTrouble(f"MPS on card {place[0]} is about to be restarted: {self._failed[place]}")
         try:
-            await self._close_card(place[0], directory)
+            if place not in self._instances:
+                await self._close_card(place[0], directory)
             await daemon.ensure()
         except (DeviceTrouble, asyncio.CancelledError):
             if not users:
@@ -109,13 +139,15 @@ class MpsMaker:
     async def unmake(self, key: AssignmentKey, partition: Partition, uid: int) -> None:
         if not isinstance(partition, MpsShare):
             return
-        place = (partition.device, uid)
+        await self._leave(key, (partition.device, uid))
+
+    async def _leave(self, key: AssignmentKey, place: _Place) -> None:
         users = self._users.get(place, set())
         if users <= {key}:
             daemon = self._daemons.get(place)
             if daemon is not None:
                 await daemon.quit()
-                await self._open_card(partition.device, daemon.directory)
+                await self._open_card(place[0], daemon.directory)
                 del self._daemons[place]
             self._users.pop(place, None)
             self._failed.pop(place, None)
@@ -166,7 +198,7 @@ class MpsMaker:
         if self._daemons.get(place) is not daemon:
             return  # it was ended meanwhile
         self._silent[place] = self._silent.get(place, 0) + 1 if state == "silent" else 0
-        if state == "fault":
+        if state == "fault" and place not in self._instances:
             self._fail(place, "a process that shares it had a fatal fault")
         elif state == "gone":
             self._fail(place, "its control daemon has died")
@@ -179,7 +211,7 @@ class MpsMaker:
             self._tell(NeighbourFault(key=key, detail=f"MPS on card {place[0]}: {why}"))
 
     async def before_kill(self, key: AssignmentKey, pids: Collection[int]) -> None:
-        place = next((place for place, users in self._users.items() if key in users), None)
+        place = self._place_of(key)
         daemon = self._daemons.get(place) if place is not None else None
         if place is None or daemon is None or place in self._failed:
             return
@@ -190,6 +222,9 @@ class MpsMaker:
         except TimeoutError:
             # Whether the server is wedged shows when it is asked.
             self.look_now()
+
+    def _place_of(self, key: AssignmentKey) -> _Place | None:
+        return next((place for place, users in self._users.items() if key in users), None)
 
     # --- after a restart ---
 
@@ -230,12 +265,27 @@ def _note_exclusive(directory: Path, device: DeviceUuid) -> None:
     (directory / _EXCLUSIVE_FILE).touch()
 
 
-def _environment(share: MpsShare, directory: Path) -> dict[str, str]:
+def _instance_environment(instance: MigInstance, mig_uuid: str, directory: Path) -> dict[str, str]:
+    return {
+        **visible((mig_uuid,)),
+        **_pipes(directory),
+        # By number: daemon and clients see one device each, the instance.
+        "CUDA_MPS_PINNED_DEVICE_MEM_LIMIT": f"0={instance.memory_mib // instance.processes}M",
+    }
+
+
+def _pipes(directory: Path) -> dict[str, str]:
+    return {
+        "CUDA_MPS_PIPE_DIRECTORY": str(directory / "pipe"),
+        "CUDA_MPS_LOG_DIRECTORY": str(directory / "log"),
+    }
+
+
+def _share_environment(share: MpsShare, directory: Path) -> dict[str, str]:
     limit_mib = share.memory_mib // share.processes
     return {
         **visible((share.device,)),
-        "CUDA_MPS_PIPE_DIRECTORY": str(directory / "pipe"),
-        "CUDA_MPS_LOG_DIRECTORY": str(directory / "log"),
+        **_pipes(directory),
         "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE": str(percentage(share.share_milli)),
         "CUDA_MPS_PINNED_DEVICE_MEM_LIMIT": f"{share.device}={limit_mib}M",
     }

@@ -201,6 +201,9 @@ def _check_mps(device: Device, share: MpsShare, wanted: Holding, others: tuple[H
 
 def _check_mig(device: Device, instance: MigInstance, others: tuple[Holding, ...]) -> None:
     facts = _profile(device, instance.profile)
+    most = device.mps_clients_in(facts.compute_slices)
+    if not 0 <= instance.processes <= min(most, instance.memory_mib):
+        raise _refusal(device, f"serves {most} processes under MPS in {facts.name}, not {instance.processes}")
     if instance.start not in facts.starts:
         allowed = ", ".join(map(str, facts.starts))
         raise _refusal(device, f"can have {facts.name} at {allowed}, not at {instance.start}")

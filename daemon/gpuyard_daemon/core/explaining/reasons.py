@@ -43,6 +43,8 @@ def text_of(reason: Reason, shape: Shape) -> str:
             return f"fewer than {need.gpus} such cards" if need.gpus > 1 else "no such card"
         case Reason.PROFILE_MISSING:
             return f"no card offers MIG profile {need.mig}"
+        case Reason.MODE_MISSING if need.mig:
+            return f"no card can give {need.describe()}"
         case Reason.MODE_MISSING:
             return f"no card can be shared with isolation {need.isolation}"
         case Reason.CPUS_BUSY:

@@ -142,8 +142,8 @@ def describe_partition(partition: Partition) -> str:
             return f"mps {format_milli(milli)}/{format_mib(memory)}"
         case TimeSliceShare(share_milli=milli, memory_mib=memory):
             return f"timeslice {format_milli(milli)}/{format_mib(memory)}"
-        case MigInstance(profile=profile, start=start):
-            return f"mig {profile}@{start}"
+        case MigInstance(profile=profile, start=start, processes=processes):
+            return f"mig {profile}@{start}" + (f" mps {processes}" if processes else "")
         case _:
             return "cpu"
 

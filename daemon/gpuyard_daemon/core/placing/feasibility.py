@@ -325,7 +325,8 @@ def _suitable_cards(need: ResourceNeed, space: NodeSpace) -> tuple[Reason | None
     usable = [card for card in present if _could_serve(card, need)]
     if usable:
         return None, tuple([card.position for card in usable])
-    return (Reason.PROFILE_MISSING if need.mig else Reason.MODE_MISSING), ()
+    lacks_profile = need.mig and not any(need.mig in card.geometry.profiles for card in present)
+    return (Reason.PROFILE_MISSING if lacks_profile else Reason.MODE_MISSING), ()
 
 
 def _could_serve(card: Card, need: ResourceNeed) -> bool:

@@ -126,6 +126,11 @@ def _describe_cards(reason: Reason, need: ResourceNeed, devices: list[Device]) -
         case Reason.PROFILE_MISSING:
             profiles = sorted({profile.name for device in devices for profile in device.mig_profiles})
             return _one_of("$.mig", need.mig, need.mig, profiles, "no card offers this MIG profile")
+        case _ if need.mps:
+            text = (
+                f"no card can give {need.describe()}: such an instance serves fewer processes, or its node has no MPS"
+            )
+            return Missing("$.gpu_processes", str(need.gpu_processes), "fewer, or a larger instance", "", text)
         case _:
             modes = ", ".join(sorted({mode for device in devices for mode in device.modes})) or "no mode"
             text = f"no card can give {need.describe()}: cards offer {modes}"

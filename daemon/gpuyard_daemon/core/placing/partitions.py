@@ -463,7 +463,11 @@ def mode_for(card: Card, need: ResourceNeed, modes: tuple[Mode, ...]) -> CardMod
     """The mode in which this card, as it is cut now, would serve a share or MIG instance; None if it never would."""
     offered = card.device.modes
     if need.mig:
-        return "mig" if "mig" in offered and "mig" in modes and need.mig in card.geometry.profiles else None
+        profile = card.geometry.profiles.get(need.mig)
+        if profile is None or "mig" not in offered or "mig" not in modes:
+            return None
+        crowd = need.gpu_processes if need.mps else 0
+        return "mig" if crowd <= card.device.mps_clients_in(profile.compute_slices) else None
     wanted: tuple[CardMode, ...]
     match need.isolation:
         case "hard":
@@ -522,6 +526,7 @@ def cut(card: Card, need: ResourceNeed, modes: tuple[Mode, ...]) -> Partition:
                     size=profile.size,
                     memory_mib=profile.memory_mib,
                     compute_slices=profile.compute_slices,
+                    processes=need.gpu_processes if need.mps else 0,
                 )
         case "mps":
             milli, memory = share_of(device.memory_mib, need)
