@@ -97,9 +97,12 @@ class Scheduler:
         resume_waiting(draft, self._line, first=True)
         serve_claims(draft)
         unfinished = place_waiting(draft, self._line)
+        decided = len(draft.facts)
         resume_waiting(draft, self._line, first=False)
         services.make_room_for_new(draft)
         self._rounds.hold(draft, self._line, self.now_ms)
+        # What is no longer kept for somebody is there for whoever fits it: the next turn, at once, looks who does.
+        unfinished = unfinished or any(type(fact) is f.ClaimDropped for fact in draft.facts[decided:])
         self._handled_ms = draft.now_ms
         unfinished = dependencies.end_doomed(draft) or unfinished
         if not draft.facts and cursors == self.cursors:

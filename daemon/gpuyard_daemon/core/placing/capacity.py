@@ -15,7 +15,7 @@ from typing import NamedTuple, TypeAlias
 import msgspec
 import numpy as np
 
-from gpuyard_daemon.core.placing.partitions import Card, Look, claim_on
+from gpuyard_daemon.core.placing.partitions import Card, Freed, Look, claim_on
 from gpuyard_daemon.core.placing.topology import Wiring, rack_of, wiring_of
 from gpuyard_daemon.core.state.model import LEAVING, Assignment, Node
 from gpuyard_daemon.core.state.states import InvariantViolated
@@ -148,30 +148,33 @@ class NodeSpace:
         twin = self.copy()
         twin.claims = []
         claims = [claim for claim in self.claims if claim.job != owner]
-        # Whoever holds a card that is claimed whole will have left it by then, with its CPUs and memory.
-        awaited = {
-            key
-            for claim in claims
-            if isinstance(claim.partition, WholeCards)
-            for uuid in claim.partition.devices
-            if uuid in self.by_uuid
-            for key in self.by_uuid[uuid].held
-        }
-        leaving = [
-            key
-            for key, each in self.assignments.items()
-            if key in self.amounts and (each.state in LEAVING or key in awaited)
-        ]
-        cpu = sum(self.amounts[key][0] for key in leaving) - sum(claim.cpu_milli for claim in claims)
-        memory = sum(self.amounts[key][1] for key in leaving) - sum(claim.memory_mib for claim in claims)
-        twin.cpu_free_milli += min(0, cpu)
-        twin.memory_free_mib += min(0, memory)
+        leaving = [key for key, each in self.assignments.items() if key in self.amounts and each.state in LEAVING]
+        cpu = sum([self.amounts[key][0] for key in leaving])
+        memory = sum([self.amounts[key][1] for key in leaving])
+        counted = set(leaving)
+        freed: dict[str, Freed] = {}
         for claim in claims:
+            awaited = self._awaited(claim.partition, counted)
+            counted.update(awaited)
+            cpu -= max(0, claim.cpu_milli - sum([self.amounts[key][0] for key in awaited]))
+            memory -= max(0, claim.memory_mib - sum([self.amounts[key][1] for key in awaited]))
+            gone = [*leaving, *awaited]
             for uuid in devices_of(claim.partition):
                 if uuid in twin.by_uuid:
-                    claim_on(twin.by_uuid[uuid], self.by_uuid[uuid], claim.partition, claim.tenant, leaving)
+                    left = freed.setdefault(uuid, Freed())
+                    claim_on(twin.by_uuid[uuid], self.by_uuid[uuid], claim.partition, claim.tenant, gone, left)
+        twin.cpu_free_milli += min(0, cpu)
+        twin.memory_free_mib += min(0, memory)
         twin.idle_cards = _count_idle(twin.cards)
         return twin
+
+    def _awaited(self, partition: Partition, counted: set[AssignmentKey]) -> list[AssignmentKey]:
+        """Who holds a card that is claimed whole and is not told to go: it will have left with its CPUs and memory,
+        for that claim alone."""
+        if not isinstance(partition, WholeCards):
+            return []
+        cards = [card for uuid in partition.devices if (card := self.by_uuid.get(uuid)) is not None]
+        return sorted({key for card in cards for key in card.held if key in self.amounts and key not in counted})
 
     def take(self, key: AssignmentKey, partition: Partition, tenant: Tenant, cpu_milli: int, memory_mib: int) -> None:
         self.amounts[key] = (cpu_milli, memory_mib)

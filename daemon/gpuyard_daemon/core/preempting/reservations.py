@@ -105,8 +105,8 @@ def review(draft: Draft, line: WaitingLine, occupants: Sequence[Occupant], at_ms
     costs = {} if at_ms % REPLAN_MS else {each.job.id: _release_cost(each, at_ms) for each in occupants}
     for claim in kept:
         job = cluster.jobs[claim.job]
-        guests = [guest for number in claim.guests if (guest := cluster.jobs.get(number)) is not None and guest.live]
-        if guests and is_free(cluster, job, claim, without=guests):
+        guests = _guests(cluster, claim)
+        if guests and is_free(cluster, job, claim, without=guests) and _may_come(cluster, job, claim, guests):
             _send_away(draft, job, claim, guests)
             continue
         if at_ms % REPLAN_MS:
@@ -118,6 +118,19 @@ def review(draft: Draft, line: WaitingLine, occupants: Sequence[Occupant], at_ms
             draft.add(f.ClaimDropped(job.id, Why("ClaimMoved", "other places are expected to be free much sooner")))
             draft.add(f.ClaimMade(job.id, "reserve", plan.placements))
     return looks
+
+
+def _guests(cluster: Cluster, claim: Claim) -> list[Job]:
+    """Who was let in and is there now, each once: a guest may have left, come again, or run elsewhere since."""
+    nodes = {placement.node for placement in claim.placements}
+    known = [cluster.jobs[number] for number in dict.fromkeys(claim.guests) if number in cluster.jobs]
+    return [job for job in known if any(each.is_live and each.node in nodes for each in job.assignments)]
+
+
+def _may_come(cluster: Cluster, job: Job, claim: Claim, guests: list[Job]) -> bool:
+    """Whether the owner may hold its places once the guests have left: else they would leave for nothing."""
+    own = sum([width_milli(guest) for guest in guests if guest.tenant == job.tenant])
+    return may_hold(cluster, job, tuple(claim.placements), less_milli=own, victims=guests)
 
 
 def _holders(cluster: Cluster, claim: Claim) -> list[JobId]:

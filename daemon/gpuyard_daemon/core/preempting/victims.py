@@ -14,13 +14,13 @@ import heapq
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-from gpuyard_daemon.core.placing.capacity import Pool
+from gpuyard_daemon.core.placing.capacity import NodeSpace, Pool
 from gpuyard_daemon.core.placing.feasibility import Shape
 from gpuyard_daemon.core.placing.trial import PoolTrial
 from gpuyard_daemon.core.preempting.occupants import Occupant
 from gpuyard_daemon.core.state.facts import Placement
 from gpuyard_daemon.core.state.model import LEAVING, Assignment, Job
-from gpuyard_protocol.names import JobId, NodeId
+from gpuyard_protocol.names import AssignmentKey, JobId, NodeId
 from gpuyard_protocol.resources import NoGpu, devices_of
 
 
@@ -228,8 +228,38 @@ class Search:
                     self._trial.undo(mark)
                     return False
                 self._trial.restore(assignment, job.tenant, need.cpu_milli, need.memory_mib)
+        nodes = {a.node for a in job.assignments if a.is_live}
+        with_it = {node: _kept_fits(self._trial.space(node), self._job.id) for node in nodes}
         self._trial.undo(mark)
-        return True
+        # It must not stay at the price of what others were promised, CPUs and memory included.
+        return all(kept >= _kept_fits(self._emptied(node), self._job.id) for node, kept in with_it.items())
+
+    def _emptied(self, node: NodeId) -> NodeSpace:
+        """A node as it will be without this plan: those who leave anyway have left, and nobody else."""
+        space = self._trial.pool.spaces[node]
+        if not space.claims:
+            return space
+        twin = space.copy(with_holders=True)
+        for key, assignment in space.assignments.items():
+            if assignment.state in LEAVING:
+                twin.give(key, assignment.partition)
+        return twin
+
+
+def _kept_fits(space: NodeSpace, owner: JobId) -> set[int]:
+    """Which of the places that are kept there for others are to be had, one after the other."""
+    claims = [claim for claim in space.claims if claim.job != owner]
+    if not claims:
+        return set()
+    twin, found = space.copy(with_holders=True), set()
+    for number, claim in enumerate(claims):
+        cards = [twin.by_uuid.get(uuid) for uuid in devices_of(claim.partition)]
+        short = twin.cpu_free_milli < claim.cpu_milli or twin.memory_free_mib < claim.memory_mib
+        if not short and all(card is not None and card.could_take(claim.partition, claim.tenant) for card in cards):
+            key = AssignmentKey(-claim.job, 0, number)
+            twin.take(key, claim.partition, claim.tenant, claim.cpu_milli, claim.memory_mib)
+            found.add(number)
+    return found
 
 
 def _giving_order(occupant: Occupant) -> tuple[int, int, int, int]:

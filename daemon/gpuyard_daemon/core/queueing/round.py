@@ -50,8 +50,12 @@ def place_waiting(draft: Draft, line: WaitingLine) -> bool:
             line.hold_back(queue, costly=True)
             continue
         prepare_until_ms = draft.now_ms + draft.settings.prepare_timeout_ms if len(placements) > 1 else 0
+        was_kept = job.id in cluster.claims
         draft.add(JobPlaced(job.id, placements, prepare_until_ms))
         started += len(placements)
+        if was_kept:
+            # What was kept for it elsewhere is there for others now.
+            line.catch_up(draft.now_ms)
     return False
 
 
