@@ -39,15 +39,17 @@ class SyncParts:
             desired=desired,
             v=part.v,
             clock_ms=part.clock_ms,
+            serial=part.serial,
         )
 
     def _follows(self, part: SyncPart) -> bool:
         last = self._last
-        return last is not None and (last.node, last.instance, last.epoch, last.n, last.part + 1, last.parts) == (
+        if last is None or (last.part + 1, last.parts) != (part.part, part.parts):
+            return False
+        return (last.node, last.instance, last.epoch, last.n, last.serial) == (
             part.node,
             part.instance,
             part.epoch,
             part.n,
-            part.part,
-            part.parts,
+            part.serial,
         )

@@ -237,7 +237,13 @@ class Dispatcher:
             channel.wants_sync = False
             self.syncs_sent += 1
             messages = sync_messages(
-                channel.node, channel.instance, self._epoch, number, desired, self._clock_ms(channel)
+                channel.node,
+                channel.instance,
+                self._epoch,
+                number,
+                desired,
+                self._clock_ms(channel),
+                serial=self.syncs_sent,
             )
             log.info("node.sync", node=channel.node, n=number, desired=len(desired), messages=len(messages))
             for message in messages:

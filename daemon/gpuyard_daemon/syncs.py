@@ -28,6 +28,7 @@ class _Sync(msgspec.Struct, frozen=True, tag="sync", kw_only=True):
     desired: tuple[msgspec.Raw, ...]
     v: int = 1
     clock_ms: int = 0
+    serial: int = 0
 
 
 class _Part(msgspec.Struct, frozen=True, tag="sync-part", kw_only=True):
@@ -42,16 +43,20 @@ class _Part(msgspec.Struct, frozen=True, tag="sync-part", kw_only=True):
     desired: tuple[msgspec.Raw, ...]
     v: int = 1
     clock_ms: int = 0
+    serial: int = 0
 
 
 def sync_messages(
-    node: NodeId, instance: str, epoch: int, n: int, desired: Iterable[Desired], clock_ms: int = 0
+    node: NodeId, instance: str, epoch: int, n: int, desired: Iterable[Desired], clock_ms: int = 0, serial: int = 0
 ) -> list[bytes]:
     """To be sent in order, each after the answer to the one before."""
     pieces = list(_pieces([encode(entry) for entry in desired]))
     if len(pieces) == 1:
         (whole,) = pieces
-        return [encode(_Sync(node=node, instance=instance, epoch=epoch, n=n, desired=tuple(whole), clock_ms=clock_ms))]
+        sync = _Sync(
+            node=node, instance=instance, epoch=epoch, n=n, desired=tuple(whole), clock_ms=clock_ms, serial=serial
+        )
+        return [encode(sync)]
     return [
         encode(
             _Part(
@@ -63,6 +68,7 @@ def sync_messages(
                 parts=len(pieces),
                 desired=tuple(piece),
                 clock_ms=clock_ms,
+                serial=serial,
             )
         )
         for number, piece in enumerate(pieces, 1)

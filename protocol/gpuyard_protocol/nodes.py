@@ -118,6 +118,9 @@ class Launch(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     image: str = ""
     #: None: as the node's own settings say.
     idle: IdleGpu | None = None
+    #: Of an elastic job: the fewest and most replicas that it may have; `replicas` is what it has now. 0: one size.
+    replicas_min: int = 0
+    replicas_max: int = 0
 
 
 class Start(msgspec.Struct, frozen=True, tag="start", kw_only=True, omit_defaults=True):
@@ -207,6 +210,9 @@ class Sync(msgspec.Struct, frozen=True, tag="sync", kw_only=True):
     v: int = 1
     #: As in `Renew`; 0: renews nothing.
     clock_ms: int = 0
+    #: Dense over all that one leader sends: of two at the same `n` the later holds, and what is repeated is told from
+    #: what is new. 0: from a daemon that does not count them.
+    serial: int = 0
 
 
 class SyncPart(msgspec.Struct, frozen=True, tag="sync-part", kw_only=True):
@@ -225,6 +231,7 @@ class SyncPart(msgspec.Struct, frozen=True, tag="sync-part", kw_only=True):
     desired: tuple[Desired, ...]
     v: int = 1
     clock_ms: int = 0
+    serial: int = 0
 
 
 class Renew(msgspec.Struct, frozen=True, tag="renew", kw_only=True):

@@ -325,7 +325,8 @@ def test_a_new_leader_is_durable_with_its_first_order(core: CoreHarness) -> None
     core.tell(batch(1, START))
     core.tell(batch(2, Stop(key=KEY), epoch=8))
     core.restart(found=[ProcessFound(KEY, 100, 5)])
-    assert core.tell(batch(3, start_order(4, "true"), epoch=7)).answers[0].status == "stale"
+    late = batch(3, start_order(4, "true"), epoch=7, instance=core.instance)
+    assert core.tell(late).answers[0].status == "stale"
 
 
 # --- sync ---
@@ -384,6 +385,31 @@ def test_a_key_is_forgotten_once_a_sync_no_longer_wants_it(core: CoreHarness) ->
     core.tell(ReportsDelivered(len(core.reports)))
     core.sync()
     assert core.state(KEY) == "unknown"
+
+
+def test_a_late_copy_of_an_older_sync_does_not_start_again_what_is_forgotten(core: CoreHarness) -> None:
+    """Both stand for the same orders: only their serials say which is the newer."""
+    core.run(START)
+    late = SyncReceived(1, core.next_sync(Desired(start=START)))
+    core.tell(late)
+    core.tell(ProcessExited(KEY))
+    core.undo(KEY)
+    core.tell(ReportsDelivered(len(core.reports)))
+    core.sync()
+    told = core.tell(late)
+    assert (told.answers[0].status, told.others, core.state(KEY)) == ("stale", [], "unknown")
+
+
+def test_a_repeated_sync_is_answered_and_changes_nothing(core: CoreHarness) -> None:
+    once = SyncReceived(1, core.next_sync(Desired(start=START)))
+    core.tell(once)
+    core.tell(PartitionFailed(KEY, "PartitionUnavailable", "no"))
+    core.undo(KEY)
+    core.tell(ReportsDelivered(len(core.reports)))
+    core.now_ms += CLOSED_KEPT_MS
+    for _ in range(2):
+        told = core.tell(once)
+        assert (told.answers[0].status, told.others) == ("ok", [])
 
 
 def test_a_key_is_forgotten_some_time_after_its_end_was_delivered(core: CoreHarness) -> None:

@@ -59,9 +59,14 @@ class CoreHarness:
     ended: dict[AssignmentKey, int] = field(default_factory=dict)
     reports: list[Report] = field(default_factory=list)
     counters: Counters = field(default_factory=Counters)
+    #: Each process of the agent is one of its own.
+    instance: str = INSTANCE
+    starts: int = 1
+    #: Made so far.
+    syncs: int = 0
 
     def __post_init__(self) -> None:
-        self.core = AgentCore(NODE, INSTANCE, self.boot_id)
+        self.core = AgentCore(NODE, self.instance, self.boot_id)
 
     def tell(self, *events: Event) -> Told:
         turn = self.core.handle(events, self.now_ms, self.wall_ms)
@@ -98,23 +103,38 @@ class CoreHarness:
     def restart(self, *, boot_id: str = "", found: Sequence[ProcessFound] = ()) -> Told:
         """A new process of the agent on the ledger as it is: only what was durable is known."""
         self.boot_id = boot_id or self.boot_id
+        self.starts += 1
+        self.instance = f"instance-{self.starts}"
         live = [decode(Assignment, row) for row in self.rows.values()]
         closed = {key: Closed(report=number) for key, number in self.ended.items()}
         self.core = AgentCore(
-            NODE, INSTANCE, self.boot_id, counters=decode(Counters, encode(self.counters)), live=live, closed=closed
+            NODE,
+            self.instance,
+            self.boot_id,
+            counters=decode(Counters, encode(self.counters)),
+            live=live,
+            closed=closed,
         )
         return self.tell(ProcessesListed(tuple(found), at_start=True))
 
     def order(self, *orders: Order) -> Told:
         """The next orders, as the daemon sends them."""
-        batch = OrderBatch(node=NODE, instance=INSTANCE, epoch=self.epoch, first=self.ordered + 1, orders=orders)
+        batch = OrderBatch(node=NODE, instance=self.instance, epoch=self.epoch, first=self.ordered + 1, orders=orders)
         self.ordered += len(orders)
         return self.tell(OrdersReceived(1, batch))
 
     def sync(self, *desired: Desired, n: int | None = None) -> Told:
-        number = self.ordered if n is None else n
-        return self.tell(
-            SyncReceived(1, Sync(node=NODE, instance=INSTANCE, epoch=self.epoch, n=number, desired=desired))
+        return self.tell(SyncReceived(1, self.next_sync(*desired, n=n)))
+
+    def next_sync(self, *desired: Desired, n: int | None = None) -> Sync:
+        self.syncs += 1
+        return Sync(
+            node=NODE,
+            instance=self.instance,
+            epoch=self.epoch,
+            n=self.ordered if n is None else n,
+            desired=desired,
+            serial=self.syncs,
         )
 
     def run(self, start: Start, pid: int = 100) -> None:

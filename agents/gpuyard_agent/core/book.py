@@ -67,6 +67,8 @@ class Book:
         #: Node clock from which leases count, and the one that the launcher was last told.
         self.renewed_ms = 0
         self.renewal_told_ms = 0
+        #: (epoch, serial) of the newest `Sync` taken. Not in the ledger: another process is another instance.
+        self.newest_sync = (0, 0)
         #: What the daemon was last told, and what was read since; equal while nothing has changed.
         self.inventory_told: Inventory | None = None
         self.inventory_read: Inventory | None = None

@@ -9,7 +9,8 @@ at all, and a refusal changes nothing, not even the epoch:
 
 What is repeated is skipped and answered `ok`: numbers are given once, so an order at or below `applied` is one that was
 taken. A `Sync` at number n stands for all orders up to n: it states the whole desired set, and what is not in it must
-not run.
+not run. Two at the same number are told apart by their serials: a late copy of an older one would start again what
+ended, was reported and forgotten since.
 """
 
 from __future__ import annotations
@@ -59,9 +60,16 @@ def take_sync(book: Book, event: SyncReceived) -> None:
     if refusal is None and sync.n < book.counters.applied:
         detail = f"a sync at {sync.n}, while orders up to {book.counters.applied} were taken"
         refusal = OrderAnswer(status="stale", applied=book.counters.applied, detail=detail)
+    name, newest = (sync.epoch, sync.serial), book.newest_sync
+    if refusal is None and sync.serial and name < newest:
+        detail = f"sync {sync.serial} of epoch {sync.epoch}, while {newest[1]} of {newest[0]} was taken"
+        refusal = OrderAnswer(status="stale", applied=book.counters.applied, detail=detail)
+    if refusal is None and sync.serial and name == newest:
+        refusal = OrderAnswer(status="ok", applied=book.counters.applied)  # repeated: taken already
     if refusal is not None:
         book.act(Answer(event.request, refusal))
         return
+    book.newest_sync = max(name, newest)
     wanted = {entry.start.key for entry in sync.desired}
     for assignment in [entry for key, entry in book.live.items() if key not in wanted]:
         verdict = Verdict(outcome="stopped", detail="superseded")
