@@ -17,7 +17,7 @@ BENCHES := latency drain submit scale
 help:
 	@echo "make demo    a whole yard with simulated GPUs and a mixed workload, live, about a minute"
 	@echo "make test    every test that needs neither a GPU nor root"
-	@echo "make machine the tests on a booted machine with a real systemd; needs root and systemd-container"
+	@echo "make machine the tests on a booted machine with a real systemd; needs root, systemd-container, podman, busybox"
 	@echo "make check   format, lint, types, import contracts, freshness of docs/, all tests: what CI runs"
 	@echo "make bench   the figures of README.md"
 	@echo "make soak    what tries to break it, for an hour: SOAK_SEEDS=1000 SOAK_KILLS=1000 SOAK_SEED=date"

@@ -168,6 +168,7 @@ class Hands:
             account = self._accounts.resolve(launch.tenant, launch.user, shares_card=shares_card)
             if launch.image and not adopting:
                 self._containers.check(launch, partition)
+                await self._containers.wake(account)
             if not adopting:
                 await self._checkpoints.make(launch.tenant, key.job, account)
             grant = await take(key, partition, account, launch.tenant)

@@ -56,8 +56,10 @@ def missing() -> str:
 class Machine:
     """One container. `start` boots it; `off`, `crash` and leaving the context end it."""
 
-    def __init__(self, stage: Path) -> None:
+    def __init__(self, stage: Path, *, nesting: bool = False) -> None:
+        """`nesting`: containers can be run inside; for that nothing of its /proc is covered, so root there can more."""
         self.stage = stage
+        self._nesting = nesting
         self.name = f"gy{os.getpid()}-{uuid.uuid4().hex[:6]}"
         self._process: subprocess.Popen[bytes] | None = None
         #: The container's PID 1, as the host numbers it.
@@ -142,12 +144,19 @@ class Machine:
             # This process's end, however it comes, shuts the machine down.
             *("setpriv", "--pdeathsig", "TERM", "systemd-nspawn", "--quiet", "--directory=/", "--volatile=yes"),
             *("--register=no", "--keep-unit", "--console=pipe", "--notify-ready=yes", "--link-journal=no"),
-            *("--system-call-filter=bpf", "--private-network", f"--machine={self.name}", f"--hostname={self.name}"),
+            *(
+                f"--system-call-filter=bpf{' @keyring' if self._nesting else ''}",
+                "--private-network",
+                f"--machine={self.name}",
+                f"--hostname={self.name}",
+            ),
             *binds,
             "--boot",
         ]
         with _notify_socket() as (listener, path), (self.stage / "console").open("ab") as console:
             environment = {**os.environ, "SYSTEMD_NSPAWN_UNIFIED_HIERARCHY": "1", "NOTIFY_SOCKET": path}
+            if self._nesting:
+                environment["SYSTEMD_NSPAWN_API_VFS_WRITABLE"] = "1"
             self._process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=console, stderr=console, env=environment
             )
@@ -259,7 +268,7 @@ def _notify_socket() -> Iterator[tuple[socket.socket, str]]:
 
 
 @contextlib.contextmanager
-def machine() -> Iterator[Machine]:
+def machine(*, nesting: bool = False) -> Iterator[Machine]:
     """A machine that is staged and not booted."""
     lacking = missing()
     if lacking:
@@ -267,7 +276,7 @@ def machine() -> Iterator[Machine]:
     # Short, and not pytest's own directory: other accounts pass through it.
     stage = Path(tempfile.mkdtemp(prefix="gpuyard-machine-"))
     stage.chmod(0o755)
-    made = Machine(stage)
+    made = Machine(stage, nesting=nesting)
     try:
         yield made
     finally:

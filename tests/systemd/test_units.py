@@ -112,6 +112,12 @@ def test_nothing_that_restricts_the_supervisor_restricts_jobs() -> None:
     assert unit["OOMPolicy"] == ["continue"]
 
 
+def test_nothing_closes_devices_to_the_agent() -> None:
+    """Each of these, ProtectClock with systemd of before 253, makes a list of the devices that may be opened."""
+    unit = settings(FOLDER / "gpuyard-agent.service")
+    assert not {"DeviceAllow", "DevicePolicy", "PrivateDevices", "ProtectClock", "RootImage"} & unit.keys()
+
+
 def test_the_agent_and_what_it_starts_end_apart() -> None:
     unit = settings(FOLDER / "gpuyard-agent.service")
     assert unit["KillMode"] == ["process"]

@@ -6,8 +6,16 @@ Interface (CDI), which NVIDIA's toolkit writes down for the host; a card without
 
 With podman the container stays in the replica's own process tree and control group (`--cgroups=disabled`), so limits,
 halting and killing reach it like any other replica. Under docker it is a child of docker's daemon: it cannot be halted,
-and has to be removed after a kill; so shares that take turns need podman. MPS needs the host's process ids, which a
-container of this kind has not.
+and has to be removed after a kill; so shares that take turns need podman.
+
+Podman keeps one process of its own for each account, which holds the account's user namespace; whichever command does
+not find it starts it. So the agent gives a command before each container (`wake`): otherwise that process would lie in
+the control group of some replica, and end with it. Where it has ended, and the containers that podman believes to run
+were killed past podman, podman refuses every command until it is told to begin anew (`system migrate`); nothing of the
+account runs then, so the agent tells it so.
+
+MPS cannot be used from a container: its server has to know its clients by the host's process ids, and podman gives a
+container without a control group of its own always process ids of its own.
 
 The host's network and IPC are the replica's: gangs find each other, and data loaders their shared memory.
 """
@@ -43,6 +51,8 @@ CDI_FOLDERS = (Path("/etc/cdi"), Path("/var/run/cdi"))
 _CDI_KIND = "nvidia.com/gpu"
 #: Of the host, and not of the image: never handed in unless the job names them itself.
 _HOSTS_OWN = frozenset({"PATH", "HOME", "SHELL", "LD_LIBRARY_PATH"})
+#: What podman asks for when it cannot find the processes of what it believes to run; it finds none then.
+_LOST_TRACK = "system migrate"
 _ASK_S = 10.0
 _REMOVE_S = 30.0
 
@@ -100,6 +110,22 @@ class Containers:
         if ":" in launch.cwd:
             raise NotContained(f"the directory {launch.cwd} cannot be shown to a container: it has a colon")
 
+    async def wake(self, account: Account) -> None:
+        """Before each container. Raises `NotContained` where the account can run none here."""
+        if self.engine.name == "podman":
+            code, said = await self._tell(("unshare", "true"), account, _ASK_S)
+            if code:
+                raise NotContained(f"podman does not work for the account {account.name}: {said}")
+
+    async def _tell(self, command: Sequence[str], account: Account, deadline_s: float) -> tuple[int, str]:
+        """As the account, and once more where the engine had lost track of what runs."""
+        code, said = await _run((self.engine.path, *command), account, deadline_s)
+        if code and self.engine.name == "podman" and _LOST_TRACK in said:
+            _log.warning("podman begins anew", account=account.name, why=said)
+            await _run((self.engine.path, *_LOST_TRACK.split()), account, _REMOVE_S)
+            code, said = await _run((self.engine.path, *command), account, deadline_s)
+        return code, said
+
     def wrap(
         self,
         key: AssignmentKey,
@@ -127,8 +153,7 @@ class Containers:
 
     async def remove(self, key: AssignmentKey, account: Account) -> None:
         """Whatever is left of it after its command line has ended, or was killed. Never raises."""
-        command = (self.engine.path, "rm", "--force", self.name_of(key))
-        code, said = await _run(command, account, _REMOVE_S)
+        code, said = await self._tell(("rm", "--force", self.name_of(key)), account, _REMOVE_S)
         if code and "no such container" not in said.lower():
             _log.warning("container not removed", assignment=str(key), why=said)
 
