@@ -191,6 +191,19 @@ class Client:
         request = HoldRequest(job=job, array=array, submission_id=submission_id)
         await self._request("release", encode(request), submission_id)
 
+    async def suspend(self, job: int, *, array: bool = False, submission_id: str | None = None) -> None:
+        """Take a running job off its card, into its host's memory, until it is resumed.
+
+        Only a job with `preemption: suspend` can be; anything else is refused with the reason.
+        """
+        request = HoldRequest(job=job, array=array, submission_id=submission_id)
+        await self._request("suspend", encode(request), submission_id)
+
+    async def resume(self, job: int, *, array: bool = False, submission_id: str | None = None) -> None:
+        """Let a suspended job go back to its card, as soon as that is free for it."""
+        request = HoldRequest(job=job, array=array, submission_id=submission_id)
+        await self._request("resume", encode(request), submission_id)
+
     async def requeue(
         self, job: int, *, hold: bool = False, array: bool = False, submission_id: str | None = None
     ) -> None:

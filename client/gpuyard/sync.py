@@ -183,6 +183,12 @@ class SyncClient:
     def release(self, job: int, *, array: bool = False, submission_id: str | None = None) -> None:
         self.run(self._client.release(job, array=array, submission_id=submission_id))
 
+    def suspend(self, job: int, *, array: bool = False, submission_id: str | None = None) -> None:
+        self.run(self._client.suspend(job, array=array, submission_id=submission_id))
+
+    def resume(self, job: int, *, array: bool = False, submission_id: str | None = None) -> None:
+        self.run(self._client.resume(job, array=array, submission_id=submission_id))
+
     def requeue(self, job: int, *, hold: bool = False, array: bool = False, submission_id: str | None = None) -> None:
         self.run(self._client.requeue(job, hold=hold, array=array, submission_id=submission_id))
 

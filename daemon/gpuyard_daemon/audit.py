@@ -29,8 +29,10 @@ from gpuyard_daemon.core.state.inputs import (
     RequestMalformed,
     RequestRefused,
     RequeueRequested,
+    ResumeRequested,
     ServiceApplied,
     ServiceDeleted,
+    SuspendRequested,
 )
 from gpuyard_daemon.recovery import ERROR_NO_ROOM, StartRefused
 from gpuyard_protocol.audit import (
@@ -60,13 +62,15 @@ SLICE_FACTS = 500
 TEXT_MAX = 120
 BATCH_BYTES_MAX = 1024 * 1024
 
-_AboutJob = CancelRequested | HoldRequested | ReleaseRequested | RequeueRequested
+_AboutJob = CancelRequested | HoldRequested | ReleaseRequested | RequeueRequested | SuspendRequested | ResumeRequested
 _Request = JobSubmitted | _AboutJob | ServiceApplied | ServiceDeleted | RequestMalformed | RequestRefused
 _VERBS: dict[type[_Request], str] = {
     JobSubmitted: "submit",
     CancelRequested: "cancel",
     HoldRequested: "hold",
     ReleaseRequested: "release",
+    SuspendRequested: "suspend",
+    ResumeRequested: "resume",
     RequeueRequested: "requeue",
     ServiceApplied: "apply",
     ServiceDeleted: "delete",

@@ -26,8 +26,10 @@ from gpuyard_daemon.core.state.inputs import (
     RequestMalformed,
     RequestRefused,
     RequeueRequested,
+    ResumeRequested,
     ServiceApplied,
     ServiceDeleted,
+    SuspendRequested,
 )
 from gpuyard_daemon.inbox import Inbox, Line, Waiting
 from gpuyard_daemon.rates import Rates
@@ -203,6 +205,11 @@ def _given_up(message: StoredMessage, counts: Counter[str]) -> tuple[Input, ...]
     return (_malformed(caller, given_submission_id(message.sequence), error),)
 
 
+_ABOUT_JOB: dict[str, type[HoldRequested | ReleaseRequested | SuspendRequested | ResumeRequested]] = {
+    "hold": HoldRequested, "release": ReleaseRequested, "suspend": SuspendRequested, "resume": ResumeRequested,
+}  # fmt: skip
+
+
 def _single(caller: Caller, message: StoredMessage) -> Input:
     tenant, user, verb = caller
     given = given_submission_id(message.sequence)
@@ -225,10 +232,9 @@ def _single(caller: Caller, message: StoredMessage) -> Input:
                 job=cancel.job,
                 array=cancel.array,
             )
-        case "hold" | "release":
+        case "hold" | "release" | "suspend" | "resume":
             held = decode(HoldRequest, message.data)
-            request = HoldRequested if verb == "hold" else ReleaseRequested
-            return request(
+            return _ABOUT_JOB[verb](
                 tenant=tenant,
                 user=user,
                 submission_id=_checked_id(held.submission_id) or given,

@@ -103,6 +103,8 @@ _SUBMISSIONS: tuple[tuple[subjects.SubmitVerb, type[Any], str], ...] = (
     ("cancel", jobs.CancelRequest, "Cancel a job."),
     ("hold", jobs.HoldRequest, "Keep a job that waits from starting."),
     ("release", jobs.HoldRequest, "Let a held job start again."),
+    ("suspend", jobs.HoldRequest, "Take a running job off its card, until it is resumed."),
+    ("resume", jobs.HoldRequest, "Let a suspended job go back to its card."),
     ("requeue", jobs.RequeueRequest, "End a job's attempt with grace; it waits again, uncharged."),
     ("apply", services.ServiceRequest, "Create or change a service."),
     ("delete", services.DeleteRequest, "Stop a service's replicas and forget it."),

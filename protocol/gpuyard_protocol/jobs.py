@@ -386,10 +386,10 @@ class CancelRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, om
 
 
 class HoldRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
-    """The payload of `sub.<tenant>.<user>.hold` and `….release`."""
+    """The payload of `sub.<tenant>.<user>.hold`, `….release`, `….suspend` and `….resume`."""
 
     job: Count
-    #: Every waiting element of the array that the job belongs to.
+    #: Every element of the array that the job belongs to and that this can be done to.
     array: bool = False
     v: RequestVersion = 1
     submission_id: str | None = None

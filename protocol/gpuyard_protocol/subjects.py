@@ -25,9 +25,12 @@ from typing import Literal, NamedTuple
 from gpuyard_protocol.bus.base import StreamSpec
 from gpuyard_protocol.names import JobId, NodeId, ServiceName, SubmissionId, Tenant, User, is_name
 
-SubmitVerb = Literal["submit", "submit-many", "cancel", "hold", "release", "requeue", "apply", "delete"]
+SubmitVerb = Literal[
+    "submit", "submit-many", "cancel", "hold", "release", "suspend", "resume", "requeue", "apply", "delete"
+]
 SUBMIT_VERBS: tuple[SubmitVerb, ...] = (
-    "submit", "submit-many", "cancel", "hold", "release", "requeue", "apply", "delete",
+    "submit", "submit-many", "cancel", "hold", "release", "suspend", "resume",
+    "requeue", "apply", "delete",
 )  # fmt: skip
 
 JOURNAL_LEADER = "jrn.leader"

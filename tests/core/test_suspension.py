@@ -9,7 +9,7 @@ import pytest
 
 from gpuyard_daemon.core.state.facts import ClaimDropped, ClaimMade, JobResuming
 from gpuyard_daemon.core.state.turn import JobNotice
-from gpuyard_protocol.jobs import JobSpec
+from gpuyard_protocol.jobs import JobSpec, Preemption
 from gpuyard_protocol.names import AssignmentKey
 from gpuyard_protocol.nodes import (
     Ended,
@@ -48,17 +48,19 @@ def key(number: int) -> AssignmentKey:
     return AssignmentKey(number, 1, 0)
 
 
-def harness(inventory: Inventory | None = None, *, hours: int = 20) -> tuple[CoreHarness, int, int]:
-    """A large job that was told to leave its card for a small one."""
+def harness(
+    inventory: Inventory | None = None, *, hours: int = 20, kind: Preemption = "requeue"
+) -> tuple[CoreHarness, int, int]:
+    """A large job that was told to leave its card for a small one. `kind`: how that one would give way."""
     h = CoreHarness()
     h.join(inventory or able())
     large = running_for(h, softly(gpus=1), hours * HOUR)
-    small = h.submit(job(gpus=1))
+    small = h.submit(msgspec.structs.replace(job(gpus=1), preemption=kind))
     return h, large, small
 
 
-def suspended(*, hours: int = 20) -> tuple[CoreHarness, int, int]:
-    h, large, small = harness(hours=hours)
+def suspended(*, hours: int = 20, kind: Preemption = "requeue") -> tuple[CoreHarness, int, int]:
+    h, large, small = harness(hours=hours, kind=kind)
     h.report("n-1", Suspended(key=key(large), step=1, at_ms=0, image_mib=30_000))
     return h, large, small
 
@@ -295,3 +297,29 @@ def test_an_idle_job_that_is_requeued_with_a_hold_waits_until_it_is_released() -
     assert h.state(number) == "pending"
     assert h.release(number).accepted
     assert h.state(number) == "starting"
+
+
+def test_a_suspended_job_takes_its_card_back_from_one_that_has_grown_larger() -> None:
+    """It was told to go for somebody small, who turned out to be large."""
+    h, large, small = suspended(hours=1, kind="checkpoint")
+    h.run(small)
+    h.settle(most_ms=HOUR)
+    assert h.states(large, small) == ["suspended", "running"]
+    h.settle(most_ms=100 * HOUR)
+    claim = h.core.cluster.claims.of(large)
+    assert claim is not None
+    assert (claim.kind, claim.evicted, claim.placements[0].node) == ("preempt", [small], "n-1")
+    assert h.states(large, small) == ["suspended", "stopping"]
+    late = h.submit(job(gpus=1, priority=2))
+    h.restart()
+    h.stopped(small)
+    assert h.core.cluster.jobs[large].assignments[0].state == "resuming"
+    assert h.states(small, late) == ["pending", "pending"], "the card was kept for it"
+    assert len(h.core.cluster.claims) == 0
+
+
+def test_a_suspended_job_takes_its_card_from_nobody_who_is_never_preempted() -> None:
+    h, large, small = suspended(hours=1, kind="never")
+    h.run(small)
+    h.settle(most_ms=300 * HOUR)
+    assert h.states(large, small) == ["suspended", "running"]

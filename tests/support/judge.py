@@ -22,6 +22,7 @@ from gpuyard_daemon.core.state.effects import Effects
 from gpuyard_daemon.core.state.model import LEAVING, Assignment, Claim, Job
 from gpuyard_daemon.core.state.settings import CoreSettings
 from gpuyard_daemon.core.state.turn import Record, Turn
+from gpuyard_daemon.core.tenants.tenancy import held_by
 from gpuyard_protocol.names import AssignmentKey, JobId, NodeId
 from gpuyard_protocol.resources import NoGpu, TimeSliceShare, WholeCards, devices_of
 from support.builders import CoreHarness
@@ -125,6 +126,10 @@ class Judge(Scheduler):
             self._count(fact.kind)
             assert not fact.evictions, "nobody is told to go for a place that is only kept"
             return
+        if job.id in cluster.suspended:
+            self._count("card taken back")
+            (assignment,) = job.assignments
+            assert [(place.node, place.partition) for place in fact.placements] == [(assignment.node, assignment.home)]
         victims = [cluster.jobs[eviction.job] for eviction in fact.evictions]
         assert len({victim.id for victim in victims}) == len(victims)
         assert all(not (victim.verdict or victim.id == job.id) for victim in victims)
@@ -148,10 +153,10 @@ class Judge(Scheduler):
     def _reserved(self, fact: f.ClaimMade, now_ms: int) -> None:
         cluster = self.cluster
         rank = cluster.ranking.rank_of(cluster.jobs[fact.job], now_ms)
-        assert rank.level == TOP_LEVEL or rank.band == FLOOR
         kept = [cluster.jobs[claim.job] for claim in cluster.claims if claim.kind == "reserve"]
         assert len(kept) < RESERVATIONS_MAX
         if fact.job != self._moved:
+            assert rank.level == TOP_LEVEL or rank.band == FLOOR
             assert rank.band not in [cluster.ranking.band_of(owner) for owner in kept], "two owners in one band"
 
     def _ladder(self, eviction: f.Eviction, victim: Job, before: Iterable[Job]) -> None:
@@ -273,11 +278,7 @@ class Judge(Scheduler):
 
     def _width(self, job: Job) -> int:
         spaces = self.cluster.pool.spaces
-        return sum(
-            1000 * len(each.partition.devices)
-            for each in job.assignments
-            if each.is_live and isinstance(each.partition, WholeCards) and each.node in spaces
-        )
+        return sum([held_by(spaces[each.node], each.partition) for each in job.assignments if each.is_live])
 
     def _asked(self, job: Job) -> int:
         return 1000 * job.spec.need.gpus * job.spec.replicas

@@ -165,7 +165,10 @@ class MixedYard:
         there = [each for each in self._jobs.values() if not each.is_final]
         if there:
             chosen = there[a % len(there)]
-            verbs = (i.HoldRequested, i.ReleaseRequested, i.RequeueRequested, i.CancelRequested)
+            verbs = (
+                i.HoldRequested, i.ReleaseRequested, i.RequeueRequested, i.SuspendRequested, i.ResumeRequested,
+                i.CancelRequested,
+            )  # fmt: skip
             self._ask(verbs[b % len(verbs)], tenant=chosen.tenant, user=chosen.user, job=chosen.id)
 
     def _service(self, a: int, b: int) -> None:

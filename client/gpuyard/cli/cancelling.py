@@ -1,4 +1,4 @@
-"""`gpuyard cancel`, `hold`, `release`, `requeue`: what an owner does to jobs that are there."""
+"""`gpuyard cancel`, `hold`, `release`, `suspend`, `resume`, `requeue`: what an owner does to jobs that are there."""
 
 from __future__ import annotations
 
@@ -24,6 +24,8 @@ def register(app: typer.Typer) -> None:
     app.command("cancel")(cancel)
     app.command("hold")(hold)
     app.command("release")(release)
+    app.command("suspend")(suspend)
+    app.command("resume")(resume)
     app.command("requeue")(requeue)
 
 
@@ -40,6 +42,16 @@ def hold(ctx: typer.Context, jobs: Jobs, array: Array = False) -> None:
 def release(ctx: typer.Context, jobs: Jobs, array: Array = False) -> None:
     """Let held jobs start again."""
     _each(ctx, jobs, lambda yard, job: yard.release(job, array=array), f"Released {_what(array)}")
+
+
+def suspend(ctx: typer.Context, jobs: Jobs, array: Array = False) -> None:
+    """Take running jobs off their cards, into their hosts' memory, until they are resumed."""
+    _each(ctx, jobs, lambda yard, job: yard.suspend(job, array=array), f"Suspending {_what(array)}")
+
+
+def resume(ctx: typer.Context, jobs: Jobs, array: Array = False) -> None:
+    """Let suspended jobs go back to their cards."""
+    _each(ctx, jobs, lambda yard, job: yard.resume(job, array=array), f"Resuming {_what(array)}")
 
 
 def requeue(ctx: typer.Context, jobs: Jobs, hold: Annotated[bool, _Hold] = False, array: Array = False) -> None:

@@ -353,7 +353,7 @@ def _claims(cluster: Cluster) -> Iterator[str]:
     """Claims are for jobs in line, whole, and what is kept on a node is there once those who leave have left."""
     kept: dict[str, list[ClaimedPlace]] = {}
     for number, claim in cluster.claims.records.items():
-        job = cluster.waiting.get(number)
+        job = cluster.waiting.get(number) or cluster.suspended.get(number)
         if number != claim.job or job is None:
             yield f"job {number} has a claim and is not in line"
             continue
@@ -361,7 +361,9 @@ def _claims(cluster: Cluster) -> Iterator[str]:
             yield f"job {number} claims {len(claim.placements)} places for {job.spec.replicas} replicas"
         need = job.spec.need
         for placement in claim.placements:
-            place = ClaimedPlace(number, job.tenant, placement.partition, need.cpu_milli, need.memory_mib)
+            # Suspended, it has its memory there already.
+            memory_mib = 0 if number in cluster.suspended else need.memory_mib
+            place = ClaimedPlace(number, job.tenant, placement.partition, need.cpu_milli, memory_mib)
             kept.setdefault(placement.node, []).append(place)
     for name, space in cluster.pool.spaces.items():
         if kept.get(name, []) != space.claims:

@@ -294,7 +294,14 @@ def _take(draft: Draft, given: Input) -> None:
             admission.refuse_malformed(draft, given)
         case i.RequestRefused():
             admission.refuse_unseen(draft, given)
-        case i.CancelRequested() | i.HoldRequested() | i.ReleaseRequested() | i.RequeueRequested():
+        case (
+            i.CancelRequested()
+            | i.HoldRequested()
+            | i.ReleaseRequested()
+            | i.SuspendRequested()
+            | i.ResumeRequested()
+            | i.RequeueRequested()
+        ):
             directives.direct(draft, given)
         case i.ServiceApplied():
             admission.apply(draft, given)

@@ -187,7 +187,7 @@ class _Reader:
                 self._replica_ended(fact)
             case f.JobRequeued() | f.JobEnded():
                 self._attempt_over(fact, now_ms)
-            case f.JobStopping() | f.ArrayCancelled() | f.JobHeld() | f.JobReleased():
+            case f.JobStopping() | f.ArrayCancelled() | f.JobHeld() | f.JobReleased() | f.JobSuspending():
                 self._asked(fact, now_ms)
             case f.NodeJoined(node=node, inventory=inventory):
                 self._add(now_ms, NodeSeen(node, inventory))
@@ -257,7 +257,9 @@ class _Reader:
         if isinstance(fact, f.JobEnded):
             job.ended_ms = now_ms
 
-    def _asked(self, fact: f.JobStopping | f.ArrayCancelled | f.JobHeld | f.JobReleased, now_ms: int) -> None:
+    def _asked(
+        self, fact: f.JobStopping | f.ArrayCancelled | f.JobHeld | f.JobReleased | f.JobSuspending, now_ms: int
+    ) -> None:
         match fact:
             case f.JobStopping(job=number, verdict="cancel", why=why) if why.code == "Cancelled":
                 if (job := self.jobs.get(number)) is not None and not job.is_cancelled:
@@ -268,6 +270,8 @@ class _Reader:
                 for element in self._core.cluster.pending_elements(first):
                     if (job := self.jobs.get(element.id)) is not None and not job.is_cancelled:
                         self._cancel(job, now_ms)
+            case f.JobSuspending(job=number, idle=False):
+                self._add(now_ms, JobAsked(number, _suspend))
             case f.JobHeld(job=number, whole_array=whole):
                 self._add(now_ms, JobAsked(number, _hold_array if whole else _hold))
             case f.JobReleased(job=number, whole_array=whole):
@@ -290,6 +294,10 @@ def _cancel(tenant: Tenant, user: User, name: str, job: JobId) -> i.Input:
 
 def _requeue(tenant: Tenant, user: User, name: str, job: JobId) -> i.Input:
     return i.RequeueRequested(tenant=tenant, user=user, submission_id=name, job=job)
+
+
+def _suspend(tenant: Tenant, user: User, name: str, job: JobId) -> i.Input:
+    return i.SuspendRequested(tenant=tenant, user=user, submission_id=name, job=job)
 
 
 def _hold(tenant: Tenant, user: User, name: str, job: JobId) -> i.Input:

@@ -25,7 +25,7 @@ _NAMED_MAX = 4
 
 def made(cluster: Cluster, fact: f.ClaimMade, now_ms: int, effects: Effects) -> None:
     job = cluster.job(fact.job)
-    if job.id not in cluster.waiting:
+    if job.id not in cluster.waiting and job.id not in cluster.suspended:
         raise InvariantViolated(f"job {job.id} claims places, but it is {job.state} and not in line")
     evicted = [eviction.job for eviction in fact.evictions]
     cluster.claims.make(job, Claim(job.id, fact.kind, list(fact.placements), now_ms, evicted))

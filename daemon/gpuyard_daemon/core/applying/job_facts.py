@@ -120,6 +120,7 @@ def held(cluster: Cluster, fact: f.JobHeld, now_ms: int, effects: Effects) -> No
             job.held_by = fact.by
             suspend_facts.forget_idleness(job)
             cluster.park(job)
+            suspend_facts.held(cluster, job, now_ms)
             cluster.settle_array(job)
             job.note(now_ms, f"held by {fact.by}")
 
@@ -215,6 +216,8 @@ def replica_ended(cluster: Cluster, fact: f.ReplicaEnded, now_ms: int, effects: 
     assignment.outcome, assignment.exit_code, assignment.signal = fact.outcome, fact.exit_code, fact.signal
     assignment.code, assignment.detail, assignment.node_fault = fact.code, fact.detail, fact.node_fault
     job.live -= 1
+    if job.service and not job.live:
+        cluster.rank_replicas_anew((job.tenant, job.service))
     suspend_facts.forget_suspension(cluster, job, now_ms)
     lost_facts.drop_lease(cluster, assignment)
     space = cluster.pool.spaces[assignment.node]

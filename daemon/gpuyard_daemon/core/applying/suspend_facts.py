@@ -148,6 +148,12 @@ def _leave_card(cluster: Cluster, job: Job, assignment: Assignment, image_mib: i
         cluster.drop_absent(space)
 
 
+def held(cluster: Cluster, job: Job, now_ms: int) -> None:
+    """A suspended job is not to go back to its card for now."""
+    if job.id in cluster.suspended:
+        _stop_waiting(cluster, job, now_ms)
+
+
 def released(cluster: Cluster, job: Job, now_ms: int) -> None:
     """Nobody holds a job any more: if it is suspended, it may go back to its card."""
     forget_idleness(job)

@@ -122,7 +122,10 @@ class Explainer:
     def _of_suspended(self, asked: Asked, answer: WhyAnswer) -> WhyAnswer:
         """A job whose work lies in the host's memory: it goes back to its own cards, once they are free."""
         job, now_ms, cluster = asked.job, asked.now_ms, self._cluster
-        answer = msgspec.structs.replace(answer, summary=_summary_of_state(job))
+        summary = _summary_of_state(job)
+        if kept := self._kept_for(job, asked.viewer):
+            summary += f"; {kept}"
+        answer = msgspec.structs.replace(answer, summary=summary)
         (assignment,) = job.assignments
         if assignment.home is None or asked.brief:
             return answer

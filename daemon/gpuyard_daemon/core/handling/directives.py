@@ -1,6 +1,7 @@
-"""What its owner does to a job that is there: cancel, hold, release, requeue.
+"""What its owner does to a job that is there: cancel, hold, release, suspend, resume, requeue.
 
-Held is a pending job that does not start until it is released; a running one can only be held by requeueing it.
+Held is a pending job that does not start until it is released; a running one can only be held by requeueing it, or by
+suspending it: then it keeps its attempt, is off its card, and stays there until it is resumed.
 Requeueing ends the attempt with grace and charges no retry.
 """
 
@@ -9,13 +10,23 @@ from __future__ import annotations
 from typing import TypeAlias
 
 from gpuyard_daemon.core.handling.answers import answer, answer_again_chosen, refuse
+from gpuyard_daemon.core.preempting.suspension import why_not
 from gpuyard_daemon.core.state import facts as f
 from gpuyard_daemon.core.state.draft import Draft
-from gpuyard_daemon.core.state.inputs import CancelRequested, HoldRequested, ReleaseRequested, RequeueRequested
+from gpuyard_daemon.core.state.inputs import (
+    CancelRequested,
+    HoldRequested,
+    ReleaseRequested,
+    RequeueRequested,
+    ResumeRequested,
+    SuspendRequested,
+)
 from gpuyard_daemon.core.state.model import Array, Job
 from gpuyard_protocol.jobs import SubmissionAnswer, Why
 
-Directive: TypeAlias = CancelRequested | HoldRequested | ReleaseRequested | RequeueRequested
+Directive: TypeAlias = (
+    CancelRequested | HoldRequested | ReleaseRequested | SuspendRequested | ResumeRequested | RequeueRequested
+)
 
 
 def direct(draft: Draft, request: Directive) -> None:
@@ -37,6 +48,10 @@ def direct(draft: Draft, request: Directive) -> None:
             refusal = _hold(draft, job, request)
         case ReleaseRequested():
             refusal = _release(draft, job)
+        case SuspendRequested():
+            refusal = _suspend(draft, job, request)
+        case ResumeRequested():
+            refusal = _resume(draft, job)
     if refusal is not None:
         refuse(draft, request, refusal)
         return
@@ -92,6 +107,8 @@ def _direct_array(draft: Draft, job: Job, request: Directive) -> Why | None:
             draft.add(f.JobReleased(job.id, whole_array=True))
         case RequeueRequested():
             return _requeue_array(draft, record, bool(waiting), request)
+        case SuspendRequested() | ResumeRequested():
+            return _suspend_or_resume_array(draft, record, request)
         case CancelRequested():
             return Why("AlreadyEnded", f"every element of array {job.array} has ended already")
         case HoldRequested():
@@ -139,6 +156,45 @@ def _release(draft: Draft, job: Job) -> Why | None:
         return Why("NotHeld", f"job {job.id} is not held")
     draft.add(f.JobReleased(job.id))
     return None
+
+
+def _suspend(draft: Draft, job: Job, request: SuspendRequested) -> Why | None:
+    if job.state == "suspended" and job.verdict is None:
+        if job.assignments[0].state == "resuming":
+            return Why("NotRunning", f"job {job.id} is on its way back to its card: suspend it once it runs")
+        if not job.held_by or job.idled:
+            draft.add(f.JobHeld(job.id, request.user))
+        return None
+    if job.state != "running":
+        text = f"job {job.id} is {job.state}: only a running job can be suspended"
+        return Why("NotRunning", text + ("; hold it instead" if job.state == "pending" else ""))
+    if obstacle := why_not(draft.cluster, job):
+        return Why("NotSuspendable", f"job {job.id} cannot be suspended: {obstacle}")
+    draft.add(f.JobSuspending(job.id, Why("Suspended", f"suspended by {request.user}"), request.user))
+    return None
+
+
+def _resume(draft: Draft, job: Job) -> Why | None:
+    if job.held_by:
+        draft.add(f.JobReleased(job.id))
+        return None
+    if job.state == "suspended":
+        text = f"job {job.id} gave way to another, and goes back to its card by itself once that is free for it"
+        return Why("NotHeld", text)
+    return Why("NotSuspended", f"job {job.id} is {job.state}")
+
+
+def _suspend_or_resume_array(draft: Draft, record: Array, request: SuspendRequested | ResumeRequested) -> Why | None:
+    """Those elements that can be; refused, with the first one's reason, if none can."""
+    numbers = range(record.id, record.id + record.count)
+    elements = [job for number in numbers if (job := draft.cluster.jobs.get(number)) is not None and job.live]
+    refusals = [
+        _suspend(draft, job, request) if isinstance(request, SuspendRequested) else _resume(draft, job)
+        for job in elements
+    ]
+    if not all(refusals):
+        return None
+    return next(iter(refusals), None) or Why("NotRunning", f"no element of array {record.id} runs")
 
 
 def _requeue(draft: Draft, job: Job, request: RequeueRequested) -> Why | None:

@@ -1,8 +1,9 @@
 """Places that are kept for waiting jobs: nobody else is placed there, whoever leaves them.
 
-A claim is made when others were told to go for a job (`preempt`), or when a job that may not evict them is to get their
-places as they end (`reserve`). It lasts as long as its job stands in line: a job that was placed, wherever, that was
-cancelled or held, has none. The records are durable; what the nodes' spaces know of them is derived.
+A claim is made when others were told to go for a job (`preempt`; a suspended job claims its own card), or when a job
+that may not evict them is to get their places as they end (`reserve`). It lasts as long as its job stands in line: a
+job that was placed, wherever, that was cancelled or held, has none. The records are durable; what the nodes' spaces
+know of them is derived.
 
 Decides nothing. Who gets a claim is for `preemption` and `reservations`, and what a claim means for others is read by
 `feasibility` from the spaces.
@@ -43,9 +44,9 @@ class Claims:
         if job.id in self.records:
             raise InvariantViolated(f"job {job.id} claims places and has claimed others already")
         self.records[job.id] = claim
-        need = job.spec.need
+        cpu_milli, memory_mib = takes(job)
         for placement in claim.placements:
-            place = ClaimedPlace(job.id, job.tenant, placement.partition, need.cpu_milli, need.memory_mib)
+            place = ClaimedPlace(job.id, job.tenant, placement.partition, cpu_milli, memory_mib)
             self._pool.claim(self._pool.spaces[placement.node], place)
 
     def drop(self, job: JobId) -> None:
@@ -55,6 +56,15 @@ class Claims:
             for node in nodes_of(claim):
                 if (space := self._pool.spaces.get(node)) is not None:
                     self._pool.unclaim(space, job)
+
+
+def takes(job: Job) -> tuple[int, int]:
+    """(CPU, memory) of a node that each replica of a claimant will take, beside what it has there already.
+
+    A suspended job's memory is held while it is off its card.
+    """
+    need = job.spec.need
+    return need.cpu_milli, 0 if job.state == "suspended" else need.memory_mib
 
 
 def nodes_of(claim: Claim) -> tuple[NodeId, ...]:

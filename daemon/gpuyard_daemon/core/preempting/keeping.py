@@ -1,4 +1,4 @@
-"""Serving those for whom places are kept: placed once everybody has left, dropped once that can no longer be.
+"""Serving those for whom places are kept: placed or resumed once everybody has left, dropped once that cannot be.
 
 The only readers of claims that change anything; who gets one is decided in `preemption` and `reservations`.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from gpuyard_daemon.core.placing.trial import PoolTrial
+from gpuyard_daemon.core.preempting.claims import takes
 from gpuyard_daemon.core.state import facts as f
 from gpuyard_daemon.core.state.cluster import Cluster
 from gpuyard_daemon.core.state.draft import Draft
@@ -27,7 +28,9 @@ def serve_claims(draft: Draft) -> None:
         gone = _gone(cluster, claim)
         if gone is None and is_free(cluster, job, claim):
             placements = tuple(claim.placements)
-            if may_hold(cluster, job, placements):
+            if may_hold(cluster, job, placements) and job.id in cluster.suspended:
+                draft.add(f.JobResuming(job.id))
+            elif may_hold(cluster, job, placements):
                 prepare_until_ms = draft.now_ms + draft.settings.prepare_timeout_ms if len(placements) > 1 else 0
                 draft.add(f.JobPlaced(job.id, placements, prepare_until_ms))
             else:
@@ -69,7 +72,8 @@ def _somebody_leaves(cluster: Cluster, claim: Claim) -> bool:
 
 def is_free(cluster: Cluster, job: Job, claim: Claim, without: Iterable[Job] = ()) -> bool:
     """Whether everybody has left the places of a claim. `without`: as if these had."""
-    need, gone = job.spec.need, list(without)
+    gone = list(without)
+    cpu_milli, memory_mib = takes(job)
     if not gone and not _looks_free(cluster, job, claim):
         return False
     trial = PoolTrial(cluster.pool)
@@ -77,22 +81,22 @@ def is_free(cluster: Cluster, job: Job, claim: Claim, without: Iterable[Job] = (
         trial.without(other.assignments)
     for replica, placement in enumerate(claim.placements):
         space = trial.space(placement.node)
-        if space.cpu_free_milli < need.cpu_milli or space.memory_free_mib < need.memory_mib:
+        if space.cpu_free_milli < cpu_milli or space.memory_free_mib < memory_mib:
             return False
         if not all(
             space.by_uuid[uuid].could_take(placement.partition, job.tenant) for uuid in devices_of(placement.partition)
         ):
             return False
-        trial.take(job.id, replica, placement, job.tenant, need.cpu_milli, need.memory_mib)
+        trial.take(job.id, replica, placement, job.tenant, cpu_milli, memory_mib)
     return True
 
 
 def _looks_free(cluster: Cluster, job: Job, claim: Claim) -> bool:
     """At a glance, so that nothing is copied for claims that are waited for."""
-    need = job.spec.need
+    cpu_milli, memory_mib = takes(job)
     for placement in claim.placements:
         space, partition = cluster.pool.spaces[placement.node], placement.partition
-        if space.cpu_free_milli < need.cpu_milli or space.memory_free_mib < need.memory_mib:
+        if space.cpu_free_milli < cpu_milli or space.memory_free_mib < memory_mib:
             return False
         if isinstance(partition, WholeCards) and any(space.by_uuid[uuid].mode != "idle" for uuid in partition.devices):
             return False

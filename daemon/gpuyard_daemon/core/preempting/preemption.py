@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from gpuyard_daemon.core.preempting import exchange, reservations
+from gpuyard_daemon.core.preempting import exchange, homing, reservations
 from gpuyard_daemon.core.preempting.consolidation import make_room
 from gpuyard_daemon.core.preempting.occupants import Occupant, occupants
 from gpuyard_daemon.core.preempting.reclaim import Reclaiming
@@ -76,7 +76,7 @@ class Rounds:
             heads = [queue for _, queue, _ in line.blocked_heads()[: settings.preempt_heads]]
         else:
             heads = _arrived(draft, line)
-        if not heads and not len(cluster.claims):
+        if not heads and not len(cluster.claims) and not (is_full and cluster.suspended):
             return
         held = _Round(draft, line, self._present(draft, period_ms), period_ms, is_full=is_full)
         is_through = held.hold(heads)
@@ -101,7 +101,8 @@ class Rounds:
 
     def next_ms(self, cluster: Cluster, settings: CoreSettings, now_ms: int) -> int | None:
         """When a turn is due for a round; None: there is nobody who could gain by it."""
-        if cluster.draining or not cluster.waiting or not len(cluster.running) or self._next_ms == 0:
+        nobody_waits = not cluster.waiting and not cluster.suspended
+        if cluster.draining or nobody_waits or not len(cluster.running) or self._next_ms == 0:
             return None
         period_ms = settings.preempt_every_ms
         following_ms = now_ms - now_ms % period_ms + period_ms
@@ -158,7 +159,9 @@ class _Round:
         is_through = True
         if self._is_full:
             self._looks = reservations.review(self._draft, self._line, self._occupants, self._at_ms, self._looks)
+        homebound = homing.homebound(cluster, self._draft.now_ms) if self._is_full else []
         for queue in heads:
+            is_through = self._send_home(homebound, queue, most) and is_through
             # Of equal jobs one after the other, until one finds nothing.
             for job in self._line.first_of(queue, _OF_ONE_QUEUE_MAX):
                 if job.id in cluster.claims:
@@ -171,7 +174,20 @@ class _Round:
                     break
                 if not self._serve(queue, job, rank):
                     break
-        return is_through
+        return self._send_home(homebound, None, most) and is_through
+
+    def _send_home(self, homebound: list[tuple[Rank, Job]], before: ShapeQueue | None, most: int) -> bool:
+        """Let suspended jobs take back their cards; those only that go before a queue's head. Whether all could."""
+        ranking, now_ms = self._draft.cluster.ranking, self._draft.now_ms
+        head = next(iter(self._line.first_of(before, 1)), None) if before is not None else None
+        while homebound and (before is None or head is None or homebound[0][0] < ranking.rank_of(head, now_ms)):
+            if self._looks <= 0 or (self._moving_milli >= most and homebound[0][0].band != FLOOR):
+                return False
+            rank, job = homebound.pop(0)
+            plan = self._plan(None, job, rank)
+            if plan is not None:
+                self._carry_out(job, rank, plan)
+        return True
 
     def _serve(self, queue: ShapeQueue, job: Job, rank: Rank) -> bool:
         """Whether somebody gave way to a job, or it was let in as a guest."""
@@ -191,8 +207,11 @@ class _Round:
             return job.id in cluster.claims
         return reservations.admit_guest(self._draft, queue, job, rank)
 
-    def _plan(self, queue: ShapeQueue, job: Job, rank: Rank) -> Plan | None:
-        """The cheapest plan whose victims the claimant is entitled to one after the other."""
+    def _plan(self, queue: ShapeQueue | None, job: Job, rank: Rank) -> Plan | None:
+        """The cheapest plan whose victims the claimant is entitled to one after the other.
+
+        `queue`: where it stands in line; None: it is suspended, and only its own card will do.
+        """
         refused: set[JobId] = set()
         for _ in range(_PLANS_MAX):
             allowed = [each for each in self._allowed(job, rank) if each.job.id not in refused]
@@ -240,8 +259,10 @@ class _Round:
             reclaiming.take(leaving)
         return reclaiming
 
-    def _search(self, queue: ShapeQueue, job: Job, allowed: list[Occupant]) -> Plan | None:
+    def _search(self, queue: ShapeQueue | None, job: Job, allowed: list[Occupant]) -> Plan | None:
         cluster = self._draft.cluster
+        if queue is None:
+            return homing.HomeSearch(cluster.pool, job, allowed, cluster.leaving.values()).single()
         search = Search(cluster.pool, queue.shape, job, allowed, cluster.leaving.values(), self._looks)
         if queue.shape.replicas == 1:
             plan = search.single()
@@ -296,9 +317,8 @@ class _Round:
             return None
         size = cluster.ranking.size_of(job, self._draft.now_ms)
         for each in plan.victims:
-            if each.exchangeable and self._may_exchange(rank, size, each):
-                continue
-            if not self._may_reclaim(rank, each, reclaiming):
+            exchanges = each.exchangeable and self._may_exchange(rank, size, each)
+            if not exchanges and not self._may_reclaim(rank, each, reclaiming):
                 return each.job.id
             reclaiming.take(each.job)
         return None

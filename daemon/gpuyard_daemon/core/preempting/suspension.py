@@ -5,7 +5,8 @@ otherwise the driver cannot take the work off. Its node must have memory for the
 way like one that starts anew.
 
 A suspended job goes back as soon as its card is free and nobody who waits goes first. It grows older meanwhile like
-anybody else in line, so it does not wait for ever behind small ones.
+anybody else in line, so it does not wait for ever behind small ones; and it may take its card from whoever it may
+preempt (`homing`). One that its owner suspended, or that is held for another reason, does neither until it is released.
 """
 
 from __future__ import annotations
@@ -97,6 +98,28 @@ def _has_room(space: NodeSpace, job: Job, home: Partition) -> bool:
     cards = [space.by_uuid[uuid] for uuid in devices_of(home)]
     is_free = all(card.takes_work and card.could_take(home, job.tenant) for card in cards)
     return is_free and space.cpu_free_milli >= job.spec.need.cpu_milli
+
+
+def why_not(cluster: Cluster, job: Job) -> str:
+    """Why a running job cannot be taken off its card now, in words; "" if it can be."""
+    if can_be_suspended(cluster, job):
+        return ""
+    if job.service:
+        return f"it is a replica of service {job.service}"
+    if job.spec.preemption != "suspend":
+        return f"it was submitted with preemption {job.spec.preemption!r}, and only 'suspend' says that it bears that"
+    if job.refused_suspension:
+        return "its node has tried before, and could not"
+    if len(job.assignments) != 1:
+        return f"it has {len(job.assignments)} replicas, and only a job of one can be"
+    (assignment,) = job.assignments
+    if not cluster.pool.image_bound(assignment):
+        return "it does not hold one whole card, nor turns on one, and nothing else can be left"
+    inventory = cluster.nodes[assignment.node].inventory
+    if inventory is None or not inventory.suspend_mib:
+        problem = inventory.suspend_problem if inventory else ""
+        return f"node {assignment.node} suspends no jobs" + (f": {problem}" if problem else "")
+    return f"node {assignment.node} has too little memory left for what it has on its card"
 
 
 def can_be_suspended(cluster: Cluster, job: Job, beside: Iterable[Job] = ()) -> bool:

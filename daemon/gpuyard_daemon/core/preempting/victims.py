@@ -120,10 +120,9 @@ class Search:
         """Take victims off the trial until one more replica fits a node; None, and some taken, if it never does."""
         self.looks -= 1
         self._clear(node)
-        trial, shape, owner = self._trial, self._shape, self._job.id
         chosen: list[Occupant] = []
         candidates = iter(self._by_node.get(node, ()))
-        while type(trial.judge(node, shape, spanning=self._spanning, owner=owner)) is not int:
+        while not self._fits(node):
             occupant = next(candidates, None)
             if occupant is None:
                 return None
@@ -133,12 +132,20 @@ class Search:
             self._prune(node, chosen)
         return chosen
 
+    def _fits(self, node: NodeId) -> bool:
+        """Whether one more replica fits a node of the trial as it is now."""
+        return type(self._trial.judge(node, self._shape, spanning=self._spanning, owner=self._job.id)) is int
+
+    def _place(self, nodes: list[NodeId]) -> tuple[Placement, ...] | None:
+        """All replicas on these nodes, held there in the trial."""
+        return self._trial.place(self._shape, self._job.id, nodes)
+
     def _prune(self, node: NodeId, chosen: list[Occupant]) -> None:
         """Put back whoever is not needed for one more replica on this node, the dearest first."""
         for occupant in sorted(chosen, key=_dear_first):
             mark = self._trial.mark()
             self._put_back(occupant)
-            if type(self._trial.judge(node, self._shape, spanning=self._spanning, owner=self._job.id)) is int:
+            if self._fits(node):
                 chosen.remove(occupant)
             else:
                 self._trial.undo(mark)
@@ -196,7 +203,7 @@ class Search:
             self._remove(occupant)
         for node in nodes:
             self._clear(node)
-        placements = trial.place(self._shape, self._job.id, nodes)
+        placements = self._place(nodes)
         if placements is None:
             return None
         kept = set()

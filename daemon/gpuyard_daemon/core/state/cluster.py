@@ -314,6 +314,12 @@ class Cluster:
                 # Nobody is reading: a standby, or a long replay.
                 self.line_changes = None
 
+    def rank_replicas_anew(self, key: ServiceKey) -> None:
+        """Of what a service is never to be without, more or less is there: its waiting replicas may stand elsewhere."""
+        for number in self.service_jobs.get(key, {}):
+            if number in self.waiting:
+                self._note_line(number)
+
     def unsettle(self, job: Job) -> None:
         """A service's replica changed: look at the service again."""
         key = (job.tenant, job.service)

@@ -81,6 +81,22 @@ class ReleaseRequested(msgspec.Struct, frozen=True, kw_only=True):
     array: bool = False
 
 
+class SuspendRequested(msgspec.Struct, frozen=True, kw_only=True):
+    tenant: Tenant
+    user: User
+    submission_id: SubmissionId
+    job: JobId
+    array: bool = False
+
+
+class ResumeRequested(msgspec.Struct, frozen=True, kw_only=True):
+    tenant: Tenant
+    user: User
+    submission_id: SubmissionId
+    job: JobId
+    array: bool = False
+
+
 class RequeueRequested(msgspec.Struct, frozen=True, kw_only=True):
     tenant: Tenant
     user: User
@@ -212,6 +228,8 @@ Input: TypeAlias = (
     | CancelRequested
     | HoldRequested
     | ReleaseRequested
+    | SuspendRequested
+    | ResumeRequested
     | RequeueRequested
     | ServiceApplied
     | ServiceDeleted
