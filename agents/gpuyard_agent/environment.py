@@ -109,6 +109,18 @@ def _gang(key: AssignmentKey, launch: Launch, grant: PartitionGrant, go: Go) -> 
         "PET_MASTER_ADDR": go.master_address,
         "PET_MASTER_PORT": str(go.master_port),
         "GPUYARD_PEERS": ",".join(go.peers),
+        "GPUYARD_WORLD_SIZE": str(launch.replicas),
+        **_elastic(launch),
+    }
+
+
+def _elastic(launch: Launch) -> dict[str, str]:
+    """Of a job whose size may change: each attempt has one, so that PET_NNODES is a number and no range."""
+    if not launch.replicas_max:
+        return {}
+    return {
+        "GPUYARD_MIN_REPLICAS": str(launch.replicas_min),
+        "GPUYARD_MAX_REPLICAS": str(launch.replicas_max),
     }
 
 

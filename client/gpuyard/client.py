@@ -26,15 +26,8 @@ from gpuyard.requests import JobLike, ServiceLike, batches, job_request, service
 from gpuyard_protocol import subjects
 from gpuyard_protocol.bus.base import BusError
 from gpuyard_protocol.codec import encode
-from gpuyard_protocol.jobs import (
-    BatchRequest,
-    CancelRequest,
-    HoldRequest,
-    JobRequest,
-    JobView,
-    RequeueRequest,
-    SubmissionAnswer,
-)
+from gpuyard_protocol.directives import CancelRequest, HoldRequest, RequeueRequest
+from gpuyard_protocol.jobs import BatchRequest, JobRequest, JobView, SubmissionAnswer
 from gpuyard_protocol.names import given_submission_id
 from gpuyard_protocol.nodes import LogChunk
 from gpuyard_protocol.queries import (
@@ -58,6 +51,7 @@ from gpuyard_protocol.queries import (
     UsageReport,
     WhyAnswer,
 )
+from gpuyard_protocol.scaling import RolloutAction, RolloutRequest, ScaleRequest
 from gpuyard_protocol.services import DeleteRequest, LoadReport, ServiceView
 
 #: How long to wait for the yard's decision on a request.
@@ -214,6 +208,11 @@ class Client:
         request = RequeueRequest(job=job, hold=hold, array=array, submission_id=submission_id)
         await self._request("requeue", encode(request), submission_id)
 
+    async def scale(self, job: int, replicas: int, *, submission_id: str | None = None) -> None:
+        """Say how many replicas an elastic job is to have at most: fewer at once, more as there is room."""
+        request = ScaleRequest(job=job, replicas=replicas, submission_id=submission_id)
+        await self._request("scale", encode(request), submission_id)
+
     # -- jobs: questions ----------------------------------------------------------------------------------------------
 
     def handle(self, job: int) -> Job:
@@ -290,6 +289,21 @@ class Client:
         """Stop a service's replicas and forget it."""
         request = DeleteRequest(service=service, submission_id=submission_id)
         return await self._request("delete", encode(request), submission_id)
+
+    async def scale_service(
+        self, service: str, replicas: int, max_replicas: int | None = None, *, submission_id: str | None = None
+    ) -> SubmissionAnswer:
+        """Say how many replicas a service has: just so many, or `replicas` at least and `max_replicas` at most."""
+        request = ScaleRequest(
+            service=service, replicas=replicas, max_replicas=max_replicas, submission_id=submission_id
+        )
+        return await self._request("scale", encode(request), submission_id)
+
+    async def rollout(self, service: str, *, undo: bool = False, submission_id: str | None = None) -> SubmissionAnswer:
+        """Replace a service's replicas one by one, by equal ones or (`undo`) by what they were before."""
+        action: RolloutAction = "undo" if undo else "restart"
+        request = RolloutRequest(service=service, action=action, submission_id=submission_id)
+        return await self._request("rollout", encode(request), submission_id)
 
     async def services(self, service: str = "") -> tuple[ServiceView, ...]:
         return (await self.link.ask("services", ServicesQuery(service=service), ServicesPage)).services

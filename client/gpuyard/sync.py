@@ -192,6 +192,9 @@ class SyncClient:
     def requeue(self, job: int, *, hold: bool = False, array: bool = False, submission_id: str | None = None) -> None:
         self.run(self._client.requeue(job, hold=hold, array=array, submission_id=submission_id))
 
+    def scale(self, job: int, replicas: int, *, submission_id: str | None = None) -> None:
+        self.run(self._client.scale(job, replicas, submission_id=submission_id))
+
     def handle(self, job: int) -> SyncJob:
         return SyncJob(self, self._client.handle(job))
 
@@ -217,6 +220,14 @@ class SyncClient:
 
     def apply(self, request: ServiceLike | None = None, /, **fields: Any) -> SubmissionAnswer:
         return self.run(self._client.apply(request, **fields))
+
+    def scale_service(
+        self, service: str, replicas: int, max_replicas: int | None = None, *, submission_id: str | None = None
+    ) -> SubmissionAnswer:
+        return self.run(self._client.scale_service(service, replicas, max_replicas, submission_id=submission_id))
+
+    def rollout(self, service: str, *, undo: bool = False, submission_id: str | None = None) -> SubmissionAnswer:
+        return self.run(self._client.rollout(service, undo=undo, submission_id=submission_id))
 
     def delete(self, service: str, *, submission_id: str | None = None) -> SubmissionAnswer:
         return self.run(self._client.delete(service, submission_id=submission_id))

@@ -30,8 +30,11 @@ from gpuyard_daemon.core.state.inputs import (
     RequestRefused,
     RequeueRequested,
     ResumeRequested,
+    RolloutAsked,
+    ScaleRequested,
     ServiceApplied,
     ServiceDeleted,
+    ServiceScaleAsked,
     SuspendRequested,
 )
 from gpuyard_daemon.recovery import ERROR_NO_ROOM, StartRefused
@@ -62,8 +65,17 @@ SLICE_FACTS = 500
 TEXT_MAX = 120
 BATCH_BYTES_MAX = 1024 * 1024
 
-_AboutJob = CancelRequested | HoldRequested | ReleaseRequested | RequeueRequested | SuspendRequested | ResumeRequested
-_Request = JobSubmitted | _AboutJob | ServiceApplied | ServiceDeleted | RequestMalformed | RequestRefused
+_AboutJob = (
+    CancelRequested
+    | HoldRequested
+    | ReleaseRequested
+    | RequeueRequested
+    | ScaleRequested
+    | SuspendRequested
+    | ResumeRequested
+)
+_AboutService = ServiceDeleted | ServiceScaleAsked | RolloutAsked
+_Request = JobSubmitted | _AboutJob | ServiceApplied | _AboutService | RequestMalformed | RequestRefused
 _VERBS: dict[type[_Request], str] = {
     JobSubmitted: "submit",
     CancelRequested: "cancel",
@@ -72,6 +84,9 @@ _VERBS: dict[type[_Request], str] = {
     SuspendRequested: "suspend",
     ResumeRequested: "resume",
     RequeueRequested: "requeue",
+    ScaleRequested: "scale",
+    ServiceScaleAsked: "scale",
+    RolloutAsked: "rollout",
     ServiceApplied: "apply",
     ServiceDeleted: "delete",
     RequestMalformed: "request",

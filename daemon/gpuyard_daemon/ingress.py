@@ -27,15 +27,19 @@ from gpuyard_daemon.core.state.inputs import (
     RequestRefused,
     RequeueRequested,
     ResumeRequested,
+    RolloutAsked,
+    ScaleRequested,
     ServiceApplied,
     ServiceDeleted,
+    ServiceScaleAsked,
     SuspendRequested,
 )
 from gpuyard_daemon.inbox import Inbox, Line, Waiting
 from gpuyard_daemon.rates import Rates
 from gpuyard_protocol.bus.base import Bus, BusError, StoredMessage, StreamReader
 from gpuyard_protocol.codec import MAX_BATCH_BYTES, MAX_REQUEST_BYTES, Malformed, RequestVersion, decode
-from gpuyard_protocol.jobs import CancelRequest, HoldRequest, JobRequest, RequeueRequest, Why
+from gpuyard_protocol.directives import CancelRequest, HoldRequest, RequeueRequest
+from gpuyard_protocol.jobs import JobRequest, Why
 from gpuyard_protocol.names import (
     NAME_EXPECTED,
     SUBMISSION_EXPECTED,
@@ -46,6 +50,7 @@ from gpuyard_protocol.names import (
     nearest,
 )
 from gpuyard_protocol.nodes import ReportBatch
+from gpuyard_protocol.scaling import RolloutRequest, ScaleRequest
 from gpuyard_protocol.services import DeleteRequest, ServiceRequest
 from gpuyard_protocol.subjects import (
     SUBMIT_VERBS,
@@ -256,6 +261,8 @@ def _single(caller: Caller, message: StoredMessage) -> Input:
             return ServiceApplied(
                 tenant=tenant, user=user, submission_id=service.submission_id or given, spec=service.specify()
             )
+        case "scale" | "rollout":
+            return _scaling(caller, message, given)
         case "delete":
             delete = decode(DeleteRequest, message.data)
             if not is_name(delete.service):
@@ -269,6 +276,36 @@ def _single(caller: Caller, message: StoredMessage) -> Input:
         case _:
             verbs = ", ".join(SUBMIT_VERBS)
             raise Malformed("subject", repr(verb), f"one of the verbs {verbs}", nearest(verb, SUBMIT_VERBS))
+
+
+def _scaling(caller: Caller, message: StoredMessage, given: SubmissionId) -> Input:
+    tenant, user, verb = caller
+    if verb == "rollout":
+        rollout = decode(RolloutRequest, message.data)
+        if not is_name(rollout.service):
+            raise Malformed("$.service", repr(rollout.service)[:80], NAME_EXPECTED)
+        return RolloutAsked(
+            tenant=tenant,
+            user=user,
+            submission_id=_checked_id(rollout.submission_id) or given,
+            service=rollout.service,
+            undo=rollout.action == "undo",
+        )
+    scale = decode(ScaleRequest, message.data)
+    scale.check()
+    submission_id = _checked_id(scale.submission_id) or given
+    if scale.service is not None:
+        return ServiceScaleAsked(
+            tenant=tenant,
+            user=user,
+            submission_id=submission_id,
+            service=scale.service,
+            min_replicas=scale.replicas,
+            max_replicas=scale.replicas if scale.max_replicas is None else scale.max_replicas,
+        )
+    return ScaleRequested(
+        tenant=tenant, user=user, submission_id=submission_id, job=scale.job or 0, replicas=scale.replicas
+    )
 
 
 def _batch(caller: Caller, message: StoredMessage, counts: Counter[str]) -> list[Input]:

@@ -24,7 +24,18 @@ from typing import Any, Literal, NamedTuple, get_args
 import msgspec
 import yaml
 
-from gpuyard_protocol import PROTOCOL_VERSION, audit, jobs, joining, nodes, queries, services, subjects
+from gpuyard_protocol import (
+    PROTOCOL_VERSION,
+    audit,
+    directives,
+    jobs,
+    joining,
+    nodes,
+    queries,
+    scaling,
+    services,
+    subjects,
+)
 from gpuyard_protocol.codec import json_schemas
 
 StreamKind = Literal["SUB", "REP", "JRN", "EVT"]
@@ -100,13 +111,15 @@ _QUERIES: tuple[tuple[str, type[Any], type[Any], str, str], ...] = (
 _SUBMISSIONS: tuple[tuple[subjects.SubmitVerb, type[Any], str], ...] = (
     ("submit", jobs.JobRequest, "Submit a job."),
     ("submit-many", jobs.BatchRequest, "Submit many jobs in one message; each is decided alone."),
-    ("cancel", jobs.CancelRequest, "Cancel a job."),
-    ("hold", jobs.HoldRequest, "Keep a job that waits from starting."),
-    ("release", jobs.HoldRequest, "Let a held job start again."),
-    ("suspend", jobs.HoldRequest, "Take a running job off its card, until it is resumed."),
-    ("resume", jobs.HoldRequest, "Let a suspended job go back to its card."),
-    ("requeue", jobs.RequeueRequest, "End a job's attempt with grace; it waits again, uncharged."),
+    ("cancel", directives.CancelRequest, "Cancel a job."),
+    ("hold", directives.HoldRequest, "Keep a job that waits from starting."),
+    ("release", directives.HoldRequest, "Let a held job start again."),
+    ("suspend", directives.HoldRequest, "Take a running job off its card, until it is resumed."),
+    ("resume", directives.HoldRequest, "Let a suspended job go back to its card."),
+    ("requeue", directives.RequeueRequest, "End a job's attempt with grace; it waits again, uncharged."),
+    ("scale", scaling.ScaleRequest, "Say how many replicas an elastic job or a service has."),
     ("apply", services.ServiceRequest, "Create or change a service."),
+    ("rollout", scaling.RolloutRequest, "Replace a service's replicas one by one."),
     ("delete", services.DeleteRequest, "Stop a service's replicas and forget it."),
 )
 

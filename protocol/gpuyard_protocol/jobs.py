@@ -26,7 +26,7 @@ from gpuyard_protocol.names import (
 )
 from gpuyard_protocol.nodes import IdleGpu
 from gpuyard_protocol.resources import GpuLoad, Isolation, ResourceNeed
-from gpuyard_protocol.units import Count, Cpus, Duration, GpuWish, Memory, MigProfile, Moment, Share
+from gpuyard_protocol.units import Cpus, Duration, GpuWish, Memory, MigProfile, Moment, Share
 
 Preemption: TypeAlias = Literal["never", "requeue", "checkpoint", "suspend"]
 OnNodeLost: TypeAlias = Literal["wait", "restart"]
@@ -65,6 +65,8 @@ RETRIES_MAX = 100
 #: What one card serves under MPS at once.
 GPU_PROCESSES_MAX = 48
 DEFAULT_STOP_GRACE_MS = 30_000
+#: Models of card that one job has figures for.
+THROUGHPUTS_MAX = 16
 #: A shorter lease would end jobs for every hiccup of the network.
 LEASE_MIN_MS, LEASE_MAX_MS = 10_000, 7 * 86_400_000
 #: Names that the yard sets itself in every job.
@@ -86,6 +88,9 @@ class JobRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_
     script: str | None = None
     #: A gang: all start together or none does.
     replicas: int = 1
+    #: With it the gang is elastic: it starts with what fits between this and `replicas`, grows into GPUs that nobody
+    #: waits for, and shrinks to this for others. Each change of size is a new start of its processes, uncharged.
+    min_replicas: int | None = None
     #: Whole cards per replica.
     gpus: int | None = None
     #: A fraction of one card per replica.
@@ -103,6 +108,9 @@ class JobRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_
     mps: bool = False
     #: Of a share: what it leans on, `compute`, `memory` or `light`; shares that lean on the same go to different cards.
     gpu_load: GpuLoad | None = None
+    #: How fast models of card are for this job beside the fastest that it may get, as in `{"A100": 0.5}`; a model that
+    #: is not named is as fast as the operator says. `estimate` is then the time on the fastest.
+    throughput: dict[str, float] = {}
     cpus: Cpus | None = None
     memory: Memory | None = None
     node_labels: dict[str, str] = {}
@@ -146,7 +154,6 @@ class JobRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_
     #: A container image that the command runs in, on nodes that have an engine for it.
     image: str | None = None
     # Known and not honoured yet: refused by name.
-    min_replicas: int | None = None
     total_gpus: int | None = None
     share_domain: str | None = None
     launcher: str | None = None
@@ -163,6 +170,7 @@ class JobRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_
             argv=self._argv(),
             script=self.script or "",
             replicas=self.replicas,
+            min_replicas=self._min_replicas(),
             need=self._need(),
             image=self.image or "",
             priority=self.priority,
@@ -187,6 +195,15 @@ class JobRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_
             on_node_lost=self.on_node_lost or ("restart" if self.lease else ""),
             lease_ms=int(self.lease or 0),
         )
+
+    def _min_replicas(self) -> int:
+        """0: the job has one size, as it has when both ends are the same."""
+        least = self.min_replicas
+        if least is None or least == self.replicas:
+            return 0
+        if not 1 <= least < self.replicas:
+            raise _malformed("min_replicas", least, f"a number between 1 and 'replicas', which is {self.replicas}")
+        return least
 
     def _dependencies(self) -> tuple[tuple[DependencyKind, JobId], ...]:
         found: dict[tuple[DependencyKind, JobId], None] = {}
@@ -265,7 +282,7 @@ class JobRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_
 
 
 _NOT_HONOURED = (
-    "min_replicas", "total_gpus", "share_domain",
+    "total_gpus", "share_domain",
     "launcher", "topology", "upload", "secrets",
 )  # fmt: skip
 
@@ -300,10 +317,22 @@ class ResourceRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, 
     #: Beside `mig`: its CUDA processes share the instance under MPS, at most `gpu_processes` of them.
     mps: bool = False
     gpu_load: GpuLoad | None = None
+    throughput: dict[str, float] = {}
     cpus: Cpus | None = None
     memory: Memory | None = None
     node_labels: dict[str, str] = {}
     nodes: list[str] = []
+
+
+def _speeds(throughput: dict[str, float]) -> tuple[tuple[str, int], ...]:
+    if len(throughput) > THROUGHPUTS_MAX:
+        raise _malformed("throughput", f"{len(throughput)} models", f"at most {THROUGHPUTS_MAX}")
+    for model, factor in throughput.items():
+        if not model.strip():
+            raise _malformed("throughput", model, "names of models")
+        if not 0.001 <= factor <= 1:
+            raise Malformed(f"$.throughput.{model}", repr(factor), "a number from 0.001 to 1, the fastest model's")
+    return tuple([(model, round(factor * 1000)) for model, factor in sorted(throughput.items())])
 
 
 def resource_need(request: JobRequest | ResourceRequest, *, default_isolation: Isolation = "soft") -> ResourceNeed:
@@ -343,6 +372,7 @@ def resource_need(request: JobRequest | ResourceRequest, *, default_isolation: I
         isolation=isolation,
         gpu_processes=request.gpu_processes,
         gpu_load=request.gpu_load or "",
+        speeds=_speeds(request.throughput),
         mps=request.mps,
         models=wish.models if wish else (),
         card_memory_mib=wish.memory_mib if wish else 0,
@@ -371,38 +401,6 @@ class BatchRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omi
     """Many jobs in one message: the payload of `sub.<tenant>.<user>.submit-many`. Each is decided alone."""
 
     jobs: list[JobRequest]
-    v: RequestVersion = 1
-    submission_id: str | None = None
-
-
-class CancelRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
-    """The payload of `sub.<tenant>.<user>.cancel`."""
-
-    job: Count
-    #: The whole array that the job belongs to.
-    array: bool = False
-    v: RequestVersion = 1
-    submission_id: str | None = None
-
-
-class HoldRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
-    """The payload of `sub.<tenant>.<user>.hold`, `….release`, `….suspend` and `….resume`."""
-
-    job: Count
-    #: Every element of the array that the job belongs to and that this can be done to.
-    array: bool = False
-    v: RequestVersion = 1
-    submission_id: str | None = None
-
-
-class RequeueRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
-    """The payload of `sub.<tenant>.<user>.requeue`: end the attempt with grace, and wait again, uncharged."""
-
-    job: Count
-    #: And hold it then.
-    hold: bool = False
-    #: Every running element of the array that the job belongs to; with `hold`, those that wait are held as well.
-    array: bool = False
     v: RequestVersion = 1
     submission_id: str | None = None
 
@@ -485,6 +483,13 @@ class JobSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     image: str = ""
     #: Its queue's rule about cards that compute nothing, as it was when the job was accepted; None: each node's own.
     idle: IdleGpu | None = None
+    #: Elastic: it starts with so many replicas at least, and `replicas` at most. 0: it has one size.
+    min_replicas: int = 0
+
+    @property
+    def least_replicas(self) -> int:
+        """What it waits for a place for, and what is never taken from it for others' sake."""
+        return self.min_replicas or self.replicas
 
 
 class Why(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -573,6 +578,9 @@ class JobView(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     #: The array it is an element of, by its first job's number, and which; 0: none.
     array: JobId = 0
     array_index: int = 0
+    #: Of an elastic job: the replicas that it has now, and the fewest it may have. `replicas` is the most.
+    size: int = 0
+    min_replicas: int = 0
     #: In a list: this row stands for so many waiting elements of the array; 0: for the job alone.
     elements: int = 0
     #: The elements of an array but the first are put away without their script.

@@ -37,3 +37,6 @@ class JoinAnswer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     node: NodeId
     yard: str
     v: int = 1
+    #: What the key is let in with where servers believe signed tokens: the node keeps it beside its seed. "": the
+    #: seed alone is enough.
+    credential: str = ""

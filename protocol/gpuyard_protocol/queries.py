@@ -158,6 +158,10 @@ class CardView(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     #: Jobs on it (own tenant's only, for tenants).
     jobs: tuple[int, ...] = ()
     sample: DeviceSample | None = None
+    #: What is planned for it, in words: it is kept free for somebody, or keeps its MIG mode for now.
+    note: str = ""
+    #: Until when it keeps that, Unix milliseconds; 0: it may switch.
+    keeps_mode_until_ms: int = 0
 
 
 class NodeView(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -251,6 +255,8 @@ class ModelUsage(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     held_milli_ms: int = 0
     #: Of that, while the job's process ran: what is between is preparing and clearing up.
     used_milli_ms: int = 0
+    #: How fast such cards are beside the fastest, in thousandths: what fairness counts `held_milli_ms` by.
+    speed_milli: int = 1000
 
 
 class QueueUsage(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

@@ -56,6 +56,9 @@ class ResourceNeed(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     #: The replica's CUDA processes share its MIG instance under MPS, at most `gpu_processes` of them.
     mps: bool = False
 
+    #: How fast models of cards are for this work beside the fastest, in thousandths, sorted by name.
+    speeds: tuple[tuple[str, int], ...] = ()
+
     @property
     def wants_gpu(self) -> bool:
         return bool(self.gpus or self.share_milli or self.share_memory_mib or self.mig)
@@ -183,6 +186,8 @@ class Device(msgspec.Struct, frozen=True, kw_only=True):
     #: What lies between it and the node's other cards on PCIe, by UUID: `same-board`, `same-switch`, `switches`,
     #: `host-bridge`, `numa-node` or `system`, from near to far.
     pcie_peers: tuple[tuple[DeviceUuid, str], ...] = ()
+    #: How long it takes to go into MIG mode or out of it, ms; 0: nothing that matters, or it never does.
+    mig_switch_ms: int = 0
 
     def mps_clients_in(self, compute_slices: int) -> int:
         """Most processes under MPS in a MIG instance of so many compute slices: its part of the card's."""

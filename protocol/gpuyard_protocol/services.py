@@ -172,3 +172,7 @@ class ServiceView(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     endpoints: tuple[str, ...] = ()
     jobs: tuple[int, ...] = ()
     applied_ms: int = 0
+    #: Grows when what a replica runs changes; running replicas of the present one, and replicas of earlier ones.
+    generation: int = 0
+    updated: int = 0
+    outdated: int = 0

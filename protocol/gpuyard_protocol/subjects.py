@@ -26,11 +26,22 @@ from gpuyard_protocol.bus.base import StreamSpec
 from gpuyard_protocol.names import JobId, NodeId, ServiceName, SubmissionId, Tenant, User, is_name
 
 SubmitVerb = Literal[
-    "submit", "submit-many", "cancel", "hold", "release", "suspend", "resume", "requeue", "apply", "delete"
+    "submit",
+    "submit-many",
+    "cancel",
+    "hold",
+    "release",
+    "suspend",
+    "resume",
+    "requeue",
+    "scale",
+    "apply",
+    "rollout",
+    "delete",
 ]
 SUBMIT_VERBS: tuple[SubmitVerb, ...] = (
     "submit", "submit-many", "cancel", "hold", "release", "suspend", "resume",
-    "requeue", "apply", "delete",
+    "requeue", "scale", "apply", "rollout", "delete",
 )  # fmt: skip
 
 JOURNAL_LEADER = "jrn.leader"

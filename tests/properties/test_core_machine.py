@@ -32,6 +32,7 @@ from gpuyard_daemon.core.state.inputs import (
     ReleaseRequested,
     RequeueAll,
     RequeueRequested,
+    ScaleRequested,
     ServiceApplied,
     ServiceDeleted,
     YardStarted,
@@ -76,13 +77,17 @@ needs = st.one_of(
     st.just({"node_labels": (("zone", "b"),)}),
 )
 specs = st.builds(
-    lambda wants, replicas, priority, retries, allow, lease_ms: msgspec.structs.replace(
+    lambda wants, replicas, least, kind, priority, retries, allow, lease_ms: msgspec.structs.replace(
         job(replicas=replicas, priority=priority, retries=retries, allow_pending=allow, **wants),
+        min_replicas=least if least < replicas else 0,
+        preemption=kind,
         on_node_lost="restart" if lease_ms else "",
         lease_ms=lease_ms,
     ),
     needs,
     st.sampled_from((1, 1, 1, 2, 3, 9)),
+    st.sampled_from((9, 9, 1, 2)),
+    st.sampled_from(("requeue", "requeue", "checkpoint")),
     st.integers(-2, 2),
     st.integers(0, 2),
     st.booleans(),
@@ -168,6 +173,16 @@ class CoreMachine(RuleBasedStateMachine):
         self.requests += 1
         more = {"hold": whole} if kind is RequeueRequested else {"array": whole}
         self.harness.turn(kind(tenant=who, user=user, submission_id=f"s{self.requests}", job=number, **more))
+        self.check_work_goes_on()
+
+    @rule(number=st.integers(1, 40), replicas=st.integers(1, 9), after_ms=st.sampled_from((0, 0, 200_000)))
+    def an_owner_scales(self, number: int, replicas: int, after_ms: int) -> None:
+        self.requests += 1
+        tenant, user = self.harness.core.job_owner(number) or ("acme", "alice")
+        request = ScaleRequested(
+            tenant=tenant, user=user, submission_id=f"s{self.requests}", job=number, replicas=replicas
+        )
+        self.harness.turn(request, after_ms=after_ms)
         self.check_work_goes_on()
 
     @rule(spec=specs, name=st.sampled_from(("first", "second")), who=st.sampled_from(TENANTS))
@@ -363,15 +378,15 @@ class CoreMachine(RuleBasedStateMachine):
             return
         for waiting in cluster.waiting.values():
             spec = waiting.spec
-            shape = Shape(spec.need, spec.replicas, waiting.tenant, waiting.user)
-            if spec.replicas == 1:
+            shape = Shape(spec.need, spec.least_replicas, waiting.tenant, waiting.user)
+            if spec.least_replicas == 1:
                 fits = any(type(judge(space, shape)) is int for space in cluster.pool.spaces.values())
             else:
                 together = Offers(Candidates(shape), spanning=False)
                 apart = Offers(Candidates(shape, spanning=True), spanning=True)
                 fits = plan_gang(cluster.pool, together, apart) is not None
             if fits and cluster.tenancy.is_limited(waiting.tenant):
-                queue = ShapeQueue((spec.need, spec.replicas, waiting.tenant, waiting.user), 0, 4000)
+                queue = ShapeQueue((spec.need, spec.least_replicas, waiting.tenant, waiting.user), 0, 4000)
                 found = places(cluster.pool, queue)
                 assert found is not None
                 fits = cluster.tenancy.has_room(waiting.tenant, counts_for(cluster.pool, found))
@@ -398,7 +413,7 @@ class CoreMachine(RuleBasedStateMachine):
         cluster = self.harness.core.cluster
         for left in cluster.jobs.values():
             impossible = self.harness.core._possibilities.missing(
-                cluster.pool, left.spec.need, left.spec.replicas, left.tenant, left.user
+                cluster.pool, left.spec.need, left.spec.least_replicas, left.tenant, left.user
             )
             assert left.is_final or impossible, f"job {left.id} is {left.state} for ever: {left.story}"
         assert cluster.pool.held_milli == 0

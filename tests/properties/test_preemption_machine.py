@@ -178,8 +178,8 @@ class PreemptionMachine(RuleBasedStateMachine):
         cluster = self.harness.core.cluster
         for waiting in cluster.waiting.values():
             spec = waiting.spec
-            shape = Shape(spec.need, spec.replicas, waiting.tenant, waiting.user)
-            if spec.replicas == 1:
+            shape = Shape(spec.need, spec.least_replicas, waiting.tenant, waiting.user)
+            if spec.least_replicas == 1:
                 fits = any(type(judge(space, shape)) is int for space in cluster.pool.spaces.values())
             else:
                 together = Offers(Candidates(shape), spanning=False)

@@ -21,7 +21,8 @@ from gpuyard_protocol.codec import (
     json_schemas,
     to_plain,
 )
-from gpuyard_protocol.jobs import BatchRequest, CancelRequest, JobRequest
+from gpuyard_protocol.directives import CancelRequest
+from gpuyard_protocol.jobs import BatchRequest, JobRequest
 from gpuyard_protocol.names import AssignmentKey
 from gpuyard_protocol.nodes import Command, OrderBatch, ReportBatch
 from gpuyard_protocol.queries import JobsQuery, LogsQuery

@@ -176,7 +176,6 @@ def test_what_makes_no_sense_is_refused_by_its_path(fields: dict[str, Any], path
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("min_replicas", 1),
         ("total_gpus", 12),
         ("share_domain", "team"),
         ("launcher", "torchrun"),
@@ -206,8 +205,11 @@ def test_no_field_is_accepted_and_then_ignored() -> None:
     # What makes no sense alone.
     beside: dict[str, dict[str, Any]] = {"deadline": {"estimate": "1h"}, "gpu_load": {"gpu": 0.5}}
     beside["mps"] = {"mig": "2g.20gb"}
+    beside["min_replicas"] = {"replicas": 4}
     samples["mps"] = True
+    samples["min_replicas"] = 2
     samples["gpu_load"] = "memory"
+    samples["throughput"] = {"T4": 0.5}
     samples["deadline"] = "+8h"
     for field in JobRequest.__struct_fields__:
         if field in only_names:

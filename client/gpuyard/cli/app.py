@@ -21,6 +21,7 @@ from gpuyard.cli import (
     logs,
     nodes,
     running,
+    scaling,
     services,
     submitting,
     top,
@@ -57,7 +58,8 @@ def build_app() -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
     )
     app.callback()(_root)
-    for module in (submitting, running, jobs, logs, cancelling, nodes, cordon, top, services, usage, audit, handover):
+    jobs_and_services = (submitting, running, jobs, logs, cancelling, scaling, services)
+    for module in (*jobs_and_services, nodes, cordon, top, usage, audit, handover):
         module.register(app)
     _load_components(app)
     return app

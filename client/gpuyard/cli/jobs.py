@@ -98,7 +98,7 @@ async def _reasons(yard: Client, found: list[JobView]) -> dict[int, str]:
 
 
 def _row(view: JobView, now: int, reason: str) -> tuple[str, ...]:
-    wants = view.wants if view.replicas == 1 else f"{view.replicas} × ({view.wants})"
+    wants = view.wants if view.replicas == 1 else f"{_how_many(view)} × ({view.wants})"
     spent_ms = (view.ended_ms or now) - view.started_ms if view.started_ms else 0
     return (
         f"{view.array}[{view.elements} left]" if view.elements else str(view.job),
@@ -110,6 +110,14 @@ def _row(view: JobView, now: int, reason: str) -> tuple[str, ...]:
         rough(spent_ms) if view.started_ms else "",
         _where(view) or reason,
     )
+
+
+def _how_many(view: JobView) -> str:
+    """`4`; of an elastic job `2-8`, and while it runs `4 of 2-8`."""
+    if not view.min_replicas:
+        return str(view.replicas)
+    between = f"{view.min_replicas}-{view.replicas}"
+    return f"{view.size} of {between}" if view.size else between
 
 
 def _where(view: JobView) -> str:
@@ -152,7 +160,7 @@ def _fields(view: JobView) -> list[tuple[str, str]]:
         ("service", view.service),
         ("array", f"element {view.array_index} of array {view.array}" if view.array else ""),
         ("command", _shell_line(spec)),
-        ("wants", view.wants + (f", {view.replicas} replicas together" if view.replicas > 1 else "")),
+        ("wants", view.wants + (f", {_how_many(view)} replicas together" if view.replicas > 1 else "")),
         ("host", host if view.spec else ""),
         ("time limit", format_ms(spec.time_limit_ms) if spec.time_limit_ms else ""),
         ("directory", spec.cwd),

@@ -40,6 +40,9 @@ _MIG = _option("--mig", metavar="PROFILE", text="A MIG instance: 1g.10gb, 3g.40g
 _ISOLATION = _option("--isolation", metavar="hard|soft|none", text="How far neighbours on a card are kept apart.")
 _GPU_MODEL = _option("--gpu-model", metavar="MODEL", text="Cards by model: H100, 'A100|H100', A100:80GB:4.")
 _REPLICAS = _option("--replicas", "-r", metavar="N", text="Processes that start together or not at all.")
+_MIN_REPLICAS = _option(
+    "--min-replicas", metavar="N", text="Elastic: start with what fits from N to --replicas, grow and shrink between."
+)
 _CPUS = _option("--cpus", metavar="N", text="CPU cores per replica: 4, 0.5, 500m.")
 _MEMORY = _option("--memory", metavar="SIZE", text="Host memory per replica: 8Gi.")
 _TIME = _option("--time", "-t", metavar="TIME", text="Limit: 90s, 1h30m, 1-12:00:00; a bare number is minutes.")
@@ -82,6 +85,7 @@ class JobOptions:
     isolation: Annotated[str | None, _ISOLATION] = None
     gpu_model: Annotated[str | None, _GPU_MODEL] = None
     replicas: Annotated[int | None, _REPLICAS] = None
+    min_replicas: Annotated[int | None, _MIN_REPLICAS] = None
     cpus: Annotated[str | None, _CPUS] = None
     memory: Annotated[str | None, _MEMORY] = None
     time: Annotated[str | None, _TIME] = None
@@ -130,6 +134,7 @@ class JobOptions:
             "isolation": self.isolation,
             "gpu_model": self.gpu_model,
             "replicas": self.replicas,
+            "min_replicas": self.min_replicas,
             "cpus": self.cpus,
             "memory": self.memory,
             "time_limit": None if self.time is None else _time_limit(self.time),

@@ -74,7 +74,7 @@ def services(
     """List services, their replicas and their load."""
 
     async def work(yard: Client) -> tuple[ServiceView, ...]:
-        return await _known(yard, service) if service else await yard.services()
+        return await known_services(yard, service) if service else await yard.services()
 
     found = session_of(ctx).run(work)
     if as_json:
@@ -102,7 +102,7 @@ def _row(view: ServiceView, now: int) -> tuple[str, ...]:
     )
 
 
-async def _known(yard: Client, service: str) -> tuple[ServiceView, ...]:
+async def known_services(yard: Client, service: str) -> tuple[ServiceView, ...]:
     """The service by this name, or an error with the nearest name there is."""
     found = await yard.services()
     chosen = tuple(view for view in found if view.service == service)
@@ -137,7 +137,7 @@ def load(
     reports = _report_count(lasting)
 
     async def work(yard: Client) -> None:
-        await _known(yard, service)
+        await known_services(yard, service)
         for left in range(reports, 0, -1):
             await yard.report_load(service, concurrency, queue_depth=queue, qps=qps, p95_ms=p95_ms, source=source)
             if left > 1:

@@ -5,6 +5,7 @@ byte for byte. No clock, randomness, I/O or asyncio in here; integers for every 
 ids from counters.
 
 Packages: `state` (records, facts, the one writer) and `applying` (what each fact changes in it); `placing`, `tenants`,
-`queueing`, `preempting` decide where, how much, who next, who gives way, in this order and without looking up; `handling`
-takes inputs; `explaining` answers people and decides nothing. `scheduler` is the entrance, `invariants` the auditor.
+`queueing`, `preempting` decide where, how much, who next, who gives way, in this order and without looking up;
+`handling` takes inputs; `explaining` answers people and decides nothing. `scheduler` is the entrance, `invariants` the
+auditor.
 """

@@ -13,10 +13,11 @@ from gpuyard_daemon.core.placing.capacity import ClaimedPlace, NodeSpace, Pool
 from gpuyard_daemon.core.placing.partitions import Card, amounts_on, mode_of, slices_at
 from gpuyard_daemon.core.state.arrays import LIVE_STATES
 from gpuyard_daemon.core.state.cluster import Cluster
+from gpuyard_daemon.core.state.facts import PATIENT_CLAIMS
 from gpuyard_daemon.core.state.listing import JOB_STATES
 from gpuyard_daemon.core.state.model import LEAVING, Assignment, Job
 from gpuyard_daemon.core.state.states import InvariantViolated, story_of
-from gpuyard_daemon.core.tenants.holdings import amounts_of
+from gpuyard_daemon.core.tenants.holdings import amounts_of, charged_milli
 from gpuyard_daemon.core.tenants.quota import QuotaTree
 from gpuyard_daemon.core.tenants.tenancy import held_by
 from gpuyard_protocol.jobs import PRIORITY_MIN
@@ -78,7 +79,8 @@ def _card(cluster: Cluster, card: Card, held: dict[AssignmentKey, Partition]) ->
     if held != card.held:
         yield f"{name}: holds {sorted(card.held)}; by the jobs {sorted(held)}"
     modes = {mode_of(partition) for partition in held.values()}
-    if len(modes) > 1 or card.mode != next(iter(modes), "idle"):
+    unused = "mig" if card.foreign or (card.keeps_mode and card.in_mig) else "idle"
+    if len(modes) > 1 or card.mode != next(iter(modes), unused):
         yield f"{name}: mode {card.mode}, partitions {sorted(modes)}"
     tenants = {cluster.jobs[key.job].tenant for key in held}
     if card.mode in ("mps", "timeslice") and (len(tenants) > 1 or {card.domain} != tenants):
@@ -93,6 +95,8 @@ def _card(cluster: Cluster, card: Card, held: dict[AssignmentKey, Partition]) ->
         yield f"{name}: {milli} milli of compute promised"
     if card.mode != "mig" and card.present and memory > device.memory_mib:
         yield f"{name}: {memory} MiB promised of {device.memory_mib}"
+    if held and device.mig_switch_ms and card.in_mig != (card.mode == "mig"):
+        yield f"{name}: in mode {card.mode}, taken for one that is{'' if card.in_mig else ' not'} in MIG mode"
     clients = sum(partition.processes for partition in held.values() if isinstance(partition, MpsShare))
     if clients != card.clients or (card.present and clients > device.mps_clients_max):
         yield f"{name}: {clients} MPS clients, counted {card.clients}, at most {device.mps_clients_max}"
@@ -169,7 +173,8 @@ def _job(job: Job) -> Iterator[str]:
     live = sum(1 for assignment in job.assignments if assignment.is_live)
     if live != job.live:
         yield f"{live} live replicas, not {job.live}"
-    if len(states) not in (0, job.spec.replicas) or (not states) != (job.attempt == 0):
+    fits = job.spec.least_replicas <= len(states) <= job.spec.replicas or (job.is_elastic and job.scaled_to)
+    if (states and not fits) or (not states) != (job.attempt == 0):
         yield f"{len(states)} assignments in attempt {job.attempt} of {job.spec.replicas} replicas"
     for replica, assignment in enumerate(job.assignments):
         if assignment.key != (job.id, job.attempt, replica):
@@ -190,7 +195,7 @@ def _job(job: Job) -> Iterator[str]:
     # A gang goes as one: never are some released while others are still being prepared.
     if "ordered" in states or "prepared" in states:
         loose = [state for state in states if state in ("released", "running")]
-        if loose and job.spec.replicas > 1:
+        if loose and job.is_gang:
             yield f"a gang in part: {states}"
     if bool(job.ended_ms) != job.is_final:
         yield f"{job.state}, ended at {job.ended_ms}"
@@ -325,7 +330,7 @@ def _quotas(cluster: Cluster) -> Iterator[str]:
                 continue
             amounts = amounts_of(cluster.pool.spaces[assignment.node], assignment.partition)
             counted.take(quota.queue_of(job), amounts)
-            charged = sum(amounts.values()) << (job.spec.priority - PRIORITY_MIN)
+            charged = charged_milli(cluster, amounts) << (job.spec.priority - PRIORITY_MIN)
             rates[job.tenant] = rates.get(job.tenant, 0) + charged
             for (model, _), milli in amounts.items():
                 held, ran = by_model.get((job.tenant, job.user, model), (0, 0))
@@ -354,10 +359,12 @@ def _claims(cluster: Cluster) -> Iterator[str]:
     kept: dict[str, list[ClaimedPlace]] = {}
     for number, claim in cluster.claims.records.items():
         job = cluster.waiting.get(number) or cluster.suspended.get(number)
+        if job is None and claim.kind == "resize" and (leaving := cluster.leaving.get(number)) is not None:
+            job = leaving if leaving.verdict is not None and leaving.verdict.kind == "requeue" else None
         if number != claim.job or job is None:
             yield f"job {number} has a claim and is not in line"
             continue
-        if len(claim.placements) != job.spec.replicas:
+        if len(claim.placements) != job.spec.least_replicas and claim.kind != "resize":
             yield f"job {number} claims {len(claim.placements)} places for {job.spec.replicas} replicas"
         need = job.spec.need
         for placement in claim.placements:
@@ -368,7 +375,7 @@ def _claims(cluster: Cluster) -> Iterator[str]:
     for name, space in cluster.pool.spaces.items():
         if kept.get(name, []) != space.claims:
             yield f"node {name} keeps {space.claims}; by the claims {kept.get(name, [])}"
-        preempting = [place for place in space.claims if cluster.claims.records[place.job].kind == "preempt"]
+        preempting = [place for place in space.claims if cluster.claims.records[place.job].kind not in PATIENT_CLAIMS]
         if preempting and space.node.state == "ready":
             yield from _kept(space, preempting)
 

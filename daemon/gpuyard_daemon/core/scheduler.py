@@ -25,11 +25,14 @@ from gpuyard_daemon.core.handling import (
     directives,
     lost_nodes,
     outcomes,
+    scaling,
     services,
 )
+from gpuyard_daemon.core.placing import switching
 from gpuyard_daemon.core.placing.impossible import Possibilities
 from gpuyard_daemon.core.preempting.keeping import serve_claims
 from gpuyard_daemon.core.preempting.preemption import Rounds
+from gpuyard_daemon.core.preempting.resizing import Growing
 from gpuyard_daemon.core.preempting.suspension import resume_waiting
 from gpuyard_daemon.core.queueing import fairness, learning
 from gpuyard_daemon.core.queueing.order import WaitingLine
@@ -77,6 +80,7 @@ class Scheduler:
         self._line = WaitingLine(self.cluster, self.settings.timeslice_milli_max)
         self._possibilities = Possibilities()
         self._rounds = Rounds()
+        self._growing = Growing()
         #: When `handle` was last called, whether or not it left a record.
         self._handled_ms = 0
         self._explainer = Explainer(self.cluster, self._line, self.settings.timeslice_milli_max)
@@ -95,6 +99,7 @@ class Scheduler:
         learning.read_ranks(draft)
         fairness.refresh(draft, self.now_ms)
         resume_waiting(draft, self._line, first=True)
+        self._rounds.give_up(draft, self._line, self.now_ms)
         serve_claims(draft)
         unfinished = place_waiting(draft, self._line)
         decided = len(draft.facts)
@@ -103,6 +108,8 @@ class Scheduler:
         self._rounds.hold(draft, self._line, self.now_ms)
         # What is no longer kept for somebody is there for whoever fits it: the next turn, at once, looks who does.
         unfinished = unfinished or any(type(fact) is f.ClaimDropped for fact in draft.facts[decided:])
+        self._growing.hold(draft, self._line, self.now_ms, unfinished=unfinished)
+        switching.note_switches(draft)
         self._handled_ms = draft.now_ms
         unfinished = dependencies.end_doomed(draft) or unfinished
         if not draft.facts and cursors == self.cursors:
@@ -116,7 +123,8 @@ class Scheduler:
     def next_deadline_ms(self) -> int | None:
         """When `handle` should be called though nothing came in; None: nothing to wait for."""
         round_ms = self._rounds.next_ms(self.cluster, self.settings, max(self._handled_ms, self.now_ms))
-        soonest = [deadlines.next_deadline_ms(self.cluster, self.settings), round_ms]
+        grow_ms = self._growing.next_ms(self.cluster, self.settings, max(self._handled_ms, self.now_ms))
+        soonest = [deadlines.next_deadline_ms(self.cluster, self.settings), round_ms, grow_ms]
         return min([at_ms for at_ms in soonest if at_ms is not None], default=None)
 
     # --- repeating ---------------------------------------------------------------------------------------------------
@@ -176,7 +184,7 @@ class Scheduler:
         wanted = []
         for key, assignment in sorted(self.cluster.pool.spaces[node].assignments.items()):
             job = self.cluster.jobs[key.job]
-            released = assignment.state in ("released", "running") and job.spec.replicas > 1
+            released = assignment.state in ("released", "running") and job.is_gang
             wanted.append(
                 Desired(
                     start=start_order(job, assignment),
@@ -219,11 +227,14 @@ class Scheduler:
     def assignment_node(self, job: JobId, replica: int, attempt: int = 0) -> NodeId | None:
         """Where a replica is or was. `attempt`: 0 for the last; the nodes of a few earlier ones are kept."""
         known = self.cluster.jobs.get(job)
-        if known is None or not 0 <= replica < len(known.assignments):
+        if known is None or replica < 0:
             return None
         if attempt in (0, known.attempt):
-            return known.assignments[replica].node
-        return next((nodes[replica] for number, nodes in known.earlier if number == attempt), None)
+            return known.assignments[replica].node if replica < len(known.assignments) else None
+        # An elastic job's attempts differ in size.
+        return next(
+            (nodes[replica] for number, nodes in known.earlier if number == attempt and replica < len(nodes)), None
+        )
 
     def job_view(self, job: JobId, *, with_spec: bool = False) -> JobView | None:
         known = self.cluster.jobs.get(job)
@@ -303,6 +314,12 @@ def _take(draft: Draft, given: Input) -> None:
             | i.RequeueRequested()
         ):
             directives.direct(draft, given)
+        case i.ScaleRequested():
+            scaling.scale_job(draft, given)
+        case i.ServiceScaleAsked():
+            scaling.scale_service(draft, given)
+        case i.RolloutAsked():
+            scaling.roll_out(draft, given)
         case i.ServiceApplied():
             admission.apply(draft, given)
         case i.ServiceDeleted():

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from gpuyard_daemon.core.applying import job_facts, suspend_facts
+from gpuyard_daemon.core.applying import card_facts, elastic_facts, job_facts, suspend_facts
 from gpuyard_daemon.core.state import facts as f
 from gpuyard_daemon.core.state.effects import Effects
 from gpuyard_daemon.core.state.model import Claim, Verdict
@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 #: The word for the agents of those who give way.
 PREEMPTED = "preempted"
+_KEPT = {
+    "preempt": "freed", "reserve": "kept", "resize": "kept", "drain": "kept free, while those on its cards run out,",
+}  # fmt: skip
 #: Evicted jobs that a claimant's story names; more are counted.
 _NAMED_MAX = 4
 
@@ -33,7 +36,9 @@ def made(cluster: Cluster, fact: f.ClaimMade, now_ms: int, effects: Effects) -> 
     named = ", ".join([str(number) for number in evicted[:_NAMED_MAX]])
     more = f" and {len(evicted) - _NAMED_MAX} more" if len(evicted) > _NAMED_MAX else ""
     who = f": {'jobs' if len(evicted) > 1 else 'job'} {named}{more} must leave" if evicted else ""
-    job.note(now_ms, f"a place on {where} is {'freed' if fact.kind == 'preempt' else 'kept'} for it{who}")
+    job.note(now_ms, f"a place on {where} is {_KEPT[fact.kind]} for it{who}")
+    if fact.kind == "drain":
+        card_facts.drained(cluster, fact.placements, now_ms)
     for eviction in fact.evictions:
         _evict(cluster, eviction, now_ms, effects)
 
@@ -47,6 +52,8 @@ def _evict(cluster: Cluster, eviction: f.Eviction, now_ms: int, effects: Effects
     cluster.totals.preempted_milli_ms += eviction.lost_milli_ms
     if eviction.kind == "suspend":
         suspend_facts.suspend(cluster, victim, eviction.why, now_ms, effects)
+    elif eviction.kind == "shrink":
+        elastic_facts.resize(cluster, victim, eviction.keeps, eviction.why, now_ms, effects)
     else:
         job_facts.stop_job(cluster, victim, Verdict("requeue", eviction.why, PREEMPTED), now_ms, effects)
 

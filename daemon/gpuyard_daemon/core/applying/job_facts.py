@@ -25,9 +25,8 @@ if TYPE_CHECKING:
 
 def placed(cluster: Cluster, fact: f.JobPlaced, now_ms: int, effects: Effects) -> None:
     job = cluster.job(fact.job)
-    spec = job.spec
-    if len(fact.placements) != spec.replicas:
-        raise InvariantViolated(f"job {job.id}: {len(fact.placements)} places for {spec.replicas} replicas")
+    if not job.spec.least_replicas <= len(fact.placements) <= max(job.spec.replicas, job.most_replicas):
+        raise InvariantViolated(f"job {job.id}: {len(fact.placements)} places for {job.spec.replicas} replicas")
     cluster.move_job(job, "starting")
     if job.assignments:
         job.earlier.append((job.attempt, tuple([a.node for a in job.assignments])))
@@ -38,23 +37,30 @@ def placed(cluster: Cluster, fact: f.JobPlaced, now_ms: int, effects: Effects) -
     job.started_ms = 0
     job.why = None
     job.assignments = []
-    for replica, placement in enumerate(fact.placements):
-        key = AssignmentKey(job.id, job.attempt, replica)
-        assignment = Assignment(key, placement.node, placement.partition)
-        space = cluster.pool.spaces[placement.node]
-        assignment.lease_ms = lost_facts.lease_on(space.node, spec)
-        lost_facts.note_lease(cluster, assignment)
-        cluster.pool.take(space, assignment, job.tenant, spec.need.cpu_milli, spec.need.memory_mib)
-        holdings.take(cluster, job, space, assignment, now_ms)
-        job.assignments.append(assignment)
-        effects.order(space.node, start_order(job, assignment))
+    for placement in fact.placements:
+        take_place(cluster, job, placement, now_ms)
+    for assignment in job.assignments:
+        effects.order(cluster.nodes[assignment.node], start_order(job, assignment))
     if (claim := cluster.claims.of(fact.guest_of)) is not None:
         claim.guests.append(job.id)
-    job.live = spec.replicas
     if job.prepare_until_ms:
         cluster.timers.set_job(job.prepare_until_ms, Timer.PREPARE, job.id)
     job.note(now_ms, f"attempt {job.attempt} placed on {_node_names(job)}")
     effects.tell(job, now_ms)
+
+
+def take_place(cluster: Cluster, job: Job, placement: f.Placement, now_ms: int) -> None:
+    """The next replica of the present attempt gets its place."""
+    spec = job.spec
+    key = AssignmentKey(job.id, job.attempt, len(job.assignments))
+    assignment = Assignment(key, placement.node, placement.partition)
+    space = cluster.pool.spaces[placement.node]
+    assignment.lease_ms = lost_facts.lease_on(space.node, spec)
+    lost_facts.note_lease(cluster, assignment)
+    cluster.pool.take(space, assignment, job.tenant, spec.need.cpu_milli, spec.need.memory_mib)
+    holdings.take(cluster, job, space, assignment, now_ms)
+    job.assignments.append(assignment)
+    job.live += 1
 
 
 def gang_released(cluster: Cluster, fact: f.GangReleased, now_ms: int, effects: Effects) -> None:
@@ -74,6 +80,9 @@ def stopping(cluster: Cluster, fact: f.JobStopping, now_ms: int, effects: Effect
 def stop_job(cluster: Cluster, job: Job, verdict: Verdict, now_ms: int, effects: Effects) -> None:
     job.verdict = verdict
     job.prepare_until_ms = 0
+    if verdict.kind != "requeue":
+        # It goes on nowhere, whatever was kept for its next attempt.
+        cluster.claims.drop(job.id)
     suspend_facts.forget_suspension(cluster, job, now_ms)
     for assignment in job.assignments:
         if assignment.state not in ("stopping", "ended"):
@@ -102,6 +111,8 @@ def requeued(cluster: Cluster, fact: f.JobRequeued, now_ms: int, effects: Effect
     job.exit_code = fact.exit_code
     cluster.totals.requeued += 1
     cluster.move_job(job, "pending")
+    if job.id not in cluster.waiting:
+        cluster.claims.drop(job.id)
     job.note(now_ms, f"waits again: {fact.why.text}")
     effects.tell(job, now_ms)
 
@@ -150,6 +161,7 @@ def ended(cluster: Cluster, fact: f.JobEnded, now_ms: int, effects: Effects) -> 
     job.why, job.exit_code, job.ended_ms = fact.why, fact.exit_code, now_ms
     cluster.move_job(job, fact.state)
     learning.note_end(cluster, job)
+    cluster.claims.drop(job.id)
     cluster.promised.pop(job.id, None)
     cluster.arrays.ended(job)
     for freed in cluster.gates.leave(job, cluster.jobs, cluster.arrays):

@@ -22,6 +22,8 @@ def service(cluster: Cluster, fact: f.ServiceSet, now_ms: int, effects: Effects)
     if service is None:
         service = Service(fact.tenant, fact.user, fact.spec, fact.generation, now_ms)
         cluster.services[key] = service
+    if service.spec.version != fact.spec.version or replica_spec(service.spec) != replica_spec(fact.spec):
+        service.previous = service.spec
     service.spec, service.generation, service.applied_ms = fact.spec, fact.generation, now_ms
     service.crashes = service.not_before_ms = 0
     cluster.unsettled[key] = cluster.changing[key] = None

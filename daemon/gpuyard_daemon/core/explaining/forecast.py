@@ -139,7 +139,7 @@ class Forecast:
 
     def _shape_of(self, job: Job) -> Shape:
         most = self._survey.shape.timeslice_milli_max
-        return Shape(job.spec.need, job.spec.replicas, job.tenant, job.user, most)
+        return Shape(job.spec.need, job.spec.least_replicas, job.tenant, job.user, most)
 
     def _own_ends(self, known: set[JobId]) -> list[_End]:
         """Where the tenant is limited, its own jobs matter wherever they are."""

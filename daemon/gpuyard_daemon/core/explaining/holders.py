@@ -16,6 +16,7 @@ from gpuyard_daemon.core.explaining.survey import Finding
 from gpuyard_daemon.core.placing.capacity import NodeSpace
 from gpuyard_daemon.core.placing.feasibility import Shape
 from gpuyard_daemon.core.placing.partitions import amounts_on
+from gpuyard_daemon.core.queueing.ranking import wall_ms
 from gpuyard_daemon.core.state.cluster import Cluster
 from gpuyard_daemon.core.state.model import Job
 from gpuyard_protocol.explaining import EndBasis, Holder
@@ -55,7 +56,7 @@ def expected_end(cluster: Cluster, job: Job, now_ms: int) -> tuple[int, EndBasis
     limit_ms = began_ms + job.spec.time_limit_ms if job.spec.time_limit_ms else 0
     expected = cluster.ranking.expected_ms(job, now_ms)
     if expected is not None:
-        at_ms = began_ms + expected[0]
+        at_ms = began_ms + (wall_ms(job, expected[0]) if job.runs_since_ms else expected[0])
         if at_ms > now_ms and (not limit_ms or at_ms < limit_ms):
             return at_ms, "estimate" if expected[1] == "estimate" else "history"
     return (limit_ms, "limit") if limit_ms > now_ms else (0, "")

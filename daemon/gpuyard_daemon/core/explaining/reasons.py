@@ -71,6 +71,7 @@ _TEXTS = {
     Reason.CORDONED: "an operator keeps new work away from it (cordoned)",
     Reason.CARDS_UNHEALTHY: "its cards are not healthy",
     Reason.MODE_AVOIDED: "the node could not set up such a partition lately",
+    Reason.SWITCHED_LATELY: "a card there went into MIG mode or out of it lately, and stays as it is for now",
     Reason.CLAIMED: "what is free there is kept for a job that goes first",
 }
 
@@ -81,6 +82,7 @@ _TEXTS = {
 _UNHEALTHY = Why("CardUnhealthy", "not healthy")
 _KEPT = Why("CardKept", "kept for a job that goes first")
 _WHOLE = Why("HeldWhole", "held whole")
+_SWITCHED = Why("ModeSwitchCoolDown", "free, and stays for now in the mode that it switched to lately")
 _UNSUITED = Why("CardUnsuited", "of another kind than it asks for")
 
 
@@ -119,6 +121,10 @@ def _say(card: Card, shape: Shape, modes: tuple[Mode, ...], verdict: int | Reaso
         return _WHOLE
     if not card.takes_work:
         return _KEPT if card.device.healthy else _UNHEALTHY
+    if card.is_unused and card.keeps_mode:
+        has_room = card.mode == "idle" if need.gpus else fit(card, need, shape.tenant, modes, MILLI) >= 0
+        if not has_room:
+            return _SWITCHED
     if need.gpus:
         if card.mode != "idle":
             return Why("Shared", f"cut for {card.mode.upper()}" if card.mode != "timeslice" else "shared in time")

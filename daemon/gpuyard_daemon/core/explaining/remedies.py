@@ -100,7 +100,7 @@ class Remedies:
         """Nodes where the job so changed would start, if it would and may."""
         cluster, need = self._cluster, change.need
         if cluster.quota.has_quotas:
-            spec = msgspec.structs.replace(self._job.spec, need=need, replicas=change.replicas)
+            spec = msgspec.structs.replace(self._job.spec, need=need, replicas=change.replicas, min_replicas=0)
             within = limits.within_quota(cluster, msgspec.structs.replace(self._job, spec=spec))
             if isinstance(within, Obstacle):
                 return None
@@ -287,10 +287,10 @@ class Remedies:
         """A node where the job starts once those ahead have taken what they can of what was left."""
         left = trial.touched
         for job in ahead:
-            if not self._work.spend(_PLACING_UNITS * len(left) * job.spec.replicas):
+            if not self._work.spend(_PLACING_UNITS * len(left) * job.spec.least_replicas):
                 return None
-            trial.place(Shape(job.spec.need, job.spec.replicas, job.tenant, job.user, self._shape.timeslice_milli_max),
-                        job.id, left)  # fmt: skip
+            other = Shape(job.spec.need, job.spec.least_replicas, job.tenant, job.user, self._shape.timeslice_milli_max)
+            trial.place(other, job.id, left)
         members, first = self._survey.members, ""
         for node in left:
             if not self._work.spend(_PLACING_UNITS * self._shape.replicas):

@@ -52,7 +52,13 @@ def _user_usage(cluster: Cluster, usage: Usage, now_ms: int) -> UserUsage:
         since_ms=usage.since_ms,
         models=tuple(
             [
-                ModelUsage(model=model, held_milli=held, held_milli_ms=held_ms, used_milli_ms=used_ms)
+                ModelUsage(
+                    model=model,
+                    held_milli=held,
+                    held_milli_ms=held_ms,
+                    used_milli_ms=used_ms,
+                    speed_milli=cluster.speeds.of_name(model),
+                )
                 for model, held, held_ms, used_ms in tenancy.by_model(usage, now_ms)
             ]
         ),
@@ -69,6 +75,7 @@ def _together(users: tuple[UserUsage, ...]) -> tuple[ModelUsage, ...]:
             held_milli=before.held_milli + each.held_milli,
             held_milli_ms=before.held_milli_ms + each.held_milli_ms,
             used_milli_ms=before.used_milli_ms + each.used_milli_ms,
+            speed_milli=each.speed_milli,
         )
     return tuple([found[model] for model in sorted(found)])
 

@@ -68,7 +68,7 @@ def job_view(cluster: Cluster, job: Job, *, with_spec: bool = False) -> JobView:
         state=job.state,
         submission_id=job.submission_id,
         priority=spec.priority,
-        replicas=spec.replicas,
+        replicas=job.most_replicas,
         wants=spec.need.describe(),
         submitted_ms=job.submitted_ms,
         attempt=job.attempt,
@@ -82,6 +82,8 @@ def job_view(cluster: Cluster, job: Job, *, with_spec: bool = False) -> JobView:
         placed=tuple([_replica_view(assignment) for assignment in job.assignments]) if job.state != "pending" else (),
         array=job.array,
         array_index=job.array_index,
+        size=len(job.assignments) if job.is_elastic and job.live else 0,
+        min_replicas=spec.min_replicas,
         spec=_shown_spec(job) if with_spec else None,
     )
 
@@ -98,7 +100,7 @@ def _reason(cluster: Cluster, job: Job) -> Why | None:
     if job.state == "pending" and (apart := why_apart(cluster, job)) is not None:
         return apart
     if job.id in cluster.waiting:
-        over = cluster.tenancy.blocks(job.tenant, least_held(job.spec.need, job.spec.replicas))
+        over = cluster.tenancy.blocks(job.tenant, least_held(job.spec.need, job.spec.least_replicas))
         over = over or over_quota(cluster, job)
         if over is not None:
             return over
@@ -209,6 +211,9 @@ def service_view(cluster: Cluster, key: ServiceKey, service: Service) -> Service
         endpoints=tuple([where for job in jobs if job.state == "running" for where in _endpoints(cluster, job)]),
         jobs=tuple([job.id for job in jobs]),
         applied_ms=service.applied_ms,
+        generation=service.generation,
+        updated=sum(1 for job in jobs if job.generation == service.generation and job.state == "running"),
+        outdated=sum(1 for job in jobs if job.generation != service.generation),
     )
 
 
@@ -234,7 +239,7 @@ def node_view(cluster: Cluster, space: NodeSpace, tenant: Tenant | None) -> Node
         node=node.id,
         hostname=inventory.hostname,
         state=node.state,
-        cards=tuple([_card_view(cluster, card, tenant) for card in space.cards]),
+        cards=tuple([_card_view(cluster, space, card, tenant) for card in space.cards]),
         cpu_milli=inventory.cpu_milli,
         cpu_held_milli=inventory.cpu_milli - space.cpu_free_milli,
         memory_mib=inventory.memory_mib,
@@ -259,8 +264,9 @@ def _avoidance(space: NodeSpace) -> str:
     return f"left alone for {', '.join(modes)} after a refusal" if modes else ""
 
 
-def _card_view(cluster: Cluster, card: Card, tenant: Tenant | None) -> CardView:
+def _card_view(cluster: Cluster, space: NodeSpace, card: Card, tenant: Tenant | None) -> CardView:
     device = card.device
+    past = space.node.pasts.get(device.uuid)
     jobs = sorted({key.job for key in card.held})
     return CardView(
         uuid=device.uuid,
@@ -273,7 +279,26 @@ def _card_view(cluster: Cluster, card: Card, tenant: Tenant | None) -> CardView:
         held_milli=card.milli,
         held_memory_mib=card.memory_mib,
         jobs=tuple([job for job in jobs if tenant is None or cluster.jobs[job].tenant == tenant]),
+        note="; ".join([*_kept_for(cluster, space, card, tenant), *_kept_mode(card)]),
+        keeps_mode_until_ms=past.keeps_mode_until_ms if past is not None else 0,
     )
+
+
+def _kept_for(cluster: Cluster, space: NodeSpace, card: Card, tenant: Tenant | None) -> list[str]:
+    """For whom a card in pieces is kept free; a tenant is told the numbers of its own jobs."""
+    found = []
+    for claim in space.claims:
+        kept = cluster.claims.of(claim.job)
+        if kept is not None and kept.kind == "drain" and card.device.uuid in devices_of(claim.partition):
+            whom = f"job {claim.job}" if tenant in (None, claim.tenant) else "a job that waits"
+            found.append(f"kept free for {whom} while those on it run out")
+    return found
+
+
+def _kept_mode(card: Card) -> list[str]:
+    if not card.keeps_mode:
+        return []
+    return ["in MIG mode, for now" if card.in_mig else "out of MIG mode, for now"]
 
 
 # --- numbers ---------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import msgspec
 
+from gpuyard_daemon.core.explaining import switches
 from gpuyard_daemon.core.explaining.forecast import AHEAD_MAX, Forecast
 from gpuyard_daemon.core.explaining.holders import expected_end, holders_of, holders_on, rows
 from gpuyard_daemon.core.explaining.reasons import key_terms
@@ -72,10 +73,11 @@ class Explainer:
         survey = self.surveyor.survey(shape, job.id)
         limit = self._over_limit(survey, job)
         ahead = self._line.ahead_of(job, now_ms)
+        switch_ms = switches.soonest_ms(cluster, survey)
         answer = msgspec.structs.replace(
             answer,
             summary=self._kept_for(job, asked.viewer) or _summary(cluster, survey, limit),
-            reasons=survey.reasons(),
+            reasons=switches.with_end(survey.reasons(), switch_ms, now_ms),
             position=ahead + 1,
             ahead=ahead,
             limit=limit,
@@ -95,6 +97,8 @@ class Explainer:
             else Remedies(cluster, self.surveyor, job, survey, asked.viewer).find(held, first_ahead, limit),
             estimate=StartEstimate(basis="now", text="with the next turn", at_ms=now_ms)
             if starts
+            else switches.estimate(switch_ms, now_ms)
+            if switch_ms and not ahead and limit is None and job.spec.replicas == 1
             else Forecast(cluster, job, survey, now_ms).estimate(held, first_ahead, ahead, limit),
         )
 
@@ -113,7 +117,7 @@ class Explainer:
         return f"places on {', '.join(nodes)} are kept for it: it waits for {whom}"
 
     def shape_of(self, job: Job) -> Shape:
-        return Shape(job.spec.need, job.spec.replicas, job.tenant, job.user, self._timeslice_milli_max)
+        return Shape(job.spec.need, job.spec.least_replicas, job.tenant, job.user, self._timeslice_milli_max)
 
     def _first_ahead(self, job: Job, now_ms: int, ahead: int) -> list[Job] | None:
         """Those before it, in order; None: too many to play them forward."""
@@ -217,6 +221,14 @@ def _summary(cluster: Cluster, survey: Survey, limit: Why | None) -> str:
     return f"{reasons[0].reason.text} (on {reasons[0].nodes} of {len(cluster.nodes)} nodes)"
 
 
+def _size(job: Job) -> str:
+    """How wide an elastic job runs."""
+    if not job.is_elastic:
+        return ""
+    size = len(job.assignments)
+    return f" with {size} replica{'s' if size > 1 else ''}, of {job.spec.least_replicas} to {job.most_replicas}"
+
+
 def _summary_of_state(job: Job) -> str:
     because = job.verdict.why if job.verdict else job.why
     where = ", ".join(dict.fromkeys(assignment.node for assignment in job.assignments))
@@ -224,10 +236,10 @@ def _summary_of_state(job: Job) -> str:
         case "starting":
             waits = sum(1 for assignment in job.assignments if assignment.state == "ordered")
             return f"starting on {where}" + (
-                f": {waits} replicas are not prepared yet" if waits and job.spec.replicas > 1 else ""
+                f": {waits} replicas are not prepared yet" if waits and job.is_gang else ""
             )
         case "running":
-            return f"running on {where}"
+            return f"running on {where}" + _size(job)
         case "suspended":
             reason = f" ({because.text})" if because else ""
             if job.assignments and job.assignments[0].home is None:

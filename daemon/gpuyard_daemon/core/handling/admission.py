@@ -46,12 +46,12 @@ def submit(draft: Draft, request: JobSubmitted) -> None:
         return
     if not spec.allow_pending:
         missing = draft.possibilities.missing(
-            draft.cluster.pool, spec.need, spec.replicas, request.tenant, request.user
+            draft.cluster.pool, spec.need, spec.least_replicas, request.tenant, request.user
         )
         if missing is not None:
             _reject_impossible(draft, request.tenant, request.submission_id, missing, chosen=request.chosen_id)
             return
-        if never := draft.cluster.tenancy.never(request.tenant, least_held(spec.need, spec.replicas)):
+        if never := draft.cluster.tenancy.never(request.tenant, least_held(spec.need, spec.least_replicas)):
             _reject_for_now(draft, request.tenant, request.submission_id, never)
             return
         if never := never_within(draft.cluster, request.tenant, spec):

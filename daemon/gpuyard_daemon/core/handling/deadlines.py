@@ -51,6 +51,10 @@ def _holds(cluster: Cluster, entry: tuple[int, Timer, JobId, str, str]) -> bool:
         case Timer.FORGIVE:
             node = cluster.nodes.get(owner)
             return node is not None and name in node.avoided and node.avoided[name].until_ms == at_ms
+        case Timer.SETTLE:
+            node = cluster.nodes.get(owner)
+            past = node.pasts.get(name) if node is not None else None
+            return past is not None and past.keeps_mode_until_ms == at_ms
         case Timer.SCALE_DOWN:
             service = cluster.services.get((owner, name))
             return service is not None and service.lower_since_ms + service.spec.scale_down_after_ms == at_ms
@@ -91,6 +95,8 @@ def _fire(draft: Draft, entry: tuple[int, Timer, JobId, str, str]) -> None:
             end_idle(draft, cluster.jobs[job_id])
         case Timer.FORGIVE:
             draft.add(f.NodeForgiven(owner, name))
+        case Timer.SETTLE:
+            draft.add(f.CardSettled(owner, name))
         case Timer.SCALE_DOWN:
             rescale(draft, cluster.services[owner, name])
         case Timer.REPLACE:

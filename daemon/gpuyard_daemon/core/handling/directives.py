@@ -19,6 +19,7 @@ from gpuyard_daemon.core.state.inputs import (
     ReleaseRequested,
     RequeueRequested,
     ResumeRequested,
+    ScaleRequested,
     SuspendRequested,
 )
 from gpuyard_daemon.core.state.model import Array, Job
@@ -33,7 +34,7 @@ def direct(draft: Draft, request: Directive) -> None:
     """Carry out what a job's owner asked for, or say why not."""
     if answer_again_chosen(draft, request.tenant, request.submission_id):
         return
-    job = _own_job(draft, request)
+    job = own_job(draft, request)
     if job is None:
         return
     refusal: Why | None = None
@@ -59,14 +60,14 @@ def direct(draft: Draft, request: Directive) -> None:
     answer(draft, request.tenant, accepted)
 
 
-def _own_job(draft: Draft, request: Directive) -> Job | None:
+def own_job(draft: Draft, request: Directive | ScaleRequested) -> Job | None:
     """The job, if it is the caller's and has not ended; answers the request otherwise."""
     cluster = draft.cluster
     job = cluster.jobs.get(request.job)
     if job is None and (array := cluster.arrays.records.get(request.job)) is not None:
         # Its first elements have been put away; any other of them speaks for the array.
         job = next(job for number in range(array.id, array.id + array.count) if (job := cluster.jobs.get(number)))
-        if not request.array:
+        if not _of_array(request):
             job = None
     if job is None or job.tenant != request.tenant:
         jobs = cluster.lists.get(request.tenant)
@@ -77,10 +78,14 @@ def _own_job(draft: Draft, request: Directive) -> Job | None:
     if job.user != request.user:
         refuse(draft, request, Why("NotYours", f"job {job.id} belongs to user {job.user}"))
         return None
-    if job.is_final and not request.array:
+    if job.is_final and not _of_array(request):
         refuse(draft, request, Why("AlreadyEnded", f"job {job.id} has {job.state} already"))
         return None
     return job
+
+
+def _of_array(request: Directive | ScaleRequested) -> bool:
+    return not isinstance(request, ScaleRequested) and request.array
 
 
 def _cancel(draft: Draft, job: Job, request: CancelRequested) -> None:

@@ -96,7 +96,7 @@ def _take_report(draft: Draft, batch: NodeReported, report: Report) -> None:
     assignment = draft.cluster.assignment(report.key)
     if assignment is None or not assignment.is_live or assignment.node != batch.node:
         return
-    is_gang = len(draft.cluster.jobs[report.key.job].assignments) > 1
+    is_gang = draft.cluster.jobs[report.key.job].is_gang
     match report:
         case Prepared(key=key, port=port):
             if assignment.state == "ordered" and is_gang:
@@ -245,7 +245,7 @@ def _settle(draft: Draft, job: Job) -> None:
 
 
 def _requeue(draft: Draft, job: Job, why: Why) -> None:
-    if why.code in ("Shutdown", "Requeued", "Preempted"):
+    if why.code in ("Shutdown", "Requeued", "Preempted", "Resized"):
         # Asked for, and nobody's fault.
         draft.add(f.JobRequeued(job.id, False, why, 0, job.uncharged))
         return

@@ -15,7 +15,8 @@ from typing import NamedTuple, TypeAlias
 import msgspec
 import numpy as np
 
-from gpuyard_daemon.core.placing.partitions import Card, Freed, Look, claim_on
+from gpuyard_daemon.core.placing.claimed import Freed, claim_on
+from gpuyard_daemon.core.placing.partitions import Card, Look
 from gpuyard_daemon.core.placing.topology import Wiring, rack_of, wiring_of
 from gpuyard_daemon.core.state.model import LEAVING, Assignment, Node
 from gpuyard_daemon.core.state.states import InvariantViolated
@@ -212,6 +213,8 @@ class NodeSpace:
             card = Card(device, position, present=present)
             if old := held.get(device.uuid):
                 _carry_over(old, card)
+            if (past := node.pasts.get(device.uuid)) is not None:
+                card.recall(in_mig=past.in_mig, keeps_mode=past.keeps_mode_until_ms > 0)
             self.cards.append(card)
         self.by_uuid = {card.device.uuid: card for card in self.cards}
         missing = [card.device.uuid for card in before if card.held and card.device.uuid not in self.by_uuid]
@@ -441,6 +444,15 @@ class Pool:
                 return memory
             case _:
                 return 0
+
+    def recall(self, space: NodeSpace, uuid: str) -> None:
+        """Make a card be what its node's record says of it."""
+        card, past = space.by_uuid.get(uuid), space.node.pasts[uuid]
+        if card is not None:
+            was_idle = card.mode == "idle" and card.takes_work
+            card.recall(in_mig=past.in_mig, keeps_mode=past.keeps_mode_until_ms > 0)
+            space.idle_cards += (card.mode == "idle" and card.takes_work) - was_idle
+            self.touch(space)
 
     def leaving(self, space: NodeSpace) -> None:
         """Somebody on the node was told to stop: what is claimed there takes that first."""

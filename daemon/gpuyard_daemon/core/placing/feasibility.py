@@ -60,6 +60,8 @@ class Reason(StrEnum):
     CARDS_BUSY = "CardsBusy"
     PROFILE_BUSY = "MigSlicesBusy"
     SHARE_BUSY = "SharesBusy"
+    #: A card is free, and has gone into MIG mode or out of it so lately that it stays so for now.
+    SWITCHED_LATELY = "ModeSwitchCoolDown"
     #: There is room, and it is kept for a job that goes first. Told by `survey`; `judge` gives what it sees beside it.
     CLAIMED = "PlacesKept"
 
@@ -185,6 +187,8 @@ def _count_idle(space: NodeSpace, positions: tuple[int, ...]) -> int:
 
 
 def _cards_reason(space: NodeSpace, positions: tuple[int, ...], wanted: int) -> Reason:
+    if sum([1 for position in positions if space.cards[position].is_unused]) >= wanted:
+        return Reason.SWITCHED_LATELY
     usable = sum(1 for position in positions if space.cards[position].device.healthy)
     return Reason.CARDS_UNHEALTHY if usable < wanted else Reason.CARDS_BUSY
 
@@ -198,6 +202,8 @@ def _judge_cards(space: NodeSpace, shape: Shape, positions: tuple[int, ...], spa
     cards = [space.cards[position] for position in positions]
     if not any(card.device.healthy for card in cards):
         return Reason.CARDS_UNHEALTHY
+    if any(card.is_unused and card.keeps_mode for card in cards):
+        return Reason.SWITCHED_LATELY
     if len(modes) < len(ANY_MODE) and all(mode_for(card, shape.need, modes) is None for card in cards):
         return Reason.MODE_MISSING if spanning and modes is not space.modes else Reason.MODE_AVOIDED
     return Reason.PROFILE_BUSY if shape.need.mig else Reason.SHARE_BUSY
@@ -222,6 +228,7 @@ def _snuggest(
                 tried is not None
                 and tried.geometry is card.geometry
                 and tried.device.memory_mib == card.device.memory_mib
+                and tried.keeps_mode == card.keeps_mode
             ):
                 continue
             tried = card
@@ -261,7 +268,7 @@ def whole_cards(space: NodeSpace, positions: tuple[int, ...], count: int) -> tup
     """(idle cards to take whole, whether each reaches each over links): the best linked ones, else the first."""
     idle = tuple([p for p in positions if space.cards[p].mode == "idle" and space.cards[p].takes_work])
     if space.wiring is None:
-        return idle[:count], True
+        return tuple(sorted(sorted(idle, key=lambda p: space.cards[p].switch_milli("whole"))[:count])), True
     return space.wiring.pick(idle, count)
 
 

@@ -20,6 +20,7 @@ from collections.abc import Iterable, Sequence
 from typing import Final, NamedTuple
 
 from gpuyard_daemon.core.placing.partitions import Room, geometry_of, sample_of
+from gpuyard_daemon.core.placing.speeds import Named, Speeds
 from gpuyard_protocol.resources import Device, ResourceNeed, model_matches, share_of
 from gpuyard_protocol.units import MILLI
 
@@ -58,7 +59,7 @@ class _Wish(NamedTuple):
 class DemandMix:
     """The typical demands, and both measures by them. Fixed once made: a changed mix is a new object."""
 
-    def __init__(self, demands: Iterable[Demand], speeds: Sequence[tuple[str, int]] = ()) -> None:
+    def __init__(self, demands: Iterable[Demand], speeds: Named = ()) -> None:
         ranked = sorted(demands, key=lambda demand: -demand.seen)
         total = sum(demand.seen for demand in ranked)
         chosen, covered = [], 0
@@ -86,9 +87,7 @@ class DemandMix:
         #: By room: what each wish could use of such a card.
         self._usable: dict[int, tuple[int, ...]] = {}
         self._sums: dict[tuple[int, ...], tuple[int, ...]] = {}
-        self._speeds = tuple(speeds)
-        #: By kind of card, in thousandths of the fastest's.
-        self._speed_of: dict[int, int] = {}
+        self._speeds = Speeds(speeds)
 
     def unusable(self, cpu_free_milli: int, memory_free_mib: int, rooms: Sequence[int]) -> int:
         """Idle thousandths of cards that the mix could not use, expected, in millionths of a thousandth."""
@@ -138,16 +137,9 @@ class DemandMix:
             ]
         )
 
-    def slowness(self, kind: int) -> int:
-        """What work loses on a card of a kind against the fastest, in thousandths; 0 where nobody said."""
-        if not self._speeds:
-            return 0
-        speed = self._speed_of.get(kind)
-        if speed is None:
-            model = sample_of(kind).model
-            named = [each for name, each in self._speeds if model_matches(model, name)]
-            speed = self._speed_of[kind] = min(named, default=MILLI)
-        return MILLI - speed
+    def slowness(self, kind: int, own: Named = ()) -> int:
+        """What work loses on a card of a kind, in thousandths of it; 0: nobody said. `own`: a job's own figures."""
+        return self._speeds.loss(sample_of(kind).model, own)
 
     def gap_loss(self, free_milli: int, milli: int) -> int:
         """What taking a share out of a gap destroys beyond the share's own price; 0 where it fits perfectly."""

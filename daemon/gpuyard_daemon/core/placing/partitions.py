@@ -48,6 +48,8 @@ CardMode: TypeAlias = Literal["whole", "mig", "mps", "timeslice"]
 _FRESH = 4 * MILLI
 #: Added where the mode wastes more of the card than the wish's first choice would.
 _SECOND_CHOICE = 8 * MILLI
+#: A switch of MIG mode is weighed as what the card could have computed in the meantime, spread over so long.
+SWITCH_HORIZON_MS = 600_000
 #: Added where a time-sliced card would promise more compute than it has.
 _OVERSUBSCRIBED = 16 * MILLI
 
@@ -139,6 +141,8 @@ class Look(NamedTuple):
     profiles: tuple[tuple[str, int], ...]
     takes_work: bool
     loads: tuple[int, ...]
+    #: Of a card that is not cut and takes time to switch: 1: it is in MIG mode, 2: it is not, and stays so for now.
+    past: int = 0
 
 
 #: Kinds of card met so far, by what a card of the kind is: numbers that mean nothing but equality.
@@ -150,7 +154,8 @@ _SAMPLES: list[Device] = []
 def kind_of(device: Device) -> int:
     """Equal for cards that can be cut alike."""
     geometry = geometry_of(device).number
-    key = (device.model, device.memory_mib, device.modes, geometry, device.mps_clients_max, device.mig_taken)
+    switch_ms = device.mig_switch_ms
+    key = (device.model, device.memory_mib, device.modes, geometry, device.mps_clients_max, device.mig_taken, switch_ms)
     kind = _KINDS.get(key)
     if kind is None:
         kind = _KINDS[key] = len(_SAMPLES)
@@ -208,6 +213,8 @@ class Card:
         "foreign",
         "geometry",
         "held",
+        "in_mig",
+        "keeps_mode",
         "kind",
         "loads",
         "mask",
@@ -234,6 +241,8 @@ class Card:
         self._room: int | None = None
         #: Slices that somebody outside the yard holds: the card is cut by MIG, whatever the yard does.
         self.foreign = sum([slices_at(first, size) for first, size in device.mig_taken])
+        #: It was in MIG mode when it was last used, and has changed so lately that it stays as it is for now.
+        self.in_mig = self.keeps_mode = False
         self.mode: Mode = "mig" if self.foreign else "idle"
         #: Whose it is while it is shared by MPS or time-slice.
         self.domain: Tenant = ""
@@ -254,7 +263,7 @@ class Card:
         """For trying placements: the sums are its own; what holds them is carried over only when asked for."""
         twin = Card.__new__(Card)
         twin.device, twin.position, twin.geometry = self.device, self.position, self.geometry
-        twin.foreign, twin.loads = self.foreign, self.loads
+        twin.foreign, twin.loads, twin.in_mig, twin.keeps_mode = self.foreign, self.loads, self.in_mig, self.keeps_mode
         twin.kind, twin._look, twin._room = self.kind, self._look, self._room
         twin.present, twin.takes_work = self.present, self.takes_work
         twin.mode, twin.domain, twin.milli, twin.memory_mib = self.mode, self.domain, self.milli, self.memory_mib
@@ -277,8 +286,38 @@ class Card:
                 profiles,
                 self.takes_work,
                 self.loads,
+                (1 if self.in_mig else 2 * self.keeps_mode) if self.mode == "idle" else 0,
             )
         return look
+
+    def recall(self, *, in_mig: bool, keeps_mode: bool) -> None:
+        """What is remembered of it: whether it is in MIG mode, and whether it stays in the mode that it is in."""
+        self.in_mig, self.keeps_mode = in_mig, keeps_mode
+        if not self.held:
+            self.mode = self._unused_mode
+        self.changed()
+
+    @property
+    def is_unused(self) -> bool:
+        """Nobody holds any of it, and it takes work, if perhaps not in every mode."""
+        return self.takes_work and not self.foreign and (self.mode == "idle" or (self.mode == "mig" and not self.mask))
+
+    @property
+    def _unused_mode(self) -> Mode:
+        """How it is cut while nobody holds any of it: not at all, or for MIG, whoever comes."""
+        return "mig" if self.foreign or (self.keeps_mode and self.in_mig) else "idle"
+
+    @property
+    def modes(self) -> tuple[Mode, ...]:
+        """Ways in which it can be cut, once it is empty."""
+        offered = self.device.modes
+        return tuple([mode for mode in offered if mode != "mig"]) if self.keeps_mode and not self.in_mig else offered
+
+    def switch_milli(self, mode: Mode) -> int:
+        """What it costs to use it in a mode, for the switch that it takes, in thousandths of a card."""
+        if not self.device.mig_switch_ms or self.mode != "idle" or (mode == "mig") == self.in_mig:
+            return 0
+        return self.device.mig_switch_ms * MILLI // SWITCH_HORIZON_MS
 
     def room_after(self, milli: int = 0, memory_mib: int = 0, mask: int = 0, slices: int = 0) -> int:
         """The packed `Room` once so much more is taken of it; of MIG the slices at `mask`, and compute slices."""
@@ -370,66 +409,8 @@ class Card:
                 self.clients -= processes
         self._count_load(partition, -1)
         if not self.held:
-            self.mode, self.domain = "mig" if self.foreign else "idle", ""
+            self.mode, self.domain = self._unused_mode, ""
             self.profile_counts = {}
-
-
-class Freed:
-    """What those who leave a card will have left of it; claims use it up one after the other."""
-
-    __slots__ = ("_counted", "memory_mib", "milli")
-
-    def __init__(self) -> None:
-        self._counted: set[AssignmentKey] = set()
-        self.milli = self.memory_mib = 0
-
-    def add(self, device: Device, key: AssignmentKey, partition: Partition) -> None:
-        if key not in self._counted:
-            self._counted.add(key)
-            milli, memory_mib = amounts_on(device, partition)
-            self.milli += milli
-            self.memory_mib += memory_mib
-
-    def use(self, milli: int, memory_mib: int) -> tuple[int, int]:
-        """How much more than that a claim takes."""
-        more = max(0, milli - self.milli), max(0, memory_mib - self.memory_mib)
-        self.milli, self.memory_mib = max(0, self.milli - milli), max(0, self.memory_mib - memory_mib)
-        return more
-
-
-def claim_on(
-    twin: Card, card: Card, partition: Partition, tenant: Tenant, leaving: list[AssignmentKey], freed: Freed
-) -> None:
-    """Make a copy of a card look as to everybody else: what is claimed counts as taken, beyond what leaves for it.
-
-    `freed`: of the card, the same for all claims on it.
-    """
-    mode = mode_of(partition)
-    twin.changed()
-    if mode == "whole" or twin.mode not in ("idle", mode) or twin.domain not in ("", tenant):
-        # It is to be whole, or cut otherwise than it is now, or somebody else's: nothing new goes there.
-        twin.takes_work = False
-        return
-    for key in leaving:
-        if key in card.held:
-            freed.add(card.device, key, card.held[key])
-    if isinstance(partition, MigInstance):
-        # Whoever stands on its slices will have left them by then.
-        mask = slices_at(partition.start, partition.size)
-        for key, held in card.held.items():
-            if isinstance(held, MigInstance) and slices_at(held.start, held.size) & mask:
-                freed.add(card.device, key, held)
-    milli, memory_mib = freed.use(*amounts_on(card.device, partition))
-    twin.milli += milli
-    twin.memory_mib += memory_mib
-    match partition:
-        case MigInstance(start=start, size=size, profile=profile):
-            twin.mask |= slices_at(start, size)
-            twin.profile_counts[profile] = twin.profile_counts.get(profile, 0) + 1
-        case MpsShare(processes=processes):
-            twin.clients += processes
-    if twin.mode == "idle":
-        twin.mode, twin.domain = mode, tenant if mode in ("mps", "timeslice") else ""
 
 
 def mode_of(partition: Partition) -> Mode:
@@ -498,7 +479,7 @@ def fit(card: Card, need: ResourceNeed, tenant: Tenant, modes: tuple[Mode, ...],
 
 def mode_for(card: Card, need: ResourceNeed, modes: tuple[Mode, ...]) -> CardMode | None:
     """The mode in which this card, as it is cut now, would serve a share or MIG instance; None if it never would."""
-    offered = card.device.modes
+    offered = card.modes
     if need.mig:
         profile = card.geometry.profiles.get(need.mig)
         if profile is None or "mig" not in offered or "mig" not in modes:
@@ -520,7 +501,7 @@ def mode_for(card: Card, need: ResourceNeed, modes: tuple[Mode, ...]) -> CardMod
     if need.isolation == "hard" and "whole" in offered and "whole" in modes:
         milli, memory = share_of(card.device.memory_mib, need)
         # A card whose MIG profiles do cover the share, but may not be used now, is not given away whole.
-        covered = "mig" in offered and profile_for(card, need) is not None
+        covered = "mig" in card.device.modes and profile_for(card, need) is not None
         return "whole" if milli <= MILLI and memory <= card.device.memory_mib and not covered else None
     return None
 

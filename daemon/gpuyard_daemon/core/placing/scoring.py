@@ -77,6 +77,8 @@ class _Way(NamedTuple):
     room_after: int
     #: 0: it is no MIG instance; else what the card was before.
     of_mig: int = 0
+    #: What a switch of MIG mode costs, in thousandths of a card.
+    switch: int = 0
 
 
 def choose(mix: DemandMix, space: NodeSpace, shape: Shape, *, spanning: bool = False, owner: int = 0) -> Choice | None:
@@ -105,13 +107,13 @@ def choose(mix: DemandMix, space: NodeSpace, shape: Shape, *, spanning: bool = F
         left = idle - way.taken
         then = _usable_after(mix, usable, rooms, way) if way.cards else usable
         gain = before - mix.waste(cpu - need.cpu_milli, memory - need.memory_mib, then, left)
-        slow = max([mix.slowness(space.cards[position].kind) for position in way.cards], default=0)
-        gain -= (slow * way.taken // MILLI + way.strife) * ONE
+        slow = max([mix.slowness(space.cards[position].kind, need.speeds) for position in way.cards], default=0)
+        gain -= (slow * way.taken // MILLI + way.strife + way.switch) * ONE
         growth = _growth_of_instance(gain, way) if way.of_mig else _growth(gain)
         loss = min(_LOSS_MAX, (mix.gap_loss(way.loss >> 16, way.loss & 0xFFFF) if way.loss else 0) // _LOSS_QUANTUM)
         score = min(_TIER_MAX, way.tier) << 1 | way.unlinked
         score = (score << 6 | loss) << 7 | growth
-        score = score << 16 | min(_LEFT_MAX, left)
+        score = score << 16 | min(_LEFT_MAX, left + way.switch)
         score = (score << 10 | min(1023, way.card_left)) << 10 | max(0, min(1023, cpu_left))
         if best is None or score < best.score:
             best = Choice(score, way.cards)
@@ -151,7 +153,8 @@ def _ways(space: NodeSpace, shape: Shape, spanning: bool) -> list[_Way]:
     _, positions = shape.eligible(space)
     if need.gpus:
         cards, linked = whole_cards(space, positions, need.gpus)
-        return [_Way(0, not linked, 0, 0, need.gpus * MILLI, 0, cards, NO_ROOM)]
+        switch = sum([space.cards[position].switch_milli("whole") for position in cards])
+        return [_Way(0, not linked, 0, 0, need.gpus * MILLI, 0, cards, NO_ROOM, switch=switch)]
     modes = modes_for(space, spanning=spanning)
     ways: list[_Way] = []
     seen: set[object] = set()
@@ -199,7 +202,8 @@ def _way_on(card: Card, shape: Shape, modes: tuple[Mode, ...]) -> _Way | None:
             loss = _gap(card, milli, memory)
             strife = _strife(card, need.gpu_load) if need.gpu_load else 0
     left = free_of(after)
-    return _Way(tier, False, loss, strife, free_of(card.room) - left, left, (card.position,), after, of_mig)
+    switch = card.switch_milli(mode) if mode is not None else 0
+    return _Way(tier, False, loss, strife, free_of(card.room) - left, left, (card.position,), after, of_mig, switch)
 
 
 def _strife(card: Card, load: GpuLoad) -> int:

@@ -56,7 +56,7 @@ def make_room(
         and each.exchangeable
         and each.kind != "suspend"
         and each.cost < worth
-        and each.job.spec.replicas == 1
+        and not each.job.is_gang
     ]
     if not movable:
         return looks

@@ -26,16 +26,19 @@ def serve_claims(draft: Draft) -> None:
     for claim in list(cluster.claims):
         job = cluster.jobs[claim.job]
         gone = _gone(cluster, claim)
+        if claim.kind == "resize" and gone is None and job.id not in cluster.waiting:
+            # Its attempt has not ended yet.
+            continue
         if gone is None and is_free(cluster, job, claim):
             placements = tuple(claim.placements)
             if may_hold(cluster, job, placements) and job.id in cluster.suspended:
                 draft.add(f.JobResuming(job.id))
             elif may_hold(cluster, job, placements):
-                prepare_until_ms = draft.now_ms + draft.settings.prepare_timeout_ms if len(placements) > 1 else 0
-                draft.add(f.JobPlaced(job.id, placements, prepare_until_ms))
+                prepare_until_ms = draft.now_ms + draft.settings.prepare_timeout_ms if job.is_gang else 0
+                draft.add(f.JobPlaced(job.id, placements, prepare_until_ms, resized=claim.kind == "resize"))
             else:
                 gone = f"tenant {job.tenant} is at its limit"
-        elif gone is None and claim.kind == "preempt" and not _somebody_leaves(cluster, claim):
+        elif gone is None and claim.kind not in f.PATIENT_CLAIMS and not _somebody_leaves(cluster, claim):
             gone = "somebody else holds it"
         if gone is not None:
             draft.add(f.ClaimDropped(job.id, Why("ClaimVoid", f"no place is kept for it any more: {gone}")))

@@ -12,8 +12,8 @@ from gpuyard_daemon.core.preempting import exchange
 from gpuyard_daemon.core.preempting.suspension import can_be_suspended
 from gpuyard_daemon.core.queueing.ranking import outlives_ms, ran_ms, width_milli
 from gpuyard_daemon.core.state.cluster import Cluster
-from gpuyard_daemon.core.state.facts import EvictionKind
-from gpuyard_daemon.core.state.model import Job
+from gpuyard_daemon.core.state.facts import EvictionKind, Placement
+from gpuyard_daemon.core.state.model import Assignment, Job
 from gpuyard_daemon.core.state.settings import CoreSettings
 from gpuyard_protocol.units import MILLI
 
@@ -37,6 +37,9 @@ class Occupant(NamedTuple):
     preemptible: bool
     #: When time alone makes it easier to take next; 0: never.
     next_ms: int
+    #: Of an elastic job that would shrink: the replicas that go, and the places that it keeps.
+    goes: tuple[Assignment, ...] = ()
+    keeps: tuple[Placement, ...] = ()
 
     @property
     def cost(self) -> int:
@@ -98,7 +101,7 @@ def _restart_ms(settings: CoreSettings, job: Job, kind: EvictionKind) -> int:
     match kind:
         case "suspend":
             return settings.restart_suspend_ms
-        case "checkpoint":
+        case "checkpoint" | "shrink":
             return job.spec.restart_ms or settings.restart_checkpoint_ms
         case "requeue":
             return job.spec.restart_ms or settings.restart_requeue_ms

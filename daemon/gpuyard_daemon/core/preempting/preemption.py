@@ -14,10 +14,11 @@ such sets takes guests.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
-from gpuyard_daemon.core.preempting import exchange, homing, reservations
+from gpuyard_daemon.core.preempting import draining, exchange, homing, reservations, shrinking
 from gpuyard_daemon.core.preempting.consolidation import make_room
+from gpuyard_daemon.core.preempting.draining import CutNodes
 from gpuyard_daemon.core.preempting.occupants import Occupant, occupants
 from gpuyard_daemon.core.preempting.reclaim import Reclaiming
 from gpuyard_daemon.core.preempting.suspension import can_be_suspended
@@ -31,7 +32,7 @@ from gpuyard_daemon.core.state.draft import Draft
 from gpuyard_daemon.core.state.model import Job
 from gpuyard_daemon.core.state.settings import CoreSettings
 from gpuyard_daemon.core.tenants.holdings import amounts_of, sum_of
-from gpuyard_daemon.core.tenants.limits import may_hold
+from gpuyard_daemon.core.tenants.limits import counts_for, held_now, may_hold
 from gpuyard_daemon.core.tenants.quota import Amounts
 from gpuyard_protocol.jobs import Why
 from gpuyard_protocol.names import JobId
@@ -61,6 +62,15 @@ class Rounds:
         #: The occupants at the beginning of a period, and which period. Who starts in it is none of them yet; that
         #: tenants' levels moved is seen from the facts; the rest is looked at when it is used.
         self._occupants: tuple[int, list[Occupant]] = (-1, [])
+        #: Where cards are cut by MIG; made when first asked for.
+        self._cut_nodes: CutNodes | None = None
+
+    def give_up(self, draft: Draft, line: WaitingLine, last_record_ms: int) -> None:
+        """Before anybody is placed: give up places in pieces that are no longer worth keeping free."""
+        period_ms = draft.now_ms - draft.now_ms % draft.settings.preempt_every_ms
+        if period_ms > last_record_ms and any(claim.kind == "drain" for claim in draft.cluster.claims):
+            heads = [queue for _, queue, _ in line.blocked_heads()[: draft.settings.preempt_heads]]
+            draining.review(draft, line, heads, period_ms)
 
     def hold(self, draft: Draft, line: WaitingLine, last_record_ms: int) -> None:
         """Let those take others' places who may."""
@@ -78,7 +88,9 @@ class Rounds:
             heads = _arrived(draft, line)
         if not heads and not len(cluster.claims) and not (is_full and cluster.suspended):
             return
-        held = _Round(draft, line, self._present(draft, period_ms), period_ms, is_full=is_full)
+        if self._cut_nodes is None:
+            self._cut_nodes = CutNodes(cluster.pool)
+        held = _Round(draft, line, self._present(draft, period_ms), self._cut_nodes, period_ms, is_full=is_full)
         is_through = held.hold(heads)
         if is_full and is_through:
             self._next_ms = held.next_ms
@@ -87,14 +99,15 @@ class Rounds:
         """Who of a period's occupants is still there, in the band that it is in now."""
         cluster, settings = draft.cluster, draft.settings
         if self._occupants[0] != period_ms:
-            self._occupants = (period_ms, occupants(cluster, settings, period_ms, settings.preempt_occupants))
-        there = self._occupants[1]
+            running = occupants(cluster, settings, period_ms, settings.preempt_occupants)
+            self._occupants = (period_ms, running + shrinking.lent(cluster, settings, period_ms))
+        there = [each for each in self._occupants[1] if not each.goes or each.job.is_resizable]
         if cluster.quota.is_plain and not cluster.services:
             # Everybody is in one band.
             return [each for each in there if each.job.state == "running" and each.job.attempt == each.attempt]
         band_of = cluster.ranking.band_of
         return [
-            occupant if (band := band_of(job)) == occupant.band else occupant._replace(band=band)
+            occupant if occupant.goes or (band := band_of(job)) == occupant.band else occupant._replace(band=band)
             for occupant in there
             if (job := occupant.job).state == "running" and job.attempt == occupant.attempt
         ]
@@ -131,15 +144,27 @@ def _arrived(draft: Draft, line: WaitingLine) -> list[ShapeQueue]:
 class _Round:
     """One pass over waiting jobs, with the occupants as they were at the beginning of the period."""
 
-    def __init__(self, draft: Draft, line: WaitingLine, present: list[Occupant], at_ms: int, *, is_full: bool) -> None:
+    def __init__(
+        self,
+        draft: Draft,
+        line: WaitingLine,
+        present: list[Occupant],
+        cut_nodes: CutNodes,
+        at_ms: int,
+        *,
+        is_full: bool,
+    ) -> None:
         self._draft = draft
         self._line = line
         self._is_full = is_full
         self._at_ms = at_ms
         self._looks = draft.settings.preempt_nodes
         self._occupants = present
-        #: Claimants for whom it may yet be asked whether work could move aside.
-        self._rooms_left = _ROOMS_MAX
+        #: Claimants for whom it may yet be asked whether work could move aside, or a card be kept free.
+        self._rooms_left = self._drains_left = _ROOMS_MAX
+        #: When a card may be kept free for those who have not waited long enough for it; 0: there are none.
+        self._patient_from_ms = 0
+        self._cut_nodes, self._cut_looks = cut_nodes, draft.settings.preempt_nodes
         cluster = draft.cluster
         moving = [cluster.leaving.get(number) for claim in cluster.claims for number in claim.evicted]
         self._moving_milli = sum([width_milli(job) for job in moving if job is not None])
@@ -150,9 +175,13 @@ class _Round:
         moments = [occupant.next_ms for occupant in self._occupants if occupant.next_ms]
         if any(claim.kind == "reserve" for claim in self._draft.cluster.claims):
             moments.append(self._at_ms - self._at_ms % reservations.REPLAN_MS + reservations.REPLAN_MS)
+        if any(claim.kind == "drain" for claim in self._draft.cluster.claims):
+            moments.append(self._at_ms + 1)
+        if self._patient_from_ms:
+            moments.append(self._patient_from_ms)
         return min(moments, default=0)
 
-    def hold(self, heads: Iterable[ShapeQueue]) -> bool:
+    def hold(self, heads: Sequence[ShapeQueue]) -> bool:
         """Whether all of them were looked at."""
         cluster, settings = self._draft.cluster, self._draft.settings
         most = max(_MOVING_MIN_MILLI, cluster.pool.capacity_milli * settings.preempt_moving_permille // 1000)
@@ -205,7 +234,21 @@ class _Round:
         if self._is_full and reservations.may_reserve(cluster, rank):
             self._looks = reservations.reserve(self._draft, queue, job, self._occupants, self._at_ms, self._looks)
             return job.id in cluster.claims
+        if self._is_full and self._drain(queue, job):
+            return True
         return reservations.admit_guest(self._draft, queue, job, rank)
+
+    def _drain(self, queue: ShapeQueue, job: Job) -> bool:
+        """Whether a card that is cut in pieces is kept free for a job from now on."""
+        patient_from_ms = draining.patient_from_ms(job)
+        if patient_from_ms > self._at_ms and not 0 < self._patient_from_ms <= patient_from_ms:
+            self._patient_from_ms = patient_from_ms
+        if not 0 < patient_from_ms <= self._at_ms or not self._drains_left:
+            return False
+        self._drains_left -= 1
+        nodes, looks = self._cut_nodes, self._cut_looks
+        self._cut_looks = draining.keep_free(self._draft, self._line, nodes, queue, job, self._at_ms, looks)
+        return job.id in self._draft.cluster.claims
 
     def _plan(self, queue: ShapeQueue | None, job: Job, rank: Rank) -> Plan | None:
         """The cheapest plan whose victims the claimant is entitled to one after the other.
@@ -220,7 +263,7 @@ class _Round:
                 return None
             wrong = self._not_entitled(job, rank, plan)
             if wrong is None:
-                victims = [each.job for each in plan.victims]
+                victims = [each.job for each in plan.victims if not each.goes]
                 return plan if self._may_hold(job, plan, victims) else None
             refused.add(wrong)
         return None
@@ -228,11 +271,20 @@ class _Round:
     def _may_hold(self, job: Job, plan: Plan, victims: list[Job]) -> bool:
         """Once all those who give way, for it and for others, have left, and the others have come."""
         cluster = self._draft.cluster
-        coming = [cluster.jobs[claim.job] for claim in cluster.claims if claim.kind == "preempt"]
+        coming = [
+            claim
+            for claim in cluster.claims
+            if claim.kind in ("preempt", "resize") and cluster.jobs[claim.job].tenant == job.tenant
+        ]
         going = [*victims, *cluster.leaving.values()]
-        less_milli = sum([width_milli(each) for each in going if each.tenant == job.tenant])
-        less_milli -= sum([width_milli(each) for each in coming if each.tenant == job.tenant])
-        return may_hold(cluster, job, plan.placements, less_milli=less_milli, victims=going, also=self._coming(job))
+        less_milli = sum([held_now(cluster, each) for each in going if each.tenant == job.tenant])
+        less_milli -= sum([counts_for(cluster.pool, tuple(each.placements)) for each in coming])
+        also = self._coming(job)
+        if lenders := [each for each in plan.victims if each.goes and each.job.tenant == job.tenant]:
+            back = shrinking.given_up(cluster, lenders)
+            less_milli += sum(back.values())
+            also = sum_of([also, {key: -milli for key, milli in back.items()}])
+        return may_hold(cluster, job, plan.placements, less_milli=less_milli, victims=going, also=also)
 
     def _coming(self, job: Job) -> Amounts:
         """What those of a job's queue will hold for whom places are being freed."""
@@ -244,7 +296,7 @@ class _Round:
             [
                 amounts_of(spaces[place.node], place.partition)
                 for claim in cluster.claims
-                if claim.kind == "preempt" and cluster.quota.queue_of(cluster.jobs[claim.job]) == name
+                if claim.kind in ("preempt", "resize") and cluster.quota.queue_of(cluster.jobs[claim.job]) == name
                 for place in claim.placements
                 if place.node in spaces
             ]
@@ -281,7 +333,10 @@ class _Round:
         allowed = []
         for occupant in self._occupants:
             is_larger = occupant.exchangeable and occupant.level >= least
-            if occupant.preemptible and (
+            if occupant.goes:
+                if occupant.preemptible and rank.band <= cluster.ranking.band_of(occupant.job):
+                    allowed.append(occupant)
+            elif occupant.preemptible and (
                 (is_larger and self._may_exchange(rank, size, occupant))
                 or self._may_reclaim(rank, occupant, reclaiming)
             ):
@@ -317,6 +372,8 @@ class _Round:
             return None
         size = cluster.ranking.size_of(job, self._draft.now_ms)
         for each in plan.victims:
+            if each.goes:
+                continue
             exchanges = each.exchangeable and self._may_exchange(rank, size, each)
             if not exchanges and not self._may_reclaim(rank, each, reclaiming):
                 return each.job.id
@@ -326,7 +383,14 @@ class _Round:
     def _carry_out(self, job: Job, rank: Rank, plan: Plan) -> None:
         evictions = tuple(
             [
-                f.Eviction(each.job.id, each.kind, each.overhead_ms, each.lost_milli_ms, _why(job, rank, each))
+                f.Eviction(
+                    each.job.id,
+                    each.kind,
+                    each.overhead_ms,
+                    each.lost_milli_ms,
+                    _why(job, rank, each),
+                    keeps=each.keeps,
+                )
                 for each in plan.victims
             ]
         )
@@ -340,6 +404,8 @@ class _Round:
 
 
 def _why(job: Job, rank: Rank, victim: Occupant) -> Why:
+    if victim.goes:
+        return shrinking.why_shrunk(job, victim)
     cost = f"it costs {format_ms(victim.overhead_ms // 1000 * 1000)} of run time"
     if rank.band == FLOOR:
         return Why(PREEMPTED, f"preempted by job {job.id}, which a service is never to be without; {cost}")

@@ -22,12 +22,12 @@ from gpuyard_daemon.core.preempting.keeping import is_free
 from gpuyard_daemon.core.preempting.occupants import Occupant, kind_of, restart_of
 from gpuyard_daemon.core.preempting.victims import Plan, Search
 from gpuyard_daemon.core.queueing.order import ShapeQueue, WaitingLine
-from gpuyard_daemon.core.queueing.ranking import FLOOR, SCAVENGING, TOP_LEVEL, Rank, ran_ms, width_milli
+from gpuyard_daemon.core.queueing.ranking import FLOOR, SCAVENGING, TOP_LEVEL, Rank, ran_ms, wall_ms, width_milli
 from gpuyard_daemon.core.state import facts as f
 from gpuyard_daemon.core.state.cluster import Cluster
 from gpuyard_daemon.core.state.draft import Draft
 from gpuyard_daemon.core.state.model import Claim, Job
-from gpuyard_daemon.core.tenants.limits import may_hold
+from gpuyard_daemon.core.tenants.limits import held_now, may_hold
 from gpuyard_protocol.jobs import Why
 from gpuyard_protocol.names import JobId
 from gpuyard_protocol.resources import devices_of
@@ -64,7 +64,7 @@ def _plan(
     awaited = [
         occupant._replace(lost_milli_ms=_release_cost(occupant, at_ms), band=0, level=0)
         for occupant in occupants
-        if not occupant.job.service
+        if not occupant.job.service and not occupant.goes
     ]
     search = Search(cluster.pool, queue.shape, job, awaited, cluster.leaving.values(), looks)
     if queue.shape.replicas == 1:
@@ -74,7 +74,7 @@ def _plan(
     if plan is None:
         return None, search.looks
     awaited_jobs = [each.job for each in plan.victims]
-    own = sum([width_milli(each) for each in awaited_jobs if each.tenant == job.tenant])
+    own = sum([held_now(cluster, each) for each in awaited_jobs if each.tenant == job.tenant])
     fits = may_hold(cluster, job, plan.placements, less_milli=own, victims=awaited_jobs)
     return plan if fits else None, search.looks
 
@@ -89,7 +89,7 @@ def left_ms(job: Job, at_ms: int) -> int:
     """How long a running job is expected to go on."""
     this_run_ms = at_ms - job.started_ms
     left = job.expected_ms - ran_ms(job, at_ms) if job.expected_ms else 0
-    left = left if left > 0 else max(60_000, ran_ms(job, at_ms))
+    left = wall_ms(job, left) if left > 0 else max(60_000, wall_ms(job, ran_ms(job, at_ms)))
     return min(left, max(0, job.spec.time_limit_ms - this_run_ms)) if job.spec.time_limit_ms else left
 
 
@@ -129,7 +129,7 @@ def _guests(cluster: Cluster, claim: Claim) -> list[Job]:
 
 def _may_come(cluster: Cluster, job: Job, claim: Claim, guests: list[Job]) -> bool:
     """Whether the owner may hold its places once the guests have left: else they would leave for nothing."""
-    own = sum([width_milli(guest) for guest in guests if guest.tenant == job.tenant])
+    own = sum([held_now(cluster, guest) for guest in guests if guest.tenant == job.tenant])
     return may_hold(cluster, job, tuple(claim.placements), less_milli=own, victims=guests)
 
 
@@ -168,7 +168,7 @@ def _send_away(draft: Draft, job: Job, claim: Claim, guests: list[Job]) -> None:
 def admit_guest(draft: Draft, queue: ShapeQueue, job: Job, rank: Rank) -> bool:
     """Place a job on what is kept for another, if it can be sent away again at little cost; whether it was."""
     cluster = draft.cluster
-    if queue.shape.replicas > 1 or job.spec.preemption == "never" or job.service:
+    if job.is_gang or job.spec.preemption == "never" or job.service:
         return False
     for claim in [claim for claim in cluster.claims if claim.kind == "reserve"]:
         if claim.job == job.id or not _may_be_guest(draft, claim, job, rank):

@@ -85,7 +85,7 @@ def _resume(draft: Draft, job: Job) -> None:
         rank = cluster.ranking.rank_of(job, draft.now_ms)
         kept = [cluster.claims.records[number] for number in dict.fromkeys([claim.job for claim in space.claims])]
         if any(
-            claim.kind == "preempt" or cluster.ranking.rank_of(cluster.jobs[claim.job], draft.now_ms) < rank
+            claim.kind not in f.PATIENT_CLAIMS or cluster.ranking.rank_of(cluster.jobs[claim.job], draft.now_ms) < rank
             for claim in kept
         ):
             return

@@ -43,12 +43,14 @@ class Search:
         self._spanning = shape.replicas > 1
         self._by_node: dict[NodeId, list[Occupant]] = {}
         for occupant in sorted(allowed, key=_giving_order):
-            for node in dict.fromkeys([a.node for a in occupant.job.assignments if a.is_live]):
+            for node in _offered_on(occupant):
                 self._by_node.setdefault(node, []).append(occupant)
         for other in leaving:
             for assignment in other.assignments:
                 if assignment.is_live:
                     self._by_node.setdefault(assignment.node, [])
+        #: What `_remove` last took off the trial of each victim: some of a gang may have been cleared before.
+        self._taken_off: dict[JobId, list[Assignment]] = {}
         self.looks = looks
 
     def single(self) -> Plan | None:
@@ -126,6 +128,10 @@ class Search:
             occupant = next(candidates, None)
             if occupant is None:
                 return None
+            for other in [each for each in chosen if each.job is occupant.job]:
+                # What it lent is not enough: all of it goes.
+                self._put_back(other)
+                chosen.remove(other)
             self._remove(occupant)
             chosen.append(occupant)
         if len(chosen) > 1:
@@ -159,7 +165,8 @@ class Search:
 
     def _remove(self, occupant: Occupant) -> None:
         """Off its place; of a suspended one its memory stays, and its image beside it."""
-        self._trial.without(self._held(occupant))
+        held = self._taken_off[occupant.job.id] = self._held(occupant)
+        self._trial.without(held)
         if occupant.kind == "suspend":
             hold, memory_mib = self._image(occupant)
             self._trial.restore(hold, occupant.job.tenant, 0, memory_mib)
@@ -172,22 +179,30 @@ class Search:
 
     def _held(self, occupant: Occupant) -> list[Assignment]:
         """What an occupant holds in the trial."""
-        return [a for a in occupant.job.assignments if a.is_live and a.key in self._trial.space(a.node).amounts]
+        return [
+            a
+            for a in occupant.goes or occupant.job.assignments
+            if a.is_live and a.key in self._trial.space(a.node).amounts
+        ]
 
     def _put_back(self, occupant: Occupant) -> None:
-        """Only after `_remove`, with nothing in its places since."""
+        """Only after `_remove`, with nothing in its places since: what that took off and nothing else."""
         job = occupant.job
         if occupant.kind == "suspend":
             self._trial.without([self._image(occupant)[0]])
-        for assignment in job.assignments:
-            if assignment.is_live:
-                self._trial.restore(assignment, job.tenant, job.spec.need.cpu_milli, job.spec.need.memory_mib)
+        for assignment in self._taken_off[job.id]:
+            self._trial.restore(assignment, job.tenant, job.spec.need.cpu_milli, job.spec.need.memory_mib)
 
     def _forget(self, occupant: Occupant) -> set[NodeId]:
         """A victim that is chosen is no candidate any more; the nodes that it leaves."""
         nodes = {assignment.node for assignment in occupant.job.assignments if assignment.is_live}
         for node in nodes:
-            self._by_node[node] = [other for other in self._by_node[node] if other is not occupant]
+            # With all of a job goes what it lent; with what it lent on one node goes that on the others.
+            self._by_node[node] = [
+                other
+                for other in self._by_node[node]
+                if other.job is not occupant.job or (occupant.goes and not other.goes)
+            ]
         return nodes
 
     def _number(self, node: NodeId) -> int:
@@ -219,23 +234,22 @@ class Search:
         mark = self._trial.mark()
         if occupant.kind == "suspend":
             self._trial.without([self._image(occupant)[0]])
-        for assignment in job.assignments:
-            if assignment.is_live:
-                space = self._trial.space(assignment.node)
-                need = job.spec.need
-                fits = (
-                    space.cpu_free_milli >= need.cpu_milli
-                    and space.memory_free_mib >= need.memory_mib
-                    and all(
-                        space.by_uuid[uuid].could_take(assignment.partition, job.tenant)
-                        for uuid in devices_of(assignment.partition)
-                    )
+        for assignment in self._taken_off[job.id]:
+            space = self._trial.space(assignment.node)
+            need = job.spec.need
+            fits = (
+                space.cpu_free_milli >= need.cpu_milli
+                and space.memory_free_mib >= need.memory_mib
+                and all(
+                    space.by_uuid[uuid].could_take(assignment.partition, job.tenant)
+                    for uuid in devices_of(assignment.partition)
                 )
-                if not fits:
-                    self._trial.undo(mark)
-                    return False
-                self._trial.restore(assignment, job.tenant, need.cpu_milli, need.memory_mib)
-        nodes = {a.node for a in job.assignments if a.is_live}
+            )
+            if not fits:
+                self._trial.undo(mark)
+                return False
+            self._trial.restore(assignment, job.tenant, need.cpu_milli, need.memory_mib)
+        nodes = {assignment.node for assignment in self._taken_off[job.id]}
         with_it = {node: _kept_fits(self._trial.space(node), self._job.id) for node in nodes}
         self._trial.undo(mark)
         # It must not stay at the price of what others were promised, CPUs and memory included.
@@ -267,6 +281,12 @@ def _kept_fits(space: NodeSpace, owner: JobId) -> set[int]:
             twin.take(key, claim.partition, claim.tenant, claim.cpu_milli, claim.memory_mib)
             found.add(number)
     return found
+
+
+def _offered_on(occupant: Occupant) -> tuple[NodeId, ...]:
+    """Nodes that a victim makes room on; of one that shrinks, that of the first that goes: it is offered for each."""
+    going = occupant.goes[:1] or occupant.job.assignments
+    return tuple(dict.fromkeys([assignment.node for assignment in going if assignment.is_live]))
 
 
 def _giving_order(occupant: Occupant) -> tuple[int, int, int, int]:

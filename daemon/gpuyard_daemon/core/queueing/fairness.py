@@ -58,6 +58,16 @@ class Fairness:
         """A tenant holds so much more (or less)."""
         if not milli:
             return
+        self._sum_up(tenant, now_ms)
+        self.restore_hold(tenant, milli, user_class)
+
+    def begin_anew(self, now_ms: int) -> None:
+        """What is held may count for more or less from now on: sum up, and count it again."""
+        for tenant in [tenant for tenant, rate in self._rates.items() if rate]:
+            self._sum_up(tenant, now_ms)
+        self._rates.clear()
+
+    def _sum_up(self, tenant: Tenant, now_ms: int) -> None:
         standing = self.standings.get(tenant)
         if standing is None:
             standing = self.standings[tenant] = Standing(tenant, now_ms, now_ms)
@@ -67,7 +77,6 @@ class Fairness:
         else:
             standing.recent += self._rates.get(tenant, 0) * (now_ms - standing.summed_to_ms)
         standing.summed_to_ms = now_ms
-        self.restore_hold(tenant, milli, user_class)
 
     def restore_hold(self, tenant: Tenant, milli: int, user_class: int) -> None:
         """Enter what is held without summing: after a restart, when the sums stand already."""

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from gpuyard_daemon.core.queueing.ranking import width_milli
+from gpuyard_daemon.core.queueing.ranking import ran_ms, width_milli
 from gpuyard_daemon.core.state import facts as f
 from gpuyard_daemon.core.state.effects import Effects
 from gpuyard_daemon.core.state.model import Job
+from gpuyard_protocol.resources import devices_of
 from gpuyard_protocol.units import MILLI
 
 if TYPE_CHECKING:
@@ -22,13 +23,29 @@ if TYPE_CHECKING:
 def begin_run_time(cluster: Cluster, job: Job, now_ms: int) -> None:
     """All of a job runs, for the first time or again."""
     job.runs_since_ms = now_ms
+    job.speed_milli = _speed_of(cluster, job)
     enter_run(cluster, job)
 
 
 def enter_run(cluster: Cluster, job: Job) -> None:
     """Enter a job that runs, also after a restart."""
     if job.runs_since_ms and not job.service:
-        cluster.underway.enter(job.id, width_milli(job), job.served_ms, job.runs_since_ms)
+        cluster.underway.enter(job.id, width_milli(job), job.served_ms, job.runs_since_ms, job.speed_milli)
+
+
+def _speed_of(cluster: Cluster, job: Job) -> int:
+    """How fast the cards are that a job is on; a gang is as slow as its slowest."""
+    own = job.spec.need.speeds
+    if not cluster.speeds.named and not own:
+        return MILLI
+    spaces = cluster.pool.spaces
+    models = {
+        spaces[each.node].by_uuid[uuid].device.model
+        for each in job.assignments
+        if each.is_live
+        for uuid in devices_of(each.partition)
+    }
+    return min([cluster.speeds.of(model, own) for model in models], default=MILLI)
 
 
 def bank_run_time(cluster: Cluster, job: Job, now_ms: int) -> None:
@@ -36,7 +53,7 @@ def bank_run_time(cluster: Cluster, job: Job, now_ms: int) -> None:
     if not job.runs_since_ms:
         return
     before = job.served_ms
-    job.served_ms += now_ms - job.runs_since_ms
+    job.served_ms = ran_ms(job, now_ms)
     job.runs_since_ms = 0
     cluster.underway.leave(job.id)
     if not job.service:

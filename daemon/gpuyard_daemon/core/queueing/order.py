@@ -290,7 +290,7 @@ class WaitingLine:
 
     def queue_of(self, job: Job) -> ShapeQueue:
         spec = job.spec
-        key = (spec.need, spec.replicas, job.tenant, job.user)
+        key = (spec.need, spec.least_replicas, job.tenant, job.user)
         # What else the band depends on.
         entry = (*key, spec.queue, job.service)
         queue = self._queues.get(entry)

@@ -77,7 +77,7 @@ def promise(cluster: Cluster, tenant: Tenant, spec: JobSpec, expected_ms: int, n
         return Why(BEST_EFFORT, f"its deadline cannot be promised: it would be {late} late if it began at once")
     name = cluster.quota.queue_name(tenant, spec.queue)
     count = spec.array.count if spec.array else 1
-    wanted = wanted_by(cluster.pool, spec.need, spec.replicas)
+    wanted = wanted_by(cluster.pool, spec.need, spec.least_replicas)
     if not wanted:
         return Why(KEPT, "its deadline is promised")
     width = max(sum(amounts.values()) for amounts in wanted)

@@ -75,7 +75,7 @@ def number_in(sequence: int) -> JobId:
 
 
 def sequence_of(job: Job) -> int:
-    turn = round_rank(job.spec.replicas * job.spec.need.gpus)
+    turn = round_rank(job.spec.least_replicas * job.spec.need.gpus)
     return (job.submitted_ms << _TURN_BITS | turn) << _NUMBER_BITS | job.id
 
 
@@ -198,7 +198,7 @@ class Ranking:
         if self._wants_version != pool.inventory_version or len(self._wants) > _WANTS_MAX:
             self._wants.clear()
             self._wants_version = pool.inventory_version
-        key = (job.spec.need, job.spec.replicas)
+        key = (job.spec.need, job.spec.least_replicas)
         found = self._wants.get(key)
         if found is None:
             found = self._wants[key] = wanted_by(pool, *key)
@@ -282,12 +282,12 @@ class Ranking:
         else:
             level = priority.natural_level(ran * width // MILLI)
             border = -(-priority.level_begins(level + 1) * MILLI // width)
-        return now_ms + border - ran
+        return now_ms + wall_ms(job, border - ran)
 
 
 def width_milli(job: Job) -> int:
-    """GPUs that a job takes at once, in thousandths of a card, as far as its request says."""
-    return job.spec.replicas * need_milli(job.spec.need)
+    """GPUs that a job takes at once, in thousandths of a card, as far as its request says; an elastic one at least."""
+    return job.spec.least_replicas * need_milli(job.spec.need)
 
 
 def need_milli(need: ResourceNeed) -> int:
@@ -312,5 +312,11 @@ def outlives_ms(job: Job) -> int:
 
 
 def ran_ms(job: Job, now_ms: int) -> int:
-    """Run time of all attempts."""
-    return job.served_ms + (max(0, now_ms - job.runs_since_ms) if job.runs_since_ms else 0)
+    """Run time of all attempts, as on the fastest card."""
+    passed_ms = max(0, now_ms - job.runs_since_ms) if job.runs_since_ms else 0
+    return job.served_ms + passed_ms * job.speed_milli // MILLI
+
+
+def wall_ms(job: Job, run_ms: int) -> int:
+    """How long so much run time takes a job on the cards that it has."""
+    return -(-run_ms * MILLI // job.speed_milli)

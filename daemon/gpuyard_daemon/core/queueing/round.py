@@ -30,7 +30,7 @@ def place_waiting(draft: Draft, line: WaitingLine) -> bool:
     tenancy = cluster.tenancy
     while (head := line.next()) is not None:
         queue, job = head
-        if started and started + job.spec.replicas > most:
+        if started and started + job.spec.least_replicas > most:
             return True
         if not tenancy.has_room(job.tenant, queue.least_milli(cluster.pool)):
             line.hold_back(queue)
@@ -49,7 +49,7 @@ def place_waiting(draft: Draft, line: WaitingLine) -> bool:
         if placements is None or not may_hold(cluster, job, placements):
             line.hold_back(queue, costly=True)
             continue
-        prepare_until_ms = draft.now_ms + draft.settings.prepare_timeout_ms if len(placements) > 1 else 0
+        prepare_until_ms = draft.now_ms + draft.settings.prepare_timeout_ms if job.is_gang else 0
         was_kept = job.id in cluster.claims
         draft.add(JobPlaced(job.id, placements, prepare_until_ms))
         started += len(placements)

@@ -16,8 +16,10 @@ from collections.abc import Callable
 from typing import Any, TypeAlias
 
 from gpuyard_daemon.core.applying import (
+    card_facts,
     claim_facts,
     cordon_facts,
+    elastic_facts,
     job_facts,
     lost_facts,
     node_facts,
@@ -27,6 +29,7 @@ from gpuyard_daemon.core.applying import (
 )
 from gpuyard_daemon.core.placing.capacity import ANY_MODE, NodeSpace, Pool
 from gpuyard_daemon.core.placing.demand import LiveDemand
+from gpuyard_daemon.core.placing.speeds import Speeds
 from gpuyard_daemon.core.preempting.claims import Claims
 from gpuyard_daemon.core.queueing import fairness, learning
 from gpuyard_daemon.core.queueing.fairness import Fairness
@@ -80,6 +83,8 @@ class Cluster:
         self.tenancy = Tenancy()
         #: What is asked for: counts and the mix in use are durable, what waits of it is derived.
         self.demand = LiveDemand()
+        #: How fast models of cards are, by the policy.
+        self.speeds = Speeds()
         #: Queues, and what is used of their quotas: derived from policy and assignments.
         self.quota = QuotaTree()
         #: What tenants were charged lately, and their shifts.
@@ -113,6 +118,9 @@ class Cluster:
         self.leaving: dict[JobId, Job] = {}
         #: Suspended jobs that wait for their cards, and that nobody holds.
         self.suspended: dict[JobId, Job] = {}
+        #: Elastic jobs that run with fewer replicas than they may have, and those with more than their least.
+        self.growing: dict[JobId, Job] = {}
+        self.wide: dict[JobId, Job] = {}
         #: Finished jobs, longest ago first.
         self.finished: OrderedDict[JobId, None] = OrderedDict()
         #: Jobs of each service that are not final, oldest first.
@@ -198,6 +206,7 @@ class Cluster:
     # the yard
 
     def _on_policy(self, fact: f.PolicySet, now_ms: int, effects: Effects) -> None:
+        self.fairness.begin_anew(now_ms)
         self.set_policy(fact.policy)
         for space in self.pool.spaces.values():
             for key, assignment in space.assignments.items():
@@ -208,6 +217,7 @@ class Cluster:
         self.tenancy.set_policy(policy)
         self.quota.set_policy(policy, holdings.capacity_by_model(self.pool))
         self.demand.set_speeds(policy.speeds)
+        self.speeds = Speeds(policy.speeds)
 
     def _on_draining(self, fact: f.YardDraining, now_ms: int, effects: Effects) -> None:
         self.draining = True
@@ -239,6 +249,7 @@ class Cluster:
         if job.state == "running":
             self.running.leave(job)
         job.state = to
+        self.note_elastic(job)
         if to == "running":
             self.running.enter(job, self.totals.summed_to_ms)
         if to == "stopping":
@@ -262,7 +273,7 @@ class Cluster:
     def _leave_line(self, job: JobId) -> None:
         left = self.waiting.pop(job, None)
         if left is not None:
-            self.demand.waits(left.spec.need, -left.spec.replicas)
+            self.demand.waits(left.spec.need, -left.spec.least_replicas)
             left.waited_ms = self.totals.summed_to_ms - left.waits_since_ms
             left.waits_since_ms = 0
             self._note_line(job)
@@ -300,7 +311,7 @@ class Cluster:
         if job.id in self.waiting:
             return
         self.waiting[job.id] = job
-        self.demand.waits(job.spec.need, job.spec.replicas)
+        self.demand.waits(job.spec.need, job.spec.least_replicas)
         if not job.waits_since_ms:
             now_ms = self.totals.summed_to_ms
             job.level = self.ranking.natural_of(job, now_ms)
@@ -313,6 +324,17 @@ class Cluster:
             if len(self.line_changes) > 1024 + 2 * len(self.waiting):
                 # Nobody is reading: a standby, or a long replay.
                 self.line_changes = None
+
+    def note_elastic(self, job: Job) -> None:
+        """Enter whether an elastic job could have more replicas, or fewer."""
+        if not job.is_elastic:
+            return
+        self.growing.pop(job.id, None)
+        self.wide.pop(job.id, None)
+        if job.state == "running" and len(job.assignments) < job.most_replicas:
+            self.growing[job.id] = job
+        if job.state == "running" and len(job.assignments) > job.spec.least_replicas:
+            self.wide[job.id] = job
 
     def rank_replicas_anew(self, key: ServiceKey) -> None:
         """Of what a service is never to be without, more or less is there: its waiting replicas may stand elsewhere."""
@@ -344,6 +366,7 @@ class Cluster:
         if job.state in LIVE_STATES and (throttle := self.arrays.throttle(job)) is not None:
             throttle.lives(1)
             self.settle_array(job)
+        self.note_elastic(job)
         if job.state == "running":
             self.running.enter(job, self.totals.summed_to_ms)
         if job.state == "stopping" or any(each.state == "suspending" for each in job.assignments):
@@ -386,6 +409,9 @@ _HANDLERS: dict[type, Callable[[Cluster, Any, int, Effects], None]] = {
     f.JobResuming: suspend_facts.resuming,
     f.ReplicaResumed: suspend_facts.resumed,
     f.ResumptionFailed: suspend_facts.resumption_failed,
+    f.JobWidened: elastic_facts.widened,
+    f.JobResizing: elastic_facts.resizing,
+    f.JobScaled: elastic_facts.scaled,
     f.GangReleased: job_facts.gang_released,
     f.JobStopping: job_facts.stopping,
     f.JobRequeued: job_facts.requeued,
@@ -405,6 +431,8 @@ _HANDLERS: dict[type, Callable[[Cluster, Any, int, Effects], None]] = {
     f.NodeUncordoned: cordon_facts.uncordoned,
     f.NodeAvoided: node_facts.avoided,
     f.NodeForgiven: node_facts.forgiven,
+    f.CardSwitched: card_facts.switched,
+    f.CardSettled: card_facts.settled,
     f.ReplicaPrepared: job_facts.prepared,
     f.ReplicaStarted: job_facts.started,
     f.ReplicaEnded: job_facts.replica_ended,

@@ -36,6 +36,11 @@ class Effects:
         else:
             orders.append(order)
 
+    def amend(self, node: Node, start: Start) -> None:
+        """Put another order to start a replica in the place of the one that this turn has made."""
+        orders = self._orders[node.id]
+        orders[[order.key for order in orders].index(start.key)] = start
+
     def tell(self, job: Job, now_ms: int) -> None:
         """The job entered its present state."""
         fresh = self._fresh.pop(job.id, None)
@@ -101,7 +106,7 @@ def start_order(job: Job, assignment: Assignment) -> Start:
             name=spec.name,
             env=spec.env,
             cwd=spec.cwd,
-            replicas=spec.replicas,
+            replicas=len(job.assignments),
             cpu_milli=spec.need.cpu_milli,
             memory_mib=spec.need.memory_mib,
             cpu_limit_milli=spec.need.cpu_milli if spec.need.cpu_asked else 0,
@@ -116,6 +121,8 @@ def start_order(job: Job, assignment: Assignment) -> Start:
             suspendable=spec.preemption == "suspend",
             idle=spec.idle,
             image=spec.image,
+            replicas_min=spec.min_replicas,
+            replicas_max=job.most_replicas if spec.min_replicas else 0,
         ),
-        hold=spec.replicas > 1,
+        hold=job.is_gang,
     )

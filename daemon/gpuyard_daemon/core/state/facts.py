@@ -16,7 +16,7 @@ import msgspec
 
 from gpuyard_daemon.core.tenants.policy import Policy
 from gpuyard_protocol.jobs import JobSpec, JobState, JobView, SubmissionAnswer, Why
-from gpuyard_protocol.names import AssignmentKey, JobId, NodeId, ServiceName, SubmissionId, Tenant, User
+from gpuyard_protocol.names import AssignmentKey, DeviceUuid, JobId, NodeId, ServiceName, SubmissionId, Tenant, User
 from gpuyard_protocol.nodes import Inventory
 from gpuyard_protocol.resources import Partition
 from gpuyard_protocol.services import ServiceSpec
@@ -28,8 +28,13 @@ NodeState: TypeAlias = Literal["joining", "ready", "suspected", "lost", "incompa
 #: `requeue`: it waits again, uncharged.
 VerdictKind: TypeAlias = Literal["cancel", "fail", "abort", "requeue"]
 #: `preempt`: the place is being freed for the job. `reserve`: it is kept until those who hold it have ended.
-ClaimKind: TypeAlias = Literal["preempt", "reserve"]
-EvictionKind: TypeAlias = Literal["requeue", "checkpoint", "suspend"]
+#: `resize`: an elastic job goes back to these once its attempt, which has another size, has ended.
+#: `drain`: kept like `reserve`, on cards of which small instances hold a part only.
+ClaimKind: TypeAlias = Literal["preempt", "reserve", "resize", "drain"]
+#: Claims to places that nobody was told to leave.
+PATIENT_CLAIMS: tuple[ClaimKind, ...] = ("reserve", "drain")
+#: `shrink`: an elastic job goes on with fewer replicas.
+EvictionKind: TypeAlias = Literal["requeue", "checkpoint", "suspend", "shrink"]
 
 
 class _Fact(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -123,6 +128,8 @@ class JobPlaced(_Fact, frozen=True, tag="placed"):
     prepare_until_ms: int = 0
     #: On a place that is kept for that job; 0: on none.
     guest_of: JobId = 0
+    #: With another size than its attempt before, which was ended for that.
+    resized: bool = False
 
 
 class Eviction(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -138,6 +145,8 @@ class Eviction(msgspec.Struct, frozen=True, array_like=True, gc=False):
     why: Why
     #: There is room for it elsewhere.
     moved: bool = False
+    #: Of one that shrinks: the places that it keeps.
+    keeps: tuple[Placement, ...] = ()
 
 
 class ClaimMade(_Fact, frozen=True, tag="claimed"):
@@ -207,6 +216,29 @@ class ClaimDropped(_Fact, frozen=True, tag="unclaimed"):
 
     job: JobId
     why: Why
+
+
+class JobWidened(_Fact, frozen=True, tag="widened"):
+    """An elastic job that was placed in this turn gets more replicas than its least, on GPUs that nobody waits for."""
+
+    job: JobId
+    #: Of the replicas that follow those it has.
+    placements: tuple[Placement, ...]
+
+
+class JobResizing(_Fact, frozen=True, tag="resizing"):
+    """An elastic job is to have another size: its attempt ends, and the next one starts on these places."""
+
+    job: JobId
+    placements: tuple[Placement, ...]
+    why: Why
+
+
+class JobScaled(_Fact, frozen=True, tag="job-scaled"):
+    """Its owner says how many replicas an elastic job has at most."""
+
+    job: JobId
+    replicas: int
 
 
 class GangReleased(_Fact, frozen=True, tag="released"):
@@ -367,6 +399,22 @@ class NodeForgiven(_Fact, frozen=True, tag="forgiven"):
     mode: str
 
 
+class CardSwitched(_Fact, frozen=True, tag="switched"):
+    """A card was given to work for which it goes into MIG mode, or out of it; it keeps that mode for a while."""
+
+    node: NodeId
+    card: DeviceUuid
+    in_mig: bool
+    until_ms: int
+
+
+class CardSettled(_Fact, frozen=True, tag="settled"):
+    """It may switch again."""
+
+    node: NodeId
+    card: DeviceUuid
+
+
 class ReplicaPrepared(_Fact, frozen=True, tag="prepared"):
     key: AssignmentKey
     port: int
@@ -488,6 +536,9 @@ Fact: TypeAlias = (
     | JobPlaced
     | ClaimMade
     | ClaimDropped
+    | JobWidened
+    | JobResizing
+    | JobScaled
     | JobIdled
     | JobSuspending
     | ReplicaSuspended
@@ -514,6 +565,8 @@ Fact: TypeAlias = (
     | NodeUncordoned
     | NodeAvoided
     | NodeForgiven
+    | CardSwitched
+    | CardSettled
     | ReplicaPrepared
     | ReplicaStarted
     | ReplicaEnded

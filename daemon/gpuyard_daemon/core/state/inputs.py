@@ -107,6 +107,37 @@ class RequeueRequested(msgspec.Struct, frozen=True, kw_only=True):
     array: bool = False
 
 
+class ScaleRequested(msgspec.Struct, frozen=True, kw_only=True):
+    """The most replicas that an elastic job is to have."""
+
+    tenant: Tenant
+    user: User
+    submission_id: SubmissionId
+    job: JobId
+    replicas: int
+
+
+class ServiceScaleAsked(msgspec.Struct, frozen=True, kw_only=True):
+    """The fewest and the most replicas that a service is to have."""
+
+    tenant: Tenant
+    user: User
+    submission_id: SubmissionId
+    service: ServiceName
+    min_replicas: int
+    max_replicas: int
+
+
+class RolloutAsked(msgspec.Struct, frozen=True, kw_only=True):
+    """A service's replicas are to be replaced, by others of the same specification or of the one before it."""
+
+    tenant: Tenant
+    user: User
+    submission_id: SubmissionId
+    service: ServiceName
+    undo: bool = False
+
+
 class ServiceApplied(msgspec.Struct, frozen=True, kw_only=True):
     tenant: Tenant
     user: User
@@ -231,6 +262,9 @@ Input: TypeAlias = (
     | SuspendRequested
     | ResumeRequested
     | RequeueRequested
+    | ScaleRequested
+    | ServiceScaleAsked
+    | RolloutAsked
     | ServiceApplied
     | ServiceDeleted
     | LoadReported

@@ -13,7 +13,7 @@ import msgspec
 
 from gpuyard_daemon.core.state.facts import ClaimKind, NodeState, Placement, VerdictKind
 from gpuyard_protocol.jobs import JobSpec, JobState, SubmissionAnswer, Why
-from gpuyard_protocol.names import AssignmentKey, JobId, NodeId, ServiceName, SubmissionId, Tenant, User
+from gpuyard_protocol.names import AssignmentKey, DeviceUuid, JobId, NodeId, ServiceName, SubmissionId, Tenant, User
 from gpuyard_protocol.nodes import Inventory
 from gpuyard_protocol.resources import Device, Partition, ResourceNeed
 from gpuyard_protocol.services import ServiceSpec
@@ -130,7 +130,8 @@ class Job(_Record):
     #: The array it is an element of, by its first job's number, and which one. 0: none.
     array: JobId = 0
     array_index: int = 0
-    #: Run time until `runs_since_ms`, of all attempts; and since when all its replicas run, 0: they do not.
+    #: Run time until `runs_since_ms`, of all attempts; and since when all its replicas run, 0: they do not. Run time is
+    #: counted as on the fastest card: what passes counts by `speed_milli`.
     served_ms: int = 0
     runs_since_ms: int = 0
     #: Run time of one attempt as it was expected at acceptance, and from what (`estimate`, `history`); 0: unknown.
@@ -156,6 +157,32 @@ class Job(_Record):
     idled: bool = False
     #: Unless it has been released by then, such a job ends; 0: whenever.
     idle_end_ms: int = 0
+    #: Of an elastic job: times that its size was changed while it ran; the most replicas that its owner wants now, and
+    #: since when. 0: as its specification says.
+    resizes: int = 0
+    scaled_to: int = 0
+    scaled_ms: int = 0
+    #: How fast its cards are in its present run, in thousandths of the fastest.
+    speed_milli: int = 1000
+
+    @property
+    def most_replicas(self) -> int:
+        return self.scaled_to or self.spec.replicas
+
+    @property
+    def is_elastic(self) -> bool:
+        return self.spec.min_replicas > 0
+
+    @property
+    def is_resizable(self) -> bool:
+        """It runs with all its replicas: where some have done their work, the others are left to end theirs."""
+        is_whole = self.live == len(self.assignments)
+        return self.is_elastic and self.state == "running" and self.verdict is None and is_whole
+
+    @property
+    def is_gang(self) -> bool:
+        """Its replicas are prepared and then told to go together, if only one of them, where there may be more."""
+        return self.spec.replicas > 1
 
     @property
     def is_final(self) -> bool:
@@ -189,6 +216,17 @@ class Avoidance(_Record):
     until_ms: int
     #: Refusals in a row; a success takes the whole entry away.
     times: int
+
+
+class CardPast(_Record):
+    """What became of a card earlier, as far as decisions rest on it."""
+
+    #: When it was last kept free for a job that its holders stood in the way of; 0: never.
+    drained_ms: int = 0
+    #: It was in MIG mode when it was last used.
+    in_mig: bool = False
+    #: It switched to that so lately that it stays so until then; 0: it may switch.
+    keeps_mode_until_ms: int = 0
 
 
 class GivenUp(_Record):
@@ -239,6 +277,8 @@ class Node(_Record):
     #: The operator who keeps new work away from it, and why; "": nobody does.
     cordoned_by: User = ""
     cordon_reason: str = ""
+    #: By card, where there is anything to tell.
+    pasts: dict[DeviceUuid, CardPast] = {}
 
 
 class Service(_Record):
@@ -259,6 +299,8 @@ class Service(_Record):
     #: Replicas that ended by themselves in a row, and when the next may start.
     crashes: int = 0
     not_before_ms: int = 0
+    #: What it was before what its replicas run last changed, for `rollout undo`.
+    previous: ServiceSpec | None = None
 
 
 class KeptAnswer(_Record):

@@ -9,7 +9,7 @@ import heapq
 from collections.abc import Iterator
 
 from gpuyard_daemon.core.queueing import priority
-from gpuyard_daemon.core.queueing.ranking import outlives_ms, ran_ms, width_milli
+from gpuyard_daemon.core.queueing.ranking import outlives_ms, ran_ms, wall_ms, width_milli
 from gpuyard_daemon.core.state.model import Job
 from gpuyard_protocol.names import JobId
 from gpuyard_protocol.units import MILLI
@@ -72,9 +72,9 @@ def _octave(job: Job, now_ms: int) -> tuple[int, int]:
         return _SERVICES, 0
     width, ran = width_milli(job), ran_ms(job, now_ms)
     if ran < (late_ms := outlives_ms(job)):
-        return priority.natural_level(job.expected_ms * width // MILLI), now_ms + late_ms - ran
+        return priority.natural_level(job.expected_ms * width // MILLI), now_ms + wall_ms(job, late_ms - ran)
     octave = priority.natural_level(ran * width // MILLI)
     if not width or octave >= priority.LEVEL_MAX:
         return octave, 0
     border_ms = -(-priority.level_begins(octave + 1) * MILLI // width)
-    return octave, now_ms + max(1, border_ms - ran)
+    return octave, now_ms + max(1, wall_ms(job, border_ms - ran))

@@ -118,6 +118,9 @@ def _rebuild(snapshot: Snapshot) -> Cluster:
         for mode, avoidance in node.avoided.items():
             if avoidance.until_ms:
                 cluster.timers.set_named(avoidance.until_ms, Timer.FORGIVE, node.id, mode)
+        for uuid, past in node.pasts.items():
+            if past.keeps_mode_until_ms:
+                cluster.timers.set_named(past.keeps_mode_until_ms, Timer.SETTLE, node.id, uuid)
     cluster.set_policy(snapshot.policy)
     for array in snapshot.arrays:
         cluster.arrays.add(array)
@@ -147,7 +150,7 @@ def _rebuild(snapshot: Snapshot) -> Cluster:
             job.waits_since_ms, job.level, job.waited_ms = line
     if snapshot.demand is None:
         unfinished = [job.spec for job in snapshot.jobs if not job.is_final]
-        cluster.demand.count_all([(spec.need, spec.replicas) for spec in unfinished], snapshot.now_ms)
+        cluster.demand.count_all([(spec.need, spec.least_replicas) for spec in unfinished], snapshot.now_ms)
     cluster.finished.update(dict.fromkeys(snapshot.finished))
     for service in snapshot.services:
         key = (service.tenant, service.spec.name)

@@ -31,6 +31,8 @@ class Timer(IntEnum):
     RESUME = 7
     #: A job that was suspended for holding its card idle ends. Subject: job.
     IDLE_END = 8
+    #: A card may switch MIG mode again. Subject: (node, card).
+    SETTLE = 20
 
 
 class Timers:

@@ -23,7 +23,7 @@ _SLOTS_MIN: Final = 64
 class Underway:
     """Run times of running jobs."""
 
-    __slots__ = ("_free", "_served", "_since", "_slots", "_width")
+    __slots__ = ("_free", "_served", "_since", "_slots", "_speed", "_width")
 
     def __init__(self) -> None:
         self._slots: dict[JobId, int] = {}
@@ -32,19 +32,22 @@ class Underway:
         self._since = np.zeros(_SLOTS_MIN, dtype=np.int64)
         self._served = np.zeros(_SLOTS_MIN, dtype=np.int64)
         self._width = np.zeros(_SLOTS_MIN, dtype=np.int64)
+        #: How fast its cards are, in thousandths.
+        self._speed = np.zeros(_SLOTS_MIN, dtype=np.int64)
 
-    def enter(self, job: JobId, width_milli: int, served_ms: int, since_ms: int) -> None:
+    def enter(self, job: JobId, width_milli: int, served_ms: int, since_ms: int, speed_milli: int = MILLI) -> None:
         if job in self._slots or not width_milli:
             return
         if not self._free:
             size = len(self._width)
             self._free = list(range(size, 2 * size))
-            self._since, self._served, self._width = (
+            self._since, self._served, self._width, self._speed = (
                 np.concatenate((array, np.zeros(size, dtype=np.int64)))
-                for array in (self._since, self._served, self._width)
+                for array in (self._since, self._served, self._width, self._speed)
             )
         slot = self._slots[job] = self._free.pop()
         self._since[slot], self._served[slot], self._width[slot] = since_ms, served_ms, width_milli
+        self._speed[slot] = speed_milli
 
     def leave(self, job: JobId) -> None:
         slot = self._slots.pop(job, None)
@@ -56,7 +59,8 @@ class Underway:
         """By level: how many have reached it in their present run."""
         there = self._width > 0
         width, served = self._width[there], self._served[there]
-        ran = np.minimum(served + np.maximum(0, now_ms - self._since[there]), _RAN_MAX_MS)
+        passed = np.minimum(np.maximum(0, now_ms - self._since[there]), _RAN_MAX_MS) * self._speed[there] // MILLI
+        ran = np.minimum(served + passed, _RAN_MAX_MS)
         by_now = np.searchsorted(_BEGINS, ran * width // MILLI, side="right") - 1
         before = np.where(served > 0, np.searchsorted(_BEGINS, served * width // MILLI, side="right") - 1, -1)
         # Of one job: the levels above the one it had reached, up to the one it is at.

@@ -68,12 +68,20 @@ def _short(model: str) -> str:
     return Device(uuid="", index=0, model=model, memory_mib=0, modes=()).short_model
 
 
+def charged_milli(cluster: Cluster, amounts: Amounts) -> int:
+    """What a place counts for in fairness: its compute, by how fast the cards are."""
+    speeds = cluster.speeds
+    if not speeds.named:
+        return sum(amounts.values())
+    return sum([milli * speeds.of_name(model) // MILLI for (model, _), milli in amounts.items()])
+
+
 def take(cluster: Cluster, job: Job, space: NodeSpace, assignment: Assignment, now_ms: int) -> None:
     """A replica was given its place."""
     amounts = amounts_of(space, assignment.partition)
     if amounts:
         cluster.tenancy.take(job.tenant, job.user, amounts, now_ms)
-        cluster.fairness.hold(job.tenant, sum(amounts.values()), job.spec.priority, now_ms)
+        cluster.fairness.hold(job.tenant, charged_milli(cluster, amounts), job.spec.priority, now_ms)
         cluster.quota.take(cluster.quota.queue_of(job), amounts)
 
 
@@ -87,8 +95,10 @@ def sum_of(parts: Iterable[Amounts]) -> Amounts:
 
 
 def enter_in_queue(cluster: Cluster, job: Job, space: NodeSpace, assignment: Assignment) -> None:
-    """Count a live replica in a tree of queues that was made anew."""
-    cluster.quota.take(cluster.quota.queue_of(job), amounts_of(space, assignment.partition))
+    """Count a live replica in a tree of queues, and in charges, that were made anew."""
+    amounts = amounts_of(space, assignment.partition)
+    cluster.quota.take(cluster.quota.queue_of(job), amounts)
+    cluster.fairness.restore_hold(job.tenant, charged_milli(cluster, amounts), job.spec.priority)
 
 
 def recount(cluster: Cluster, job: Job, space: NodeSpace, assignment: Assignment, before: Amounts) -> None:
@@ -118,7 +128,7 @@ def _leave(cluster: Cluster, job: Job, assignment: Assignment, amounts: Amounts,
     if assignment.started_ms:
         cluster.tenancy.halt(job.tenant, job.user, amounts, now_ms)
     cluster.tenancy.give(job.tenant, job.user, amounts, now_ms)
-    cluster.fairness.hold(job.tenant, -sum(amounts.values()), job.spec.priority, now_ms)
+    cluster.fairness.hold(job.tenant, -charged_milli(cluster, amounts), job.spec.priority, now_ms)
     cluster.quota.give(cluster.quota.queue_of(job), amounts)
 
 
@@ -129,5 +139,5 @@ def restore(cluster: Cluster, job: Job, space: NodeSpace, assignment: Assignment
         cluster.tenancy.restore_held(job.tenant, job.user, amounts)
         if assignment.started_ms:
             cluster.tenancy.restore_run(job.tenant, job.user, amounts)
-        cluster.fairness.restore_hold(job.tenant, sum(amounts.values()), job.spec.priority)
+        cluster.fairness.restore_hold(job.tenant, charged_milli(cluster, amounts), job.spec.priority)
         cluster.quota.take(cluster.quota.queue_of(job), amounts)

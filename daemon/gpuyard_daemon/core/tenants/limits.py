@@ -72,6 +72,12 @@ def counts_for(pool: Pool, placements: tuple[Placement, ...]) -> int:
     return sum([held_by(pool.spaces[placement.node], placement.partition) for placement in placements])
 
 
+def held_now(cluster: Cluster, job: Job) -> int:
+    """Compute that a job's tenant holds by it, against its limit: of a gang, by those members that have not ended."""
+    spaces = cluster.pool.spaces
+    return sum([held_by(spaces[each.node], each.partition) for each in job.assignments if each.is_live])
+
+
 def over_quota(cluster: Cluster, job: Job) -> Why | None:
     """What the quotas say against a waiting job now; None if nothing."""
     if not cluster.quota.has_quotas:
@@ -112,7 +118,7 @@ def never_within(cluster: Cluster, tenant: Tenant, spec: JobSpec) -> Why | None:
     if not quota.has_quotas:
         return None
     name = quota.queue_name(tenant, spec.queue)
-    obstacles = [quota.never(name, amounts) for amounts in wanted_by(cluster.pool, spec.need, spec.replicas)]
+    obstacles = [quota.never(name, amounts) for amounts in wanted_by(cluster.pool, spec.need, spec.least_replicas)]
     first = next(iter(obstacles), None)
     if first is None or not all(obstacles):
         return None
