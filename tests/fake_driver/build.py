@@ -23,7 +23,7 @@ from fake_driver import geometry
 SOURCES = Path(__file__).with_name("nvml")
 
 #: Sources, without their ending: in libcuda alone, and in both libraries.
-_CUDA_ONLY = {"cuda"}
+_CUDA_ONLY = {"cuda", "cuda_work"}
 _SHARED = {"state", "books", "geometry", "faults", "checkpoint", "models_data"}
 _COMPILE = ("-std=c11", "-g", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-pthread")
 _LINK = ("-shared", "-pthread", "-Wl,-z,defs")

@@ -1,4 +1,4 @@
-/* libcuda.so.1: the checkpoint calls, and what a binding needs to find them. No kernels, no memory, no contexts. */
+/* libcuda.so.1: the checkpoint calls, and what a binding needs to find them and what cuda_work.c has. No kernels. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <limits.h>
@@ -8,6 +8,7 @@
 
 #include "abi.h"
 #include "checkpoint.h"
+#include "cuda.h"
 #include "faults.h"
 
 static struct fake_state *the_state;
@@ -53,6 +54,8 @@ static struct fake_state *open_beside(void)
     snprintf(path, sizeof path, "%.*s/../state", (int)(slash - self.dli_fname), self.dli_fname);
     return state_map(path);
 }
+
+struct fake_state *cuda_state(void) { return the_state; }
 
 EXPORT int cuInit(unsigned flags)
 {
@@ -196,6 +199,8 @@ EXPORT int cuGetProcAddress_v2(const char *symbol, void **found, int version, ui
     for (size_t i = 0; i < sizeof known / sizeof *known; i++)
         if (strcmp(symbol, known[i].name) == 0)
             *found = known[i].function;
+    if (*found == NULL)
+        *found = cuda_work_function(symbol);
     if (status != NULL)
         *status = *found != NULL ? 0 : 1;
     return *found != NULL ? CUDA_SUCCESS : CUDA_ERROR_NOT_FOUND;
