@@ -20,7 +20,7 @@ help:
 	@echo "make machine the tests on a booted machine with a real systemd; needs root, systemd-container, podman, busybox"
 	@echo "make check   format, lint, types, import contracts, freshness of docs/, all tests: what CI runs"
 	@echo "make bench   the figures of README.md"
-	@echo "make soak    what tries to break it, for an hour: SOAK_SEEDS=1000 SOAK_KILLS=1000 SOAK_SEED=date"
+	@echo "make soak    what tries to break it, for hours: SOAK_SEEDS=1000 SOAK_KILLS=1000 SOAK_HOURS=24 SOAK_SEED=date"
 	@echo "make docs    write docs/asyncapi.yaml from the message types"
 	@echo "make format  let ruff write the code its way"
 	@echo "make clean   remove .venv, caches and build output"
@@ -76,6 +76,8 @@ bench: $(READY)
 SOAK_SEED ?= $(shell date +%Y%m%d)
 SOAK_SEEDS ?= 1000
 SOAK_KILLS ?= 1000
+SOAK_HOURS ?= 24
+SOAK_NODES ?= 200
 SOAK_CUTS ?= 10
 SOAK_EXAMPLES ?= 2000
 SOAK_RUNS ?= 1
@@ -84,6 +86,8 @@ soak: $(READY)
 	@echo "== $(SOAK_SEEDS) simulated yards, from seed $(SOAK_SEED) on"
 	@$(BIN)/python -m faults.simulate --seed $(SOAK_SEED) --count $(SOAK_SEEDS) --steps 120
 	@$(BIN)/python -m faults.simulate --seed $(SOAK_SEED) --count $(SOAK_SEEDS) --steps 120 --kind partitions
+	@echo "== $(SOAK_HOURS) hours of $(SOAK_NODES) nodes with faults, seed $(SOAK_SEED), and what they keep"
+	@$(BIN)/python -m faults.simulate --seed $(SOAK_SEED) --nodes $(SOAK_NODES) --hours $(SOAK_HOURS)
 	@echo "== $(SOAK_KILLS) kills of a real yard, seed $(SOAK_SEED)"
 	@$(BIN)/python -m bench.kills --kills $(SOAK_KILLS) --seed $(SOAK_SEED)
 	@echo "== a quarter as many with two daemons, seed $(SOAK_SEED)"

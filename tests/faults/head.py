@@ -14,6 +14,7 @@ from typing import Any, cast
 
 from faults.network import FaultyBroker, FaultyBus, Weather
 from faults.party import Party
+from faults.scale import SMALL, Scale
 from faults.witness import Witness
 from gpuyard_daemon import recovery
 from gpuyard_daemon.clock import ClockMark, YardClock, starting_ns
@@ -21,6 +22,7 @@ from gpuyard_daemon.core.invariants import check
 from gpuyard_daemon.core.scheduler import Scheduler
 from gpuyard_daemon.core.state.facts import JobRetired, NodeJoined
 from gpuyard_daemon.core.state.inputs import Input, NodeIncompatible, YardStarted
+from gpuyard_daemon.core.state.settings import CoreSettings
 from gpuyard_daemon.dispatch import Dispatcher
 from gpuyard_daemon.exits import EXIT_INVARIANT, Fate
 from gpuyard_daemon.health import Health
@@ -37,12 +39,12 @@ from gpuyard_protocol.jobs import JobView
 from gpuyard_protocol.subjects import JOURNAL_ENTRY, streams
 
 YARD = "sim"
+#: Who may take back its part of a quota does so at once: simulations are minutes long.
+SETTINGS = CoreSettings(reclaim_after_ms=1000, preempt_every_ms=1000)
 BUDGET_BYTES = 1024 * 1024 * 1024
 #: Where a daemon may die: with a decision that nobody knows, with its record under way, with one that the journal has
 #: and no node, with orders sent and not answered, with a snapshot not yet in place, with the journal half pruned.
 POINTS = ("before-append", "append-sent", "after-append", "order-sent", "in-snapshot", "in-pruning")
-#: An invariant check counts the whole state: only every so many turns.
-CHECK_EVERY = 16
 
 
 class _History:
@@ -50,10 +52,11 @@ class _History:
 
     def __init__(self) -> None:
         self.through = 0
-        self.views: dict[int, JobView] = {}
+        #: Finished jobs that it was told.
+        self.taken = 0
 
     def take(self, views: Sequence[JobView], sequence: int) -> None:
-        self.views.update((view.job, view) for view in views)
+        self.taken += len(views)
         self.through = max(self.through, sequence)
 
 
@@ -79,8 +82,10 @@ class Head(Party):
         *,
         on_failure: Callable[[BaseException], None],
         on_death: Callable[[Head], None],
+        scale: Scale = SMALL,
     ) -> None:
         super().__init__(on_failure)
+        self._scale = scale
         self.weather = weather
         self.number = number
         self._broker = broker
@@ -88,7 +93,7 @@ class Head(Party):
         self._witness = witness
         self._told_death = on_death
         self._rng: random.Random = broker.rng
-        self._records_until_snapshot = self._rng.randint(5, 60)
+        self._records_until_snapshot = self._rng.randint(*scale.snapshot_records)
         self._is_making_snapshot = False
         self._dispatcher: Dispatcher | None = None
         self.runtime: Runtime | None = None
@@ -126,7 +131,7 @@ class Head(Party):
         for spec in names:
             await bus.ensure_stream(spec)
         restored = self._restore()
-        core = Scheduler() if restored.state is None else Scheduler.restore(restored.state)
+        core = Scheduler(SETTINGS) if restored.state is None else Scheduler.restore(restored.state, SETTINGS)
         journal = Journal(bus, YARD, f"holder-{self.number}")
         async with asyncio.timeout(60):
             # The production history and its recorder have more to them; what recovery asks of them is this.
@@ -151,6 +156,34 @@ class Head(Party):
         clock = self._open_clock(core.now_ms)
         runtime = Runtime(core, journal, clock, fate, health, Measures(), core.cursors)
         ingress = Ingress(bus, YARD, runtime.inbox)
+        monitor = self._watch_nodes(bus, core, journal, runtime)
+        leases = Leases(
+            bus,
+            core,
+            journal.epoch,
+            clock_of=monitor.clock_of,
+            is_settled=lambda: runtime.is_settled,
+            is_ours=journal.is_ours,
+        )
+        self._connect(core, journal, runtime, monitor, fate)
+        runtime.inbox.add_fact(YardStarted(epoch=journal.epoch))
+        await monitor.open(bus)
+        await ingress.open()
+        self.core, self.runtime = core, runtime
+        self.spawn(runtime.run())
+        if self._dispatcher is not None:
+            self._dispatcher.sync_all()
+        self.spawn(self._every(TICK_S, monitor.tick))
+        self.spawn(self._renew(leases))
+        self.spawn(self._every(10.0, lambda: self._mark(clock)))
+        self.spawn(self._purge(ingress, runtime))
+        ending = await fate.wait()
+        if ending.code == EXIT_INVARIANT:
+            raise AssertionError(f"the daemon contradicts itself: {ending.reason}")
+        self.kill()
+
+    def _watch_nodes(self, bus: FaultyBus, core: Scheduler, journal: Journal, runtime: Runtime) -> NodeMonitor:
+        """Who sends orders to nodes, and who listens to them."""
 
         def node_is_ahead(node: str, detail: str) -> None:
             runtime.inbox.add_fact(NodeIncompatible(node=node, reason=detail))
@@ -168,19 +201,16 @@ class Head(Party):
             core,
             runtime.inbox.add_fact,
             dispatcher.heard,
-            suspected_after_s=5.0,
-            lost_after_s=30.0,
-            monotonic=loop.time,
+            suspected_after_s=self._scale.suspected_after_s,
+            lost_after_s=self._scale.lost_after_s,
+            monotonic=asyncio.get_running_loop().time,
         )
+        return monitor
 
-        leases = Leases(
-            bus,
-            core,
-            journal.epoch,
-            clock_of=monitor.clock_of,
-            is_settled=lambda: runtime.is_settled,
-            is_ours=journal.is_ours,
-        )
+    def _connect(self, core: Scheduler, journal: Journal, runtime: Runtime, monitor: NodeMonitor, fate: Fate) -> None:
+        """What follows from a record that is durable, from a turn that is over, and from a leadership that is lost."""
+        dispatcher = self._dispatcher
+        assert dispatcher is not None
 
         def durable(stored: Durable) -> None:
             self.passes("after-append")
@@ -195,7 +225,7 @@ class Head(Party):
             dispatcher.settled(())
             if self._records_until_snapshot <= 0 and not self._is_making_snapshot:
                 self._is_making_snapshot = True
-                self._records_until_snapshot = self._rng.randint(5, 60)
+                self._records_until_snapshot = self._rng.randint(*self._scale.snapshot_records)
                 self.spawn(self._snapshot(journal, journal.last_sequence, core.turn, core.snapshot()))
 
         def lost(why: str) -> None:
@@ -205,20 +235,6 @@ class Head(Party):
         journal.on_lost(lost)
         runtime.on_durable(durable)
         runtime.on_settled(settled)
-        runtime.inbox.add_fact(YardStarted(epoch=journal.epoch))
-        await monitor.open(bus)
-        await ingress.open()
-        self.core, self.runtime = core, runtime
-        self.spawn(runtime.run())
-        dispatcher.sync_all()
-        self.spawn(self._every(TICK_S, monitor.tick))
-        self.spawn(self._renew(leases))
-        self.spawn(self._every(10.0, lambda: self._mark(clock)))
-        self.spawn(self._purge(ingress, runtime))
-        ending = await fate.wait()
-        if ending.code == EXIT_INVARIANT:
-            raise AssertionError(f"the daemon contradicts itself: {ending.reason}")
-        self.kill()
 
     # --- fault points ---
 
@@ -237,7 +253,7 @@ class Head(Party):
         retired = [fact.view for fact in stored.record.facts if type(fact) is JobRetired]
         self._disk.history.take(retired, stored.sequence)
         self._witness.check_leader(core)
-        if stored.record.turn % CHECK_EVERY == 0:
+        if stored.record.turn % self._scale.check_every == 0:
             check(core.cluster)
 
     # --- files ---

@@ -2,8 +2,8 @@
 
 The launcher starts a key once until it is told to forget it, serves one agent process at a time, and keeps every exit
 until it is forgotten; it ends what has outlived its lease, whether an agent runs or not. Partitions stay made until
-they are undone. The ledger holds what was committed. A reboot ends processes, partitions and the launcher's memory; the
-ledger stays.
+they are undone; a suspended process is halted, has none, and takes memory of the host instead. The ledger holds what
+was committed. A reboot ends processes, partitions and the launcher's memory; the ledger stays.
 """
 
 from __future__ import annotations
@@ -42,6 +42,13 @@ class Process:
     started_ms: int
     end: ProcessExited | None = None
     timers: list[asyncio.TimerHandle] = field(default_factory=list)
+    #: Seconds that it still has to run when it does not; below 0: it never ends by itself.
+    left_s: float = -1.0
+    exit_code: int = 0
+    began_at: float = 0.0
+    program: asyncio.TimerHandle | None = None
+    #: Memory of the host that its work takes while it is off its card; 0: it is on it.
+    image_mib: int = 0
 
 
 @dataclass(slots=True)
@@ -117,7 +124,7 @@ class Host:
         self._booted_at = -100.0
         self._pids = 0
         self.leases = Leases()
-        self._loop.call_later(LOOK_S, self._look_at_leases)
+        self._looks_at_leases = False
 
     @property
     def boot_id(self) -> str:
@@ -167,16 +174,50 @@ class Host:
         process = Process(key, launch, self._pids, self.wall_ms())
         self.processes[key] = process
         self.leases.hold(key, Lease(launch.lease_ms, launch.stop_grace_ms))
-        seconds, exit_code = float(launch.argv[1]), int(launch.argv[2])
-        if seconds >= 0:
-            process.timers.append(self._loop.call_later(seconds, self._end, process, exit_code, 0))
+        if self.leases.waits and not self._looks_at_leases:
+            self._looks_at_leases = True
+            self._loop.call_later(LOOK_S, self._look_at_leases)
+        process.left_s, process.exit_code = float(launch.argv[1]), int(launch.argv[2])
+        self._go_on(process)
         return process
+
+    def _go_on(self, process: Process) -> None:
+        if process.left_s >= 0:
+            process.began_at = self._loop.time()
+            process.program = self._loop.call_later(process.left_s, self._end, process, process.exit_code, 0)
+
+    def suspend(self, key: AssignmentKey, image_mib: int) -> Process | None:
+        """Off its card and halted; None if it does not run. Again for one that is suspended: as it is."""
+        process = self.processes.get(key)
+        if process is None or process.end is not None:
+            return None
+        if not process.image_mib:
+            if process.program is not None:
+                process.program.cancel()
+                process.left_s = max(0.0, process.left_s - (self._loop.time() - process.began_at))
+            process.image_mib = image_mib
+        self.made.pop(key, None)
+        held = sum(each.image_mib for each in self.running)
+        if held > self.inventory.suspend_mib:
+            raise SafetyViolated(f"{self.name}: images take {held} MiB of {self.inventory.suspend_mib}")
+        return process
+
+    def resume(self, key: AssignmentKey, partition: Partition) -> bool:
+        process = self.processes.get(key)
+        if process is None or process.end is not None:
+            return False
+        self.make(key, partition)
+        if process.image_mib:
+            process.image_mib = 0
+            self._go_on(process)
+        return True
 
     def stop(self, key: AssignmentKey, grace_ms: int) -> None:
         process = self.processes.get(key)
         if process is None or process.end is not None:
             return
-        if "stubborn" not in process.launch.argv:
+        # What is halted cannot see a signal but the last.
+        if "stubborn" not in process.launch.argv and not process.image_mib:
             process.timers.append(self._loop.call_later(self._rng.uniform(0.0, 0.5), self._end, process, 0, 15))
         process.timers.append(self._loop.call_later(grace_ms / 1000, self._end, process, 0, 9))
 
@@ -189,7 +230,9 @@ class Host:
     def _look_at_leases(self) -> None:
         for key, grace_ms in self.leases.run_out(self.clock_ms()):
             self.stop(key, grace_ms)
-        self._loop.call_later(LOOK_S, self._look_at_leases)
+        self._looks_at_leases = self.leases.waits
+        if self._looks_at_leases:
+            self._loop.call_later(LOOK_S, self._look_at_leases)
 
     def _end(self, process: Process, exit_code: int, signal: int) -> None:
         if process.end is not None:
@@ -208,6 +251,8 @@ class Host:
             self.owner.process_ended(process)
 
     def _cancel(self, process: Process) -> None:
+        if process.program is not None:
+            process.program.cancel()
         for timer in process.timers:
             timer.cancel()
 

@@ -23,8 +23,10 @@ from gpuyard_agent.core.actions import (
     HoldPort,
     PreparePartition,
     RenewLeases,
+    ResumeProcess,
     StartProcess,
     StopProcess,
+    SuspendProcess,
     Turn,
     UndoPartition,
 )
@@ -36,11 +38,16 @@ from gpuyard_agent.core.events import (
     PartitionUndone,
     PortFree,
     PortTaken,
+    ProcessBroken,
     ProcessesListed,
     ProcessRefused,
+    ProcessResumed,
     ProcessStarted,
+    ProcessSuspended,
     RenewalReceived,
     ReportsDelivered,
+    ResumeRefused,
+    SuspendRefused,
     SyncReceived,
     TimePassed,
     UndoFailed,
@@ -55,8 +62,11 @@ from gpuyard_protocol.nodes import Command, Heartbeat, OrderBatch, Renew, Sync
 from gpuyard_protocol.resources import Partition
 
 #: Where an agent may die: between deciding and the commit, after it, with a partition or a process that it has told
-#: nobody of, with an end that it has seen and not written down, with a partition undone.
-POINTS = ("decided", "committed", "partition-made", "launched", "end-seen", "undone")
+#: nobody of, with an end that it has seen and not written down, with a partition undone, with a process halted or going
+#: on again that it has told nobody of.
+POINTS = ("decided", "committed", "partition-made", "launched", "end-seen", "undone", "off-card", "on-card")
+#: States in which a process has no partition, as for the agent's own shell.
+WITHOUT_PARTITION = ("suspended", "resuming", "ending")
 #: How often the host refuses what it is asked, in a bad hour.
 TROUBLE = 0.04
 _COMMAND = cast("type[Command]", Command)
@@ -71,6 +81,7 @@ class AgentProcess(Party):
         weather: Weather,
         *,
         has_trouble: Callable[[], bool],
+        beat_s: float,
         on_failure: Callable[[BaseException], None],
         on_death: Callable[[Host], None],
     ) -> None:
@@ -81,6 +92,7 @@ class AgentProcess(Party):
         self._weather = weather
         self._rng: random.Random = broker.rng
         self._has_trouble = has_trouble
+        self._beat_s = beat_s
         self._told_death = on_death
         self._inbox = Inbox()
         self._replies: dict[int, str] = {}
@@ -126,7 +138,7 @@ class AgentProcess(Party):
         self._inbox.put(ProcessesListed(host.list_processes(), at_start=True))
         await self._pause(0.001, 0.05)
         for key, assignment in list(core.live.items()):
-            if assignment.boot_id == host.boot_id and assignment.state != "ending":
+            if assignment.boot_id == host.boot_id and assignment.state not in WITHOUT_PARTITION:
                 host.make(key, assignment.start.partition)
                 self._inbox.put(PartitionReady(key))
         for key in [key for key in host.made if key not in core.live]:
@@ -162,7 +174,7 @@ class AgentProcess(Party):
 
     async def _tick(self) -> None:
         while True:
-            await asyncio.sleep(1.0)
+            await asyncio.sleep(self._beat_s)
             self._inbox.put(TimePassed())
 
     # --- actions ---
@@ -178,6 +190,10 @@ class AgentProcess(Party):
                     self._inbox.put((PortTaken if is_taken else PortFree)(key, port))
                 case StopProcess(key=key, grace_ms=grace_ms):
                     self.spawn(self._stop(key, grace_ms))
+                case SuspendProcess():
+                    self.spawn(self._suspend(action))
+                case ResumeProcess():
+                    self.spawn(self._resume_process(action))
                 case UndoPartition(key=key):
                     self.spawn(self._undo(key))
                 case ForgetProcess(key=key):
@@ -227,6 +243,35 @@ class AgentProcess(Party):
         for result in results:
             self._inbox.put(result)
 
+    async def _suspend(self, action: SuspendProcess) -> None:
+        await self._pause(0.01, 2.0)
+        key, rng = action.key, self._rng
+        if not action.gpu_pids and self._goes_wrong():
+            is_lost = rng.random() < 0.3
+            self._inbox.put(
+                ProcessBroken(key, "the driver") if is_lost else SuspendRefused(key, "DriverRefused", "busy")
+            )
+            return
+        process = self.host.suspend(key, rng.randint(500, 80_000))
+        if process is None:
+            self._inbox.put(SuspendRefused(key, "NotRunning", "it has ended"))
+            return
+        self.passes("off-card")
+        self._inbox.put(ProcessSuspended(key, (process.pid,), process.image_mib, 10))
+
+    async def _resume_process(self, action: ResumeProcess) -> None:
+        await self._pause(0.01, 2.0)
+        key = action.key
+        if self._goes_wrong():
+            is_lost = self._rng.random() < 0.3
+            self._inbox.put(
+                ProcessBroken(key, "the driver") if is_lost else ResumeRefused(key, "DriverRefused", "busy")
+            )
+            return
+        if self.host.resume(key, action.partition):
+            self.passes("on-card")
+            self._inbox.put(ProcessResumed(key, 10))
+
     async def _stop(self, key: AssignmentKey, grace_ms: int) -> None:
         await self._pause(0.0005, 0.01)
         self.host.stop(key, grace_ms)
@@ -272,7 +317,7 @@ class AgentProcess(Party):
                 clock_ms=self.host.clock_ms(),
             )
             await self._publish(subjects.heartbeat(self.host.name), encode(beat))
-            await asyncio.sleep(1.0)
+            await asyncio.sleep(self._beat_s)
 
     def _on_command(self, message: Message) -> None:
         command = decode(_COMMAND, message.data, max_bytes=8 * 1024 * 1024)

@@ -1,6 +1,7 @@
 """One seed, one yard, one fate. Run as a module it plays seeds and says how to repeat one that fails.
 
 PYTHONPATH=tests:protocol:client:daemon:agents python -m faults.simulate --seed 7 --steps 120 [--count 100] [--log]
+… --nodes 200 --hours 24 plays one yard for a day.
 """
 
 from __future__ import annotations
@@ -11,11 +12,12 @@ import logging
 import sys
 import time
 import traceback
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Coroutine, Iterator
+from typing import Any, NamedTuple
 
 import structlog
 
+from faults.long_run import LargeYard, Sample, growth
 from faults.virtual_time import SimulatedLoop
 from faults.world import Kind, World
 from gpuyard_daemon import journal
@@ -39,13 +41,37 @@ class SimulationFailed(AssertionError):
 
 def simulate(seed: int, steps: int = STEPS, kind: Kind = "crashes") -> Played:
     """Play one seed to its end, or `SimulationFailed`."""
+    command = f"python -m faults.simulate --seed {seed} --steps {steps} --kind {kind} --log"
+    return _play(lambda: World(seed), lambda world: world.suffer(steps, kind), command)
+
+
+def simulate_hours(
+    seed: int, nodes: int, hours: int, on_sample: Callable[[Sample], None] = lambda sample: None
+) -> tuple[Played, list[Sample]]:
+    """Hours of many nodes, or `SimulationFailed`, also where what is kept grows."""
+    command = f"python -m faults.simulate --seed {seed} --nodes {nodes} --hours {hours}"
+    yards: list[LargeYard] = []
+
+    def begin() -> World:
+        yards.append(LargeYard(seed, nodes))
+        yards[0].on_sample = on_sample
+        return yards[0]
+
+    played = _play(begin, lambda _: yards[0].suffer_hours(hours), command)
+    samples = yards[0].samples
+    if grown := growth(samples):
+        raise SimulationFailed(f"{'; '.join(grown)}\n\nAgain with: {command}")
+    return played, samples
+
+
+def _play(begin: Callable[[], World], suffer: Callable[[World], Coroutine[Any, Any, None]], command: str) -> Played:
     loop = SimulatedLoop()
     world: list[World] = []
 
     async def play() -> None:
-        world.append(World(seed))
+        world.append(begin())
         world[0].start()
-        await world[0].suffer(steps, kind)
+        await suffer(world[0])
         await world[0].heal()
         world[0].is_over = True
         for party in [*world[0].heads, *world[0].agents.values(), world[0].tenants]:
@@ -56,12 +82,11 @@ def simulate(seed: int, steps: int = STEPS, kind: Kind = "crashes") -> Played:
             loop.run_until_complete(play())
         except Exception as error:
             last = "\n".join(world[0].log[-40:]) if world else ""
-            command = f"python -m faults.simulate --seed {seed} --steps {steps} --kind {kind} --log"
             raise SimulationFailed(f"{error}\n\nWhat happened last:\n{last}\n\nAgain with: {command}") from error
         finally:
             _close(loop)
     done = world[0]
-    return Played(done.witness.twin.digest(), loop.time(), done.witness.records, len(done.witness.runs), done.log)
+    return Played(done.witness.twin.digest(), loop.time(), done.witness.records, done.witness.processes, done.log)
 
 
 def _close(loop: SimulatedLoop) -> None:
@@ -95,6 +120,26 @@ def _silence() -> Iterator[None]:
         structlog.configure(**before)
 
 
+def _hours(seed: int, nodes: int, hours: int) -> int:
+    began = time.perf_counter()
+    print("  ".join(Sample._fields), flush=True)
+
+    def show(sample: Sample) -> None:
+        row = [str(value).rjust(len(name)) for name, value in zip(Sample._fields, sample, strict=True)]
+        print("  ".join(row), flush=True)
+
+    try:
+        played, _ = simulate_hours(seed, nodes, hours, show)
+    except SimulationFailed as failure:
+        traceback.print_exception(failure)
+        return 1
+    took = time.perf_counter() - began
+    print(
+        f"{nodes} nodes, {played.simulated_s / 3600:.1f} simulated hours in {took:.0f} s: 0 violations, nothing grows"
+    )
+    return 0
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="Play seeds of the simulated yard with faults.")
     parser.add_argument("--seed", type=int, default=1)
@@ -102,7 +147,11 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--kind", choices=("crashes", "partitions"), default="crashes", help="what happens most")
     parser.add_argument("--log", action="store_true", help="what happened, line by line")
+    parser.add_argument("--nodes", type=int, default=200, help="with --hours: a yard of so many nodes")
+    parser.add_argument("--hours", type=int, default=0, help="one yard for so long, with what it keeps at each hour")
     options = parser.parse_args()
+    if options.hours:
+        return _hours(options.seed, options.nodes, options.hours)
     failed = []
     began = time.perf_counter()
     hours = 0.0

@@ -14,8 +14,10 @@ from typing import Any
 
 from faults.network import FaultyBroker, FaultyBus, Weather
 from faults.party import Party
+from faults.scale import SMALL, Scale
 from gpuyard_protocol.bus.base import BusError
 from gpuyard_protocol.codec import encode
+from gpuyard_protocol.names import given_submission_id
 from gpuyard_protocol.subjects import submission
 
 TENANTS = (("acme", "alice"), ("umbrella", "bob"))
@@ -34,20 +36,34 @@ NEEDS: tuple[dict[str, Any], ...] = (
 )
 
 
+#: Fields of a job that say how a card is cut for it.
+CUTS = ("gpus", "gpu", "gpu_memory", "mig", "isolation")
+
+
 @dataclass(slots=True)
 class Submission:
     tenant: str
+    #: "" while it has none: then it is the stream's number, once that is told.
     submission_id: str
     is_acknowledged: bool = False
+    #: When it was first sent, seconds of the simulation.
+    sent_s: float = 0.0
 
 
 class Tenants(Party):
     def __init__(
-        self, broker: FaultyBroker, weather: Weather, rng: random.Random, on_failure: Callable[[BaseException], None]
+        self,
+        broker: FaultyBroker,
+        weather: Weather,
+        rng: random.Random,
+        on_failure: Callable[[BaseException], None],
+        scale: Scale = SMALL,
     ) -> None:
         super().__init__(on_failure)
+        self._scale = scale
         self.submissions: list[Submission] = []
         self.services: set[tuple[str, str]] = set()
+        self.submitted = 0
         self.under_way = 0
         self._rng = rng
         self._requests = 0
@@ -56,7 +72,7 @@ class Tenants(Party):
     def submit_job(self) -> None:
         rng = self._rng
         tenant, user = rng.choice(TENANTS)
-        seconds, exit_code = round(rng.uniform(0.0, 20.0), 1), rng.choice((0, 0, 0, 0, 3))
+        seconds, exit_code = round(rng.uniform(*self._scale.program_s), 1), rng.choice((0, 0, 0, 0, 3))
         job: dict[str, Any] = {
             "command": ["program", str(seconds), str(exit_code), *rng.choice(([], [], [], ["stubborn"]))],
             "stop_grace": f"{rng.choice((0, 1, 5))}s",
@@ -69,18 +85,28 @@ class Tenants(Party):
         if job.get("gpus") == 2:
             # The smallest yard has four cards, and takes what needs more while it does not know that yet.
             job["replicas"] = min(job["replicas"], 2)
+        kind = job["preemption"] = rng.choice(("requeue", "requeue", "checkpoint", "suspend", "suspend", "never"))
+        if kind == "suspend" and rng.random() < 0.7:
+            # What a driver can take off its card: one process on one card.
+            job = {name: value for name, value in job.items() if name not in CUTS} | {"gpus": 1, "replicas": 1}
+        if rng.random() < 0.3:
+            job["restart_time"] = rng.choice(("1s", "20s"))
         if rng.random() < 0.2:
             job["time_limit"] = "8s"
         if rng.random() < 0.4:
             job["lease"] = rng.choice(("10s", "45s", "60s"))
             job["command"][1] = str(round(rng.uniform(0.0, 120.0), 1))
-        kept = Submission(tenant, self._next_id())
+        kept = Submission(tenant, "", sent_s=asyncio.get_running_loop().time())
         self.submissions.append(kept)
-        self.spawn(self._send(tenant, user, "submit", {**job, "submission_id": kept.submission_id}, kept))
+        self.submitted += 1
+        if self._scale.own_ids >= 100 or rng.randrange(100) < self._scale.own_ids:
+            job["submission_id"] = kept.submission_id = self._next_id()
+        self.spawn(self._send(tenant, user, "submit", job, kept))
 
-    def cancel(self, tenant: str, job: int) -> None:
+    def direct(self, tenant: str, job: int, verb: str) -> None:
+        """`cancel`, `suspend`, … one of its jobs."""
         user = dict(TENANTS)[tenant]
-        self.spawn(self._send(tenant, user, "cancel", {"job": job, "submission_id": self._next_id()}))
+        self.spawn(self._send(tenant, user, verb, {"job": job, "submission_id": self._next_id()}))
 
     def apply_service(self) -> None:
         rng = self._rng
@@ -117,11 +143,12 @@ class Tenants(Party):
         assert self.bus is not None
         for _ in range(TRIES):
             try:
-                await self.bus.stream_publish(submission(tenant, user, verb), encode(payload), timeout=2.0)
+                ack = await self.bus.stream_publish(submission(tenant, user, verb), encode(payload), timeout=2.0)
             except BusError:
                 await asyncio.sleep(0.5)
                 continue
             if kept is not None:
+                kept.submission_id = kept.submission_id or given_submission_id(ack.sequence)
                 kept.is_acknowledged = True
             break
         self.under_way -= 1

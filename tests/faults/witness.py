@@ -6,9 +6,11 @@ shows it each journal entry at the moment it is stored. `SafetyViolated` ends th
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from faults.scale import SMALL, Scale
 from gpuyard_daemon.core.scheduler import Scheduler
 from gpuyard_daemon.core.state import facts as f
 from gpuyard_daemon.core.state.turn import Record
@@ -41,7 +43,8 @@ class Run:
 
 
 class Witness:
-    def __init__(self) -> None:
+    def __init__(self, scale: Scale = SMALL) -> None:
+        self._scale = scale
         self.runs: dict[AssignmentKey, Run] = {}
         #: Keys whose partition was made at some time.
         self.prepared: set[AssignmentKey] = set()
@@ -52,21 +55,37 @@ class Witness:
         self.accepted: dict[tuple[str, str], JobId] = {}
         #: Final states by job.
         self.ended: dict[JobId, str] = {}
+        #: How often something came about that not every seed brings.
+        self.seen: Counter[str] = Counter()
         #: Digest of the twin after each of the newest turns.
         self.digests: dict[int, str] = {}
+        #: Keys by job: what of `runs` and `prepared` is forgotten with it.
+        self._keys: dict[JobId, set[AssignmentKey]] = {}
+        self._names: dict[JobId, tuple[str, str]] = {}
+        #: 1 for each job that has left the core and of which nothing else is known here any more.
+        self._forgotten = bytearray()
+        #: Processes that ever started.
+        self.processes = 0
+        #: Jobs that have come to their end.
+        self.jobs_ended = 0
 
     # --- hosts ---
 
     def process_starts(self, node: str, key: AssignmentKey, launch: Launch) -> None:
+        if key.job < len(self._forgotten) and self._forgotten[key.job]:
+            raise SafetyViolated(f"{key} starts on {node} long after its job has ended")
         if key in self.runs:
             raise SafetyViolated(f"{key} runs a second time: on {node}, after {self.runs[key]}")
-        for other, run in self.runs.items():
-            if other.job == key.job and other.attempt != key.attempt and run.is_running:
+        for other in self._keys.get(key.job, ()):
+            run = self.runs.get(other)
+            if run is not None and other.attempt != key.attempt and run.is_running:
                 raise SafetyViolated(f"{key} starts on {node} while {other} still runs on {run.node}")
         for replica in range(launch.replicas):
             if AssignmentKey(key.job, key.attempt, replica) not in self.prepared:
                 raise SafetyViolated(f"{key} starts before replica {replica} of its gang was prepared")
         self.runs[key] = Run(node)
+        self.processes += 1
+        self._keys.setdefault(key.job, set()).add(key)
 
     def process_ends(self, key: AssignmentKey, exit_code: int, signal: int, *, vanished: bool = False) -> None:
         run = self.runs[key]
@@ -76,6 +95,7 @@ class Witness:
         self, node: str, key: AssignmentKey, devices: Iterable[Device], made: Iterable[Partition]
     ) -> None:
         self.prepared.add(key)
+        self._keys.setdefault(key.job, set()).add(key)
         partitions = list(made)
         for device in devices:
             held = [partition for partition in partitions if device.uuid in devices_of(partition)]
@@ -94,8 +114,10 @@ class Witness:
         for fact in record.facts:
             self._check_fact(fact)
         self.twin.apply(record)
-        if record.turn % 8 == 0:
+        if record.turn % self._scale.digest_every == 0:
             self.digests[record.turn] = self.twin.digest()
+            if self._scale.forgets and len(self.digests) > 100:
+                del self.digests[next(iter(self.digests))]
 
     def _check_fact(self, fact: f.Fact) -> None:
         match fact:
@@ -104,14 +126,38 @@ class Witness:
                 if name in self.accepted:
                     raise SafetyViolated(f"submission {name} became job {self.accepted[name]} and job {fact.job}")
                 self.accepted[name] = fact.job
+                self._names[fact.job] = name
             case f.JobEnded():
                 if fact.job in self.ended:
                     raise SafetyViolated(f"job {fact.job} ended {self.ended[fact.job]}, and then {fact.state}")
                 self.ended[fact.job] = fact.state
+                self.jobs_ended += 1
+            case f.JobRetired() if self._scale.forgets:
+                self._forget(fact.job)
             case f.JobPlaced() if fact.job in self.ended:
                 raise SafetyViolated(f"job {fact.job} was placed after it {self.ended[fact.job]}")
+            case f.ClaimMade(evictions=evictions):
+                self.seen.update([f"preempted by {eviction.kind}" for eviction in evictions])
+            case f.JobSuspending():
+                self.seen["suspended by its owner"] += 1
+            case f.ReplicaSuspended():
+                self.seen["suspended"] += 1
+            case f.ReplicaResumed():
+                self.seen["resumed"] += 1
             case _:
                 pass
+
+    def _forget(self, job: JobId) -> None:
+        """A job has left the core: from here on, all that is known of it is that it must never be seen again."""
+        for key in self._keys.pop(job, ()):
+            run = self.runs.pop(key, None)
+            if run is not None and run.is_running:
+                raise SafetyViolated(f"{key} still runs on {run.node}, and its job has left the yard's memory")
+            self.prepared.discard(key)
+        self.ended.pop(job, None)
+        self.accepted.pop(self._names.pop(job, ("", "")), None)
+        self._forgotten.extend(bytes(max(0, job + 1 - len(self._forgotten))))
+        self._forgotten[job] = 1
 
     def check_leader(self, core: Scheduler) -> None:
         """A leader's state is what the journal says, and nothing else."""

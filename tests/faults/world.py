@@ -11,24 +11,28 @@ import random
 from collections.abc import Callable
 from typing import Literal, TypeAlias
 
+import msgspec
+
 from faults import head as heads
 from faults import node as nodes
 from faults.head import Head, HeadDisk
 from faults.host import WALL_START_MS, Host
 from faults.network import FaultyBroker, Weather
 from faults.node import AgentProcess
+from faults.scale import SMALL, Scale
 from faults.tenants import SERVICES, TENANTS, Tenants
 from faults.virtual_time import SimulatedLoop
 from faults.witness import Witness
 from gpuyard_daemon.core.invariants import check
 from gpuyard_daemon.core.scheduler import Scheduler
-from gpuyard_daemon.core.state.inputs import LoadReported
+from gpuyard_daemon.core.state.inputs import LoadReported, NodeCordonAsked, NodeUncordonAsked, PolicyChanged
+from gpuyard_daemon.core.tenants.policy import Grant, Policy, QueuePolicy, TenantLimits
 from gpuyard_protocol.jobs import FINAL_STATES
+from gpuyard_protocol.nodes import Inventory
 from support.builders import node as inventory
 
-#: After the faults, everything must come to its end within this much simulated time.
-HEALED_MAX_S = 3600.0
-JOBS_MAX = 80
+#: Lines of what happened that a long simulation keeps.
+LOG_KEPT = 1000
 #: What happens most: processes die, in quick succession; or hosts are cut off for long while the yard goes on.
 Kind: TypeAlias = Literal["crashes", "partitions"]
 
@@ -40,17 +44,18 @@ class LivenessViolated(Exception):
 class World:
     """One simulation. Everything random comes from `seed`."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, scale: Scale = SMALL) -> None:
+        self.scale = scale
         self.rng = random.Random(seed)
         self._loop = asyncio.get_running_loop()
-        self.witness = Witness()
+        self.witness = Witness(scale)
         self.broker = FaultyBroker(self.rng, lambda: WALL_START_MS + int(self._loop.time() * 1000))
         self.broker.on_stored = self.witness.stored
         self.disk = HeadDisk()
         self.heads: list[Head] = []
         self.hosts = [
-            Host(inventory(f"n-{number}", self.rng.choice((2, 4)), keeps_leases=True), self.witness, self.rng)
-            for number in range(1, self.rng.randint(3, 6))
+            Host(self._inventory(number), self.witness, self.rng)
+            for number in range(1, self.rng.randint(scale.hosts[0] + 1, scale.hosts[1] + 1))
         ]
         self.agents: dict[str, AgentProcess] = {}
         self.weather = {name: Weather() for name in ("tenants", *(host.name for host in self.hosts))}
@@ -60,11 +65,17 @@ class World:
         self.is_over = False
         self.failure: BaseException | None = None
         self._processes = 0
-        self.tenants = Tenants(self.broker, self.weather["tenants"], self.rng, self._fail)
+        self.tenants = Tenants(self.broker, self.weather["tenants"], self.rng, self._fail, scale)
         self._log: list[str] = []
+
+    def _inventory(self, number: int) -> Inventory:
+        made = inventory(f"n-{number}", self.rng.choice((2, 4)), keeps_leases=True)
+        return msgspec.structs.replace(made, suspend_mib=self.rng.choice((0, 170_000, 500_000)))
 
     def note(self, what: str) -> None:
         self._log.append(f"{self._loop.time():9.3f}  {what}")
+        if self.scale.forgets and len(self._log) > 2 * LOG_KEPT:
+            del self._log[:LOG_KEPT]
 
     @property
     def log(self) -> list[str]:
@@ -99,6 +110,7 @@ class World:
             self.witness,
             on_failure=self._fail,
             on_death=self._head_died,
+            scale=self.scale,
         )
         self.heads.append(head)
         self.note(f"head {head.number} starts")
@@ -111,6 +123,7 @@ class World:
 
     def _head_died(self, head: Head) -> None:
         self.note(f"head {head.number} died")
+        self.heads = [known for known in self.heads if known.is_alive or known is self.head]
         if head is self.head:
             self._later(self.rng.uniform(0.1, 5.0), lambda: self._replace_head(head))
 
@@ -126,6 +139,7 @@ class World:
             self.broker,
             self.weather[host.name],
             has_trouble=lambda: self.has_trouble,
+            beat_s=self.scale.beat_s,
             on_failure=self._fail,
             on_death=self._agent_died,
         )
@@ -150,6 +164,9 @@ class World:
         things: dict[str, tuple[Callable[[], None], int, int]] = {
             "submit": (self._submit, 30, 30),
             "cancel": (self._cancel, 6, 2),
+            "direct": (self._direct, 6, 3),
+            "policy": (self._policy, 3, 1),
+            "cordon": (self._cordon, 2, 1),
             "apply_service": (self.tenants.apply_service, 3, 1),
             "load": (self._load, 4, 1),
             "head_dies": (self._head_dies, 8, 1),
@@ -174,14 +191,46 @@ class World:
 
     def _submit(self) -> None:
         for _ in range(self.rng.randint(1, 4)):
-            if len(self.tenants.submissions) < JOBS_MAX:
+            if self._may_submit():
                 self.tenants.submit_job()
+
+    def _may_submit(self) -> bool:
+        scale = self.scale
+        if not scale.open_jobs_max:
+            return self.tenants.submitted < scale.jobs_max
+        open_jobs = sum(1 for job in self.witness.twin.cluster.jobs.values() if not job.is_final)
+        return open_jobs < scale.open_jobs_max
 
     def _cancel(self) -> None:
         jobs = [job for job in self.witness.twin.cluster.jobs.values() if not job.is_final and not job.service]
         if jobs:
             job = self.rng.choice(jobs)
-            self.tenants.cancel(job.tenant, job.id)
+            self.tenants.direct(job.tenant, job.id, "cancel")
+
+    def _direct(self) -> None:
+        jobs = self.witness.twin.cluster.jobs.values()
+        jobs = [job for job in jobs if not job.is_final and not job.service and (job.live or job.held_by)]
+        if jobs:
+            job = self.rng.choice(jobs)
+            verb = "resume" if job.held_by else self.rng.choice(("suspend", "suspend", "suspend", "requeue"))
+            self.tenants.direct(job.tenant, job.id, verb)
+
+    def _policy(self) -> None:
+        """One tenant has a part of the yard, the other takes what is left; or both share all of it."""
+        day, night = self.rng.sample([tenant for tenant, _ in TENANTS], 2)
+        tenants = sorted(((day, TenantLimits(queue="day")), (night, TenantLimits(queue="night"))))
+        grant = Grant(nominal_milli=self.rng.choice((2000, 6000)))
+        queues = (QueuePolicy("day", grants=(grant,)), QueuePolicy("night", scavenger=True))
+        self.head.add_fact(
+            PolicyChanged(policy=self.rng.choice((Policy(), Policy(tenants=tuple(tenants), queues=queues))))
+        )
+
+    def _cordon(self) -> None:
+        name = self.rng.choice(self.hosts).name
+        if self.rng.random() < 0.5:
+            self.head.add_fact(NodeCordonAsked(node=name, by="root", requeue=self.rng.random() < 0.5))
+        else:
+            self.head.add_fact(NodeUncordonAsked(node=name, by="root"))
 
     def _load(self) -> None:
         tenant, _ = self.rng.choice(TENANTS)
@@ -291,16 +340,31 @@ class World:
         for party in [*self.heads, *self.agents.values()]:
             party.doomed_at = ""
         self._hear_again()
-        deadline = self._loop.time() + HEALED_MAX_S
+        deadline = self._loop.time() + self.scale.healed_max_s
         await asyncio.sleep(45.0)  # until every cut line is open and every process runs again
         self.tenants.delete_services()
         while (problem := self.unfinished()) and self._loop.time() < deadline:
+            self._let_go()
             await asyncio.sleep(5.0)
             self.raise_failure()
         self.raise_failure()
         if problem:
             raise LivenessViolated(problem)
         self._check_end()
+
+    def _let_go(self) -> None:
+        """Nothing is limited, cordoned or held any more, once whoever leads has heard it."""
+        core = self.head.core
+        if core is None or not self.head.leads:
+            return
+        if core.policy != Policy():
+            self.head.add_fact(PolicyChanged(policy=Policy()))
+        for node in core.cluster.nodes.values():
+            if node.cordoned_by:
+                self.head.add_fact(NodeUncordonAsked(node=node.id, by="root"))
+        for job in core.cluster.jobs.values():
+            if job.held_by and not job.is_final:
+                self.tenants.direct(job.tenant, job.id, "resume")
 
     def unfinished(self) -> str:
         """What has not come to its end; "" if all is quiet."""
