@@ -107,7 +107,7 @@ async def test_every_layout_of_the_card_can_be_made_at_its_places(hopper: Yard) 
             await hopper.backend.destroy_mig(device.uuid, one.mig_uuid)
             await hopper.backend.destroy_mig(device.uuid, one.mig_uuid)
         assert await hopper.layout() == []
-        assert hopper.mode() == (0, 0), "an empty card is a whole card again"
+        assert hopper.mode() == (1, 1), "the next instance finds it in the mode that it needs"
 
 
 @pytest.mark.parametrize(
@@ -185,6 +185,26 @@ async def test_only_an_empty_card_changes_its_mode(hopper: Yard) -> None:
     await hopper.backend.create_mig(device.uuid, "1g.10gb", 0)
     with pytest.raises(PartitionRefused, match=r"it has 1g\.10gb at 0"):
         await hopper.backend.leave_mig(device.uuid)
+
+
+async def test_a_card_that_stays_empty_is_a_whole_card_again(hopper: Yard, monkeypatch: pytest.MonkeyPatch) -> None:
+    device = await hopper.card()
+    made = await hopper.backend.create_mig(device.uuid, "1g.10gb", 0)
+    await hopper.card()
+    await hopper.backend.destroy_mig(device.uuid, made.mig_uuid)
+    await hopper.card()
+    assert hopper.mode() == (1, 1)
+    monkeypatch.setattr("gpuyard_agent.devices.nvml.LEAVE_AFTER_S", 0.0)
+    await hopper.card()
+    assert hopper.mode() == (0, 0)
+
+
+async def test_a_card_says_what_a_switch_of_its_mode_takes(hopper: Yard) -> None:
+    assert (await hopper.card()).mig_switch_ms == 2_000
+
+
+async def test_an_older_card_says_that_its_reset_takes_longer(ampere: Yard) -> None:
+    assert (await ampere.card()).mig_switch_ms == 10_000
 
 
 async def test_a_card_left_in_mig_mode_is_made_whole_for_whole_use(hopper: Yard) -> None:

@@ -2,14 +2,16 @@
 
 A file says what there is, what runs and what is asked, line by line; below `----` stand the yard before, each request
 with the places it got, and the yard after. A card shows `.` for nobody, `1` for job 1, `1+2` for both, `!` if it is
-not healthy; a MIG card its eight slices, as in `<1111..22>`.
+not healthy; a MIG card its eight slices, as in `<1111..22>`. What is free and kept for somebody who waits is `*`.
 
     node NAME CARDS [label=value ...]      CARDS: 4×H100, 2×A30:24Gi, none
     links NAME 0-1 2-3 ...                 NVLinks between cards
+    speeds MODEL=SPEED ...                 beside the fastest; of one job: throughput=MODEL:SPEED
     seen TIMES field=value ...             so many such jobs were asked for (and taken back) before
     run TENANT/USER field=value ...        a job as in a job file, there before
     end NUMBER                             it ends
     ask TENANT/USER field=value ...        the request; all of one file's come in one turn after `together`
+    wait MINUTES                           so much time passes after the requests before this, and the yard is drawn
 
 The pictures are drawn anew with REWRITE_SCENARIOS=1: read what changed before believing it.
 """
@@ -25,11 +27,12 @@ import msgspec
 import pytest
 
 from gpuyard_daemon.core.placing.partitions import Card, slices_at
-from gpuyard_daemon.core.state.inputs import CancelRequested, JobSubmitted
+from gpuyard_daemon.core.state.inputs import CancelRequested, JobSubmitted, PolicyChanged
+from gpuyard_daemon.core.tenants.policy import Policy
 from gpuyard_protocol.codec import from_plain
 from gpuyard_protocol.jobs import JobRequest, JobSpec
 from gpuyard_protocol.nodes import Inventory
-from gpuyard_protocol.resources import Device, MigInstance, devices_of
+from gpuyard_protocol.resources import Device, MigInstance, Partition, WholeCards, devices_of
 from gpuyard_protocol.units import Memory
 from support.builders import CoreHarness, gpu, node
 
@@ -48,16 +51,15 @@ class Scenario:
         self.inventories: dict[str, Inventory] = {}
         self.output: list[str] = []
         self.asked: list[tuple[str, JobSpec, str]] = []
+        #: It was drawn as it was before any request.
+        self.is_drawn = False
 
     def play(self, text: str) -> str:
         for line in text.splitlines():
             words = shlex.split(line, comments=True)
             if words:
                 getattr(self, "_" + words[0])(*words[1:])
-        self._draw()
-        together = "together" in text.split()
-        for batch in [self.asked] if together else [[each] for each in self.asked]:
-            self._request(batch)
+        self._request_all(together="together" in text.split())
         self._draw()
         return "\n".join(self.output) + "\n"
 
@@ -70,6 +72,12 @@ class Scenario:
     def _join(self, name: str, inventory: Inventory) -> None:
         self.inventories[name] = inventory
         self.harness.join(inventory)
+
+    def _speeds(self, *named: str) -> None:
+        speeds = sorted(
+            (model, int(float(speed) * 1000)) for model, _, speed in [each.partition("=") for each in named]
+        )
+        self.harness.turn(PolicyChanged(policy=Policy(speeds=tuple(speeds))))
 
     def _links(self, name: str, *pairs: str) -> None:
         inventory = self.inventories[name]
@@ -99,6 +107,20 @@ class Scenario:
 
     def _end(self, number: str) -> None:
         self.harness.ended(self._number(number))
+
+    def _request_all(self, *, together: bool) -> None:
+        if not self.is_drawn:
+            self.is_drawn = True
+            self._draw()
+        for batch in [self.asked] if together else [[each] for each in self.asked]:
+            self._request(batch)
+        self.asked = []
+
+    def _wait(self, minutes: str) -> None:
+        self._request_all(together=False)
+        self.harness.settle(most_ms=int(minutes) * 60_000)
+        self._draw()
+        self.output.append(f"{minutes} min later")
 
     def _ask(self, owner: str, *fields: str) -> None:
         self.asked.append((owner, _spec(fields), " ".join(fields)))
@@ -140,7 +162,9 @@ class Scenario:
         for name, space in self.harness.core.cluster.pool.spaces.items():
             held = sorted({key.job - base for key in space.assignments} - _on_cards(space.cards, base))
             beside = f"  + {' '.join(map(str, held))}" if held else ""
-            self.output.append(f"{name}  [{' '.join(_card(card, base) for card in space.cards)}]{beside}")
+            kept = {uuid: claim.partition for claim in space.claims for uuid in devices_of(claim.partition)}
+            cards = " ".join(_card(card, base, kept.get(card.device.uuid)) for card in space.cards)
+            self.output.append(f"{name}  [{cards}]{beside}")
         self.output.append("")
 
 
@@ -148,18 +172,20 @@ def _on_cards(cards: list[Card], base: int) -> set[int]:
     return {key.job - base for card in cards for key in card.held}
 
 
-def _card(card: Card, base: int) -> str:
+def _card(card: Card, base: int, kept: Partition | None) -> str:
     if not card.device.healthy:
         return "!"
     if card.mode == "mig":
-        slices = ["."] * card.device.mig_slices
+        slices = ["*" if isinstance(kept, WholeCards) else "."] * card.device.mig_slices
+        if isinstance(kept, MigInstance):
+            slices[kept.start : kept.start + kept.size] = "*" * kept.size
         for key, partition in card.held.items():
             if isinstance(partition, MigInstance):
                 for at in range(card.device.mig_slices):
                     if slices_at(partition.start, partition.size) >> at & 1:
                         slices[at] = str(key.job - base)
         return f"<{''.join(slices)}>"
-    return "+".join(str(key.job - base) for key in sorted(card.held)) or "."
+    return "+".join(str(key.job - base) for key in sorted(card.held)) or ("." if kept is None else "*")
 
 
 def _devices(name: str, cards: str) -> Iterator[Device]:
@@ -179,6 +205,10 @@ def _spec(fields: tuple[str, ...]) -> JobSpec:
     plain: dict[str, object] = {"command": ["/bin/true"]}
     for field in fields:
         name, _, value = field.partition("=")
+        if name == "throughput":
+            model, _, speed = value.partition(":")
+            plain[name] = {model: float(speed)}
+            continue
         plain[name] = value.split(",") if name == "nodes" else int(value) if name in NUMBERS else value
     return from_plain(JobRequest, plain).specify()
 

@@ -51,6 +51,8 @@ SAMPLE_S = 5.0
 CREATE_S = 60.0
 #: From the first try to destroy an instance to the last, and the pauses between them.
 DESTROY_S = 10.0
+#: A card stays in MIG mode for so long after its last instance, seconds: the next one would have it switched back.
+LEAVE_AFTER_S = 20.0
 _PAUSE_S, _PAUSE_S_MAX = 0.05, 1.0
 #: From the first event of a change until it is told.
 CHANGE_S = 0.2
@@ -204,7 +206,7 @@ class NvmlBackend:
                     raise DeviceTrouble(str(held)) from None
             await asyncio.sleep(pause_s)
             pause_s = min(2 * pause_s, _PAUSE_S_MAX)
-        await self._ask(card, "leave MIG mode", lambda: mig.leave_if_empty(card, self._may_switch), CREATE_S)
+        card.emptied_s = time.monotonic()
 
     # --- compute mode ---
 
@@ -284,7 +286,11 @@ class NvmlBackend:
 
         def read() -> Device:
             device = read_device(card, index, self._may_switch)
-            mig.find_instances(card)
+            if mig.find_instances(card):
+                card.emptied_s = None
+            elif card.emptied_s is not None and time.monotonic() - card.emptied_s >= LEAVE_AFTER_S:
+                card.emptied_s = None
+                mig.leave_if_empty(card, self._may_switch)
             if not mig_mode(card.handle)[0]:
                 card.links = read_links(card.handle)
             return device

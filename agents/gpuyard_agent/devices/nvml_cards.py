@@ -31,6 +31,9 @@ _LIMITS_UNDER_MPS = (7, 0)
 MPS_CLIENTS_MAX = 48
 #: From this architecture on (Hopper) MIG mode is switched at once; before, by a reset of the card.
 _SWITCHES_AT_ONCE = 9
+#: What a switch of MIG mode takes, ms, for whoever weighs it: with a reset of the card, and without. Until a card of
+#: each kind was measured: the driver initialises the card anew in either case, and a reset takes seconds more.
+SWITCH_BY_RESET_MS, SWITCH_AT_ONCE_MS = 10_000, 2_000
 _PROHIBITED = pynvml.NVML_COMPUTEMODE_PROHIBITED
 _EXCLUSIVE = pynvml.NVML_COMPUTEMODE_EXCLUSIVE_PROCESS
 #: What the driver wants done about a card (field 230).
@@ -73,6 +76,8 @@ class Card(msgspec.Struct, kw_only=True):
     is_exclusive: bool = False
     #: Why MIG mode stays as it is, "" as far as is known: a switch that was refused for good.
     mig_refused: str = ""
+    #: When its last instance went, on the monotonic clock; None: it has some, or is out of MIG mode.
+    emptied_s: float | None = None
     #: MIG instances when they were last looked for, and the handles of those that have a UUID.
     instances: tuple[MigInstanceFound, ...] = ()
     mig_handles: dict[str, Any] = {}
@@ -152,7 +157,12 @@ def read_device(card: Card, index: int, may_switch: bool) -> Device:
         mps_clients_max=MPS_CLIENTS_MAX if _has_mps(card) else 0,
         healthy=not fault,
         fault=fault,
+        mig_switch_ms=_switch_ms(card) if has_profiles and "whole" in modes else 0,
     )
+
+
+def _switch_ms(card: Card) -> int:
+    return SWITCH_AT_ONCE_MS if card.facts.switches_at_once else SWITCH_BY_RESET_MS
 
 
 def read_limits(card: Card, may_switch: bool) -> list[str]:

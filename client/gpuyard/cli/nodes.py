@@ -105,7 +105,8 @@ def _card_row(view: NodeView, card: CardView) -> tuple[str, ...]:
         view.node,
         str(card.index),
         short_model(card),
-        card.mode if card.healthy else f"{card.mode}, faulty{card.fault and ': '}{card.fault}",
+        (card.mode if card.healthy else f"{card.mode}, faulty{card.fault and ': '}{card.fault}")
+        + (f" ({card.note})" if card.note else ""),
         f"{card.held_milli * 100 // MILLI}%",
         f"{_gib(card.held_memory_mib)}/{_gib(card.memory_mib)}Gi",
         use,

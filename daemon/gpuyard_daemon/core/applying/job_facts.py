@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from gpuyard_daemon.core.applying import lost_facts, node_facts, suspend_facts
 from gpuyard_daemon.core.placing.partitions import mode_of
 from gpuyard_daemon.core.queueing import learning
+from gpuyard_daemon.core.queueing.ranking import BORROWING
 from gpuyard_daemon.core.state import facts as f
 from gpuyard_daemon.core.state.effects import Effects, start_order
 from gpuyard_daemon.core.state.model import EARLIER_ATTEMPTS_MAX, Assignment, Job, Verdict
@@ -46,6 +47,8 @@ def placed(cluster: Cluster, fact: f.JobPlaced, now_ms: int, effects: Effects) -
     if job.prepare_until_ms:
         cluster.timers.set_job(job.prepare_until_ms, Timer.PREPARE, job.id)
     job.note(now_ms, f"attempt {job.attempt} placed on {_node_names(job)}")
+    if job.spec.preemption == "never" and cluster.ranking.band_of(job) >= BORROWING:
+        job.note(now_ms, "borrows beyond its queue's quota: it may be stopped for one that has waited very long")
     effects.tell(job, now_ms)
 
 

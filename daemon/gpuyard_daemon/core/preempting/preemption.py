@@ -25,7 +25,7 @@ from gpuyard_daemon.core.preempting.suspension import can_be_suspended
 from gpuyard_daemon.core.preempting.victims import Plan, Search
 from gpuyard_daemon.core.queueing.order import ShapeQueue, WaitingLine
 from gpuyard_daemon.core.queueing.priority import PROBE_MS
-from gpuyard_daemon.core.queueing.ranking import BORROWING, FLOOR, TOP_LEVEL, Rank, width_milli
+from gpuyard_daemon.core.queueing.ranking import BORROWING, FLOOR, NOMINAL, TOP_LEVEL, Rank, width_milli
 from gpuyard_daemon.core.state import facts as f
 from gpuyard_daemon.core.state.cluster import Cluster
 from gpuyard_daemon.core.state.draft import Draft
@@ -188,6 +188,7 @@ class _Round:
         is_through = True
         if self._is_full:
             self._looks = reservations.review(self._draft, self._line, self._occupants, self._at_ms, self._looks)
+            self._force()
         homebound = homing.homebound(cluster, self._draft.now_ms) if self._is_full else []
         for queue in heads:
             is_through = self._send_home(homebound, queue, most) and is_through
@@ -204,6 +205,26 @@ class _Round:
                 if not self._serve(queue, job, rank):
                     break
         return self._send_home(homebound, None, most) and is_through
+
+    def _force(self) -> None:
+        """Who has waited beyond all patience for a set of places takes them from borrowers that nobody may preempt."""
+        cluster, now_ms = self._draft.cluster, self._draft.now_ms
+        for claim in [claim for claim in cluster.claims if claim.kind == "reserve"]:
+            job = cluster.jobs[claim.job]
+            rank = cluster.ranking.rank_of(job, now_ms)
+            if self._looks > 0 and self._has_no_patience(job, rank):
+                plan = self._plan(self._line.queue_of(job), job, rank)
+                if plan is not None:
+                    text = "it has waited so long that borrowers leave for it who otherwise need not"
+                    self._draft.add(f.ClaimDropped(job.id, Why("ClaimForced", text)))
+                    self._carry_out(job, rank, plan)
+
+    def _has_no_patience(self, job: Job, rank: Rank) -> bool:
+        """Whether borrowers that may not be preempted leave for a job all the same."""
+        settings = self._draft.settings
+        most_ms = settings.force_nominal_ms if rank.band <= NOMINAL else settings.force_borrowing_ms
+        waited_ms = self._at_ms - job.waits_since_ms if job.waits_since_ms else 0
+        return rank.band <= BORROWING and waited_ms >= most_ms and not self._draft.cluster.quota.is_plain
 
     def _send_home(self, homebound: list[tuple[Rank, Job]], before: ShapeQueue | None, most: int) -> bool:
         """Let suspended jobs take back their cards; those only that go before a queue's head. Whether all could."""
@@ -331,15 +352,19 @@ class _Round:
         # Its cost can only raise a claimant's level: whoever is not above it even for nothing need not be looked at.
         least = (exchange.TOP if rank.level == TOP_LEVEL else rank.level) + exchange.MARGIN
         allowed = []
+        forced = self._has_no_patience(job, rank)
         for occupant in self._occupants:
             is_larger = occupant.exchangeable and occupant.level >= least
             if occupant.goes:
                 if occupant.preemptible and rank.band <= cluster.ranking.band_of(occupant.job):
                     allowed.append(occupant)
-            elif occupant.preemptible and (
-                (is_larger and self._may_exchange(rank, size, occupant))
-                or self._may_reclaim(rank, occupant, reclaiming)
-            ):
+            elif (
+                occupant.preemptible
+                and (
+                    (is_larger and self._may_exchange(rank, size, occupant))
+                    or self._may_reclaim(rank, occupant, reclaiming)
+                )
+            ) or (forced and occupant.band >= BORROWING and self._may_reclaim(rank, occupant, reclaiming)):
                 allowed.append(occupant)
         return allowed
 
@@ -409,6 +434,8 @@ def _why(job: Job, rank: Rank, victim: Occupant) -> Why:
     cost = f"it costs {format_ms(victim.overhead_ms // 1000 * 1000)} of run time"
     if rank.band == FLOOR:
         return Why(PREEMPTED, f"preempted by job {job.id}, which a service is never to be without; {cost}")
+    if not victim.preemptible:
+        return Why(PREEMPTED, f"preempted by job {job.id}, which has waited too long for what this borrows; {cost}")
     if not victim.exchangeable or rank.band < victim.band:
         return Why(PREEMPTED, f"preempted by job {job.id}, whose queue takes back its part of the quota; {cost}")
     levels = f"which is at level {rank.level} where this is at {victim.level}"

@@ -69,6 +69,10 @@ class CoreSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     #: How long a job has run at least before it is ended for one of a better band (the floor of a service: two
     #: minutes).
     reclaim_after_ms: int = 600_000
+    #: A job within its quota that has waited so long for places kept for it takes them also from borrowers that may not
+    #: be preempted; one that would borrow itself, later.
+    force_nominal_ms: int = 6 * 3_600_000
+    force_borrowing_ms: int = 24 * 3_600_000
 
     def validate(self) -> None:
         """`ValueError` with one sentence if a value makes no sense."""
