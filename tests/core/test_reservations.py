@@ -6,6 +6,9 @@ from typing import Any
 
 import msgspec
 
+from gpuyard_daemon.core.placing.feasibility import Shape
+from gpuyard_daemon.core.preempting.occupants import Occupant
+from gpuyard_daemon.core.preempting.victims import Search
 from gpuyard_daemon.core.state.facts import ClaimDropped, ClaimMade
 from gpuyard_protocol.jobs import JobSpec, Preemption
 from support.builders import CoreHarness, job, node
@@ -90,6 +93,47 @@ def test_a_guest_that_can_leave_is_let_in_and_leaves_last() -> None:
     assert h.states(gang, guest) == ["pending", "stopping"]
     h.stopped(guest)
     assert h.state(gang) == "starting"
+
+
+def test_a_guest_that_came_twice_leaves_once() -> None:
+    """Its first run failed, and its second is a guest of the same set."""
+    h = CoreHarness()
+    h.join(node("n-1", 4), node("n-2", 4))
+    running = full_yard(h, 8)
+    gang = top_gang(h)
+    h.ended(running[0])
+    guest = h.submit(gives("checkpoint", restart_ms=10_000, gpus=1, retries=1))
+    h.run(guest)
+    h.ended(guest, 1)
+    h.settle(most_ms=11_000)
+    assert h.state(guest) == "starting"
+    h.run(guest)
+    for number in running[1:]:
+        h.ended(number)
+    h.settle(most_ms=11_000)
+    assert h.states(gang, guest) == ["pending", "stopping"]
+
+
+def test_who_leaves_already_is_not_put_back_where_the_claimant_goes() -> None:
+    """Somebody whom an earlier claimant of the same turn sent away still stands among those who might go."""
+    h = CoreHarness()
+    h.join(node("n-1", 4))
+    leaving, stays = h.submit(gives("requeue", gpus=2)), h.submit(gives("requeue", gpus=2))
+    h.run(leaving)
+    h.run(stays)
+    gang = h.submit(gives("requeue", replicas=3, gpus=1))
+    jobs = h.core.cluster.jobs
+    candidates = [
+        Occupant(jobs[number], 1, 0, 0, "requeue", lost, lost, True, True, 0)
+        for number, lost in ((leaving, 1), (stays, 2))
+    ]
+    h.cancel(leaving)
+    search = Search(
+        h.core.cluster.pool, Shape(jobs[gang].spec.need, 3, "acme", "alice"), jobs[gang], candidates, (), 99
+    )
+    plan = search.gang(["n-1"])
+    assert plan is not None
+    assert [victim.job.id for victim in plan.victims] == [stays]
 
 
 def test_a_job_that_ends_before_the_others_may_be_a_guest() -> None:
