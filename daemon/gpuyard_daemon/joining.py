@@ -2,10 +2,11 @@
 
 The server lets a token's key publish on that one subject, so who gets here has the token; whether it may still be used
 is decided here, one question at a time: it names this node, has not expired, and was used for no other key. Then the
-key is trusted, the server's configuration written anew and reloaded, and only when the server lets the key in is the
-host told so. A host that missed the answer may ask again with the same key.
+key is trusted, the server's configuration written anew and reloaded (of several servers that believe signed tokens: the
+accounts are pushed to them), and only when the server lets the key in is the host told so, and given what it is let in
+with. A host that missed the answer may ask again with the same key.
 
-A token that was used is taken out of the server's configuration some moments later.
+A token that was used is taken out of the server's configuration, or revoked, some moments later.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ import structlog
 
 from gpuyard_daemon.audit import AuditLog
 from gpuyard_daemon.yard.keys import YardKeys, checked_key
+from gpuyard_daemon.yard.operator_mode import node_credential
 from gpuyard_daemon.yard.reload import apply_keys
-from gpuyard_daemon.yard.server_files import ConfigurationError, read_server
+from gpuyard_daemon.yard.server_files import ConfigurationError, Server, read_server
 from gpuyard_daemon.yard.tokens import AFTERLIFE_MS, Issued, is_expired
 from gpuyard_protocol.bus.base import Bus, BusError, Message, PermissionDenied
 from gpuyard_protocol.codec import Malformed, decode, encode
@@ -88,7 +90,7 @@ class Joining:
             except (ConfigurationError, OSError) as error:
                 raise BusError(f"its key could not be taken out: {error}") from None
 
-    async def _tolerantly(self, work: Awaitable[None]) -> None:
+    async def _tolerantly(self, work: Awaitable[object]) -> None:
         try:
             async with self._changing:
                 await work
@@ -126,9 +128,10 @@ class Joining:
         issued = self._usable(keys, node, public_key)
         keys.tokens.use(issued, public_key)
         keys.trust_node(node, public_key)
-        await self._apply(keys)
+        server = await self._apply(keys)
         self._clean_up_at = asyncio.get_running_loop().time() + CLEAN_UP_S
-        return JoinAnswer(node=node, yard=self._yard)
+        credential = node_credential(keys, node) if server.settings.by_tokens else ""
+        return JoinAnswer(node=node, yard=self._yard, credential=credential)
 
     def _usable(self, keys: YardKeys, node: NodeId, public_key: str) -> Issued:
         issued = keys.tokens.find(node)
@@ -147,9 +150,11 @@ class Joining:
             )
         return issued
 
-    async def _apply(self, keys: YardKeys) -> None:
-        if not await apply_keys(read_server(self._state), keys):
+    async def _apply(self, keys: YardKeys) -> Server:
+        server = read_server(self._state)
+        if not await apply_keys(server, keys):
             raise BusError("the NATS server cannot be reached to be told of the new key")
+        return server
 
     def _keys(self) -> YardKeys:
         return YardKeys.load_or_create(self._state / "keys")

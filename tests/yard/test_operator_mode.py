@@ -12,22 +12,25 @@ import sys
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 from bench.fleet import FakeAgent
 
 from gpuyard_daemon.yard import foreign_nats
-from gpuyard_daemon.yard.accounts import Peer, ServerSettings, node_inbox, server_config, user_inbox
+from gpuyard_daemon.yard.accounts import Peer, ServerSettings, join_inbox, node_inbox, server_config, user_inbox
+from gpuyard_daemon.yard.certificates import ensure_certificates, make_node_certificate
 from gpuyard_daemon.yard.home import YardTrouble
 from gpuyard_daemon.yard.keys import YardKeys
-from gpuyard_daemon.yard.operator_mode import Authority
+from gpuyard_daemon.yard.operator_mode import Authority, credentials, join_credential
 from gpuyard_daemon.yard.reload import apply_keys
-from gpuyard_daemon.yard.server_files import ConfigurationError, Server
+from gpuyard_daemon.yard.server_files import ConfigurationError, KeptByInit, Server
 from gpuyard_protocol.bus.base import Bus, BusError, PermissionDenied
 from gpuyard_protocol.bus.credentials import has_token, read_public_key
 from gpuyard_protocol.bus.nats import connect
 from gpuyard_protocol.queries import Stats, StatsQuery
 from support.cluster import Cluster, free_ports
 from support.daemon import DaemonProcess, Tenant, until
+from support.nats import NatsProcess
 
 STORE_BYTES = 500_000_000
 SETTINGS = 'yard = "lab"\nreplicas = 3\n[journal]\nbudget = "256Mi"\n'
@@ -37,11 +40,12 @@ READY_S = 40.0
 class Site:
     """Three servers, their head's keys, and a daemon beside them."""
 
-    def __init__(self, directory: Path, *, by_tokens: bool = True) -> None:
+    def __init__(self, directory: Path, *, by_tokens: bool = True, with_tls: bool = False) -> None:
         self.daemon_directory = directory / "head"
         self.keys = YardKeys.load_or_create(self.daemon_directory / "state" / "keys")
         self.keys.add_node("n1")
         self.keys.add_user("acme", "alice")
+        self.tls = ensure_certificates(self.state, "lab", ["127.0.0.1"]) if with_tls else None
         routes = free_ports(3)
         self.settings = [
             ServerSettings(
@@ -50,12 +54,13 @@ class Site:
                 store_bytes=STORE_BYTES,
                 peer=Peer("lab", f"s{number}", f"127.0.0.1:{port}", tuple(f"127.0.0.1:{other}" for other in routes)),
                 by_tokens=by_tokens,
+                tls=self.tls,
             )
             for number, port in enumerate(routes)
         ]
-        self.cluster = Cluster(directory / "nats", [self._config(settings) for settings in self.settings])
+        self.cluster = Cluster(directory / "nats", [self.config(settings) for settings in self.settings])
 
-    def _config(self, settings: ServerSettings) -> str:
+    def config(self, settings: ServerSettings) -> str:
         text = server_config(settings, self.keys).replace("{", "{{").replace("}", "}}")
         return text.replace(':4222"', ':{port}"').replace(f'log_file: "{settings.directory}/nats.log"', "")
 
@@ -64,10 +69,26 @@ class Site:
         first = self.settings[0]._replace(port=self.cluster.servers[0].port)
         return Server(first, self.cluster.url, tuple(self.settings[1:]))
 
+    @property
+    def state(self) -> Path:
+        return self.daemon_directory / "state"
+
+    def keep_settings(self) -> None:
+        """As `gpuyard init` leaves them on the head, for commands and for the daemon."""
+        peers = [f"s{number}=127.0.0.{number + 1}" for number in range(3)]
+        kept = KeptByInit(url=self.cluster.url, store_bytes=str(STORE_BYTES), yard="lab", peers=peers)
+        directory = self.state / "nats"
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / "init.json").write_bytes(msgspec.json.encode(kept))
+
     async def connect(self, tenant: str, user: str, server: int) -> Bus:
         key = self.server.key_file(self.keys.user(tenant, user))
         return await connect(
-            self.cluster.servers[server].url, name="test", inbox_prefix=user_inbox(user), seed=str(key)
+            self.cluster.servers[server].url,
+            name="test",
+            inbox_prefix=user_inbox(user),
+            seed=str(key),
+            tls_ca=str(self.tls.ca) if self.tls else None,
         )
 
 
@@ -154,13 +175,7 @@ async def runs(site: Site, tenant: str, user: str, server: int, count: int) -> N
 async def test_a_yard_on_three_servers_lets_tenants_in_and_out_while_it_runs(
     site: Site, daemon: DaemonProcess, agent: FakeAgent
 ) -> None:
-    async def started() -> bool:
-        daemon.kill()
-        daemon.spawn()
-        await asyncio.to_thread(daemon.wait_ready)
-        return True
-
-    await started()
+    await until(lambda: starts(daemon), "a daemon", READY_S)
     await agent.join()
     for server in range(3):
         await runs(site, "acme", "alice", server, 1)
@@ -185,6 +200,74 @@ async def test_a_yard_on_three_servers_lets_tenants_in_and_out_while_it_runs(
         with pytest.raises(PermissionDenied):
             await connect(server.url, name="gone", inbox_prefix=user_inbox("gus"), seed=str(kept))
     assert agent.faults == []
+
+
+async def test_servers_speak_tls_among_themselves_and_let_no_stranger_in(tmp_path: Path) -> None:
+    site = Site(tmp_path, with_tls=True)
+    assert site.tls is not None
+    # Of the yard's own authority, and made for something else.
+    cert, private = make_node_certificate(site.state, "n1", ["127.0.0.1"])
+    first = site.settings[0]
+    assert first.peer is not None
+    impostor = first._replace(
+        directory=tmp_path / "nats" / "impostor",
+        tls=site.tls._replace(cert=cert, key=private),
+        peer=Peer("lab", "s9", f"127.0.0.1:{free_ports(1)[0]}", (first.peer.listen,)),
+    )
+    stranger = NatsProcess(tmp_path / "nats" / "impostor", site.config(impostor))
+    ca = str(site.tls.ca)
+    daemon = DaemonProcess(
+        site.daemon_directory,
+        site.cluster.url,
+        settings=SETTINGS.replace("[journal]", f'tls_ca = "{ca}"\n[journal]'),
+        authenticate=True,
+    )
+    site.cluster.start()
+    try:
+        stranger.start()
+        await until(lambda: starts(daemon), "a daemon", READY_S)
+        key = str(site.keys.node("n1").with_suffix(".creds"))
+        bus = await connect(site.cluster.servers[1].url, name="n1", inbox_prefix=node_inbox("n1"), seed=key, tls_ca=ca)
+        agent = FakeAgent(bus, "n1", runs_for_s=0.02)
+        await agent.join()
+        for server in range(3):
+            await runs(site, "acme", "alice", server, 1)
+        await bus.close()
+
+        async def is_refused() -> bool:
+            return "TLS route handshake error" in stranger.log + site.cluster.servers[0].log
+
+        await until(is_refused, "a refusal of the stranger", READY_S)
+        assert all("s9" not in server.log for server in site.cluster.servers)
+        # Nor is anything said to whoever speaks in the clear.
+        assert await said_in_the_clear(first.peer.listen) == b""
+    finally:
+        daemon.kill()
+        stranger.kill()
+        site.cluster.kill()
+
+
+async def starts(daemon: DaemonProcess) -> bool:
+    """A cluster that has just begun may have no leader yet."""
+    daemon.kill()
+    with contextlib.suppress(AssertionError):
+        await asyncio.to_thread(daemon.start)
+        return True
+    return False
+
+
+async def said_in_the_clear(route: str) -> bytes:
+    """What a server answers on its route to one who begins as a server does, but without TLS."""
+    host, _, port = route.rpartition(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    writer.write(b'CONNECT {"verbose":false,"name":"s9","cluster":"lab"}\r\nPING\r\n')
+    try:
+        async with asyncio.timeout(READY_S):
+            said = await reader.read()
+    except ConnectionResetError:
+        said = b""
+    writer.close()
+    return said.partition(b"\r\n")[2] if said.startswith(b"INFO") else said
 
 
 async def test_a_token_of_another_authority_is_not_believed(site: Site, tmp_path: Path) -> None:
@@ -223,14 +306,79 @@ def test_init_writes_a_configuration_for_each_server_of_a_cluster(tmp_path: Path
     assert (
         "tls://127.0.0.1:4222,tls://127.0.0.2:4222" in (state / "clients" / "acme.alice" / "context.toml").read_text()
     )
-    # Asked again it remembers; a token for a host is refused with what to do instead.
+    # Asked again it remembers; nobody could come with a token for a host while no server runs.
     assert gpuyard("init", "--state", str(state), "--operator", "olga").returncode == 0
     assert has_token(str(state / "keys" / "operator-olga.creds"))
     token = gpuyard("node", "token", "gpu-2", "--state", str(state))
     assert token.returncode == 1
-    assert "gpuyard init --node gpu-2" in token.stderr
+    assert "no NATS server of this yard runs" in token.stderr
     two = gpuyard("init", "--state", str(tmp_path / "two"), *flags[:2])
     assert "expected 3 or 5" in two.stderr
+
+
+async def test_a_host_joins_three_servers_with_a_token_while_all_of_them_run(
+    site: Site, daemon: DaemonProcess, tmp_path: Path
+) -> None:
+    """The key never leaves the host; what it is let in with comes with the answer; no server is told but one."""
+    site.keep_settings()
+    await until(lambda: starts(daemon), "a daemon", READY_S)
+    pids = [server.pid for server in site.cluster.servers]
+
+    async def is_issued() -> bool:
+        done = await asyncio.to_thread(gpuyard, "node", "token", "gpu-9", "--state", str(site.state))
+        issued.append(done.stdout.strip())
+        return done.returncode == 0
+
+    issued: list[str] = []
+    await until(is_issued, "a token", READY_S)
+    host, thief = tmp_path / "host", tmp_path / "thief"
+    joined = await asyncio.to_thread(join, host, issued[-1])
+    assert joined.returncode == 0, joined.stderr
+    key = host / "node.creds"
+    assert f'key = "{key}"' in (host / "agent.toml").read_text()
+    assert has_token(str(key))
+    assert not (site.state / "keys" / "node-gpu-9.seed").exists(), "the seed stays on the host"
+    again = await asyncio.to_thread(join, host, issued[-1])
+    assert again.returncode == 0, "an answer that was lost may be asked for again"
+    stolen = await asyncio.to_thread(join, thief, issued[-1])
+    assert "was used before" in stolen.stderr
+    for server in site.cluster.servers:
+        bus = await connect(server.url, name="gpu-9", inbox_prefix=node_inbox("gpu-9"), seed=str(key))
+        await bus.close()
+    bus = await connect(site.cluster.url, name="gpu-9", inbox_prefix=node_inbox("gpu-9"), seed=str(key))
+    agent = FakeAgent(bus, "gpu-9", runs_for_s=0.02)
+    await agent.join()
+    await runs(site, "acme", "alice", 2, 1)
+    await bus.close()
+    assert [server.pid for server in site.cluster.servers] == pids
+
+
+async def test_a_token_ends_with_its_time_on_every_server(site: Site) -> None:
+    site.keep_settings()
+    seed = site.keys.tokens.issue("gpu-9", 3_600_000)
+    assert await apply_keys(site.server, site.keys)
+    kept = site.state / "token.creds"
+    kept.write_text(credentials(join_credential(site.keys, "lab", "gpu-9"), seed))
+    bus = await connect(site.cluster.servers[0].url, name="host", inbox_prefix=join_inbox("gpu-9"), seed=str(kept))
+    site.keys.tokens.revoke("gpu-9")
+    assert await apply_keys(site.server, site.keys)
+
+    async def is_out() -> bool:
+        return not bus.is_connected
+
+    await until(is_out, "an end of the connection", READY_S)
+    await bus.close()
+    for server in site.cluster.servers:
+        with pytest.raises(PermissionDenied):
+            await connect(server.url, name="late", inbox_prefix=join_inbox("gpu-9"), seed=str(kept))
+    with pytest.raises(BusError, match="no token for gpu-9"):
+        join_credential(site.keys, "lab", "gpu-9")
+
+
+def join(place: Path, token: str) -> subprocess.CompletedProcess[str]:
+    return gpuyard(
+        "node", "join", "--token", token, "--state", str(place / "agent"), "--config", str(place / "agent.toml")
+    )
 
 
 def gpuyard(*arguments: str) -> subprocess.CompletedProcess[str]:

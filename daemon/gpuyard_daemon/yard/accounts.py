@@ -99,6 +99,8 @@ class ServerSettings(NamedTuple):
 #: Inbox prefixes, one per role, so that nobody reads another's answers.
 DAEMON_INBOX = "_INBOX_D"
 API_INBOX = "_INBOX_API"
+#: Where hosts with one-time tokens are.
+JOIN_ACCOUNT = "JOIN"
 #: Appended to, to see whether the store takes anything (`store_watch`).
 PROBE = "probe.store"
 
@@ -255,7 +257,7 @@ def _scheduler_account(yard: str, roles: dict[str, str], keys: YardKeys) -> Acco
         Export("service", "load.*.>"),
         Export("stream", "evt.*.>"),
         Export("service", "rep.>", "AGENTS"),
-        Export("service", "join.*", "JOIN"),
+        Export("service", "join.*", JOIN_ACCOUNT),
     ]
     imports = [
         Import("service", "AGENTS", "cmd.*"),
@@ -272,7 +274,7 @@ def _overseer(name: User, key: str, verbs: Iterable[str]) -> Rights:
 def _join_account(tokens: dict[NodeId, str]) -> Account:
     """Hosts with a one-time token, each of which may ask for one thing: to be let in under the token's name."""
     users = [Rights(key, [f"join.{node}"], [f"{join_inbox(node)}.>"]) for node, key in tokens.items()]
-    return Account("JOIN", users, [], [Import("service", "SCHED", "join.*")])
+    return Account(JOIN_ACCOUNT, users, [], [Import("service", "SCHED", "join.*")])
 
 
 def _agents_account(nodes: dict[NodeId, str]) -> Account:

@@ -49,11 +49,16 @@ CN = {bearer}
 [extensions]
 basicConstraints = critical, CA:FALSE
 keyUsage = critical, digitalSignature
-extendedKeyUsage = serverAuth
+extendedKeyUsage = {usage}
 subjectKeyIdentifier = hash
 authorityKeyIdentifier = keyid
 subjectAltName = {names}
 """
+#: Servers of a cluster show theirs to each other from both ends; a node's is good for its own endpoint alone, so that
+#: no node can pass for a server.
+_SERVER_USAGE = "serverAuth, clientAuth"
+_NODE_USAGE = "serverAuth"
+_SHOWN_USAGE = b"TLS Web Client Authentication"
 _NEW_KEY = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes")
 
 
@@ -66,7 +71,7 @@ def ensure_certificates(state: Path, yard: str, names: Sequence[str]) -> TlsFile
     if not files.ca.exists():
         _make_authority(directory, yard)
     if not _still_good(files, wanted):
-        _make_server_certificate(directory, "server", f"gpuyard {yard} nats", wanted)
+        _make_server_certificate(directory, "server", f"gpuyard {yard} nats", wanted, _SERVER_USAGE)
     return files
 
 
@@ -76,7 +81,7 @@ def make_node_certificate(state: Path, node: str, names: Sequence[str]) -> tuple
     if not authority.exists():
         raise ConfigurationError(f"there is no authority at {authority}: `gpuyard init --listen` makes the yard's")
     wanted = sorted({"localhost", "127.0.0.1", "::1", *names})
-    _make_server_certificate(authority.parent, f"node-{node}", f"gpuyard node {node}", wanted)
+    _make_server_certificate(authority.parent, f"node-{node}", f"gpuyard node {node}", wanted, _NODE_USAGE)
     return authority.parent / f"node-{node}.pem", authority.parent / f"node-{node}.key"
 
 
@@ -87,8 +92,9 @@ def _still_good(files: TlsFiles, names: list[str]) -> bool:
         return False
     if made_for != names or not files.key.exists():
         return False
-    check = ("openssl", "x509", "-in", str(files.cert), "-noout", "-checkend", str(RENEW_S))
-    return _run(*check).returncode == 0
+    shown = ("openssl", "x509", "-in", str(files.cert), "-noout")
+    usage = _run(*shown, "-ext", "extendedKeyUsage")
+    return _SHOWN_USAGE in usage.stdout and _run(*shown, "-checkend", str(RENEW_S)).returncode == 0
 
 
 def _make_authority(directory: Path, yard: str) -> None:
@@ -103,13 +109,13 @@ def _make_authority(directory: Path, yard: str) -> None:
         cert.replace(directory / "ca.pem")
 
 
-def _make_server_certificate(directory: Path, stem: str, bearer: str, names: list[str]) -> None:
+def _make_server_certificate(directory: Path, stem: str, bearer: str, names: list[str], usage: str) -> None:
     alternatives = ", ".join(f"{'IP' if _is_address(name) else 'DNS'}:{name}" for name in names)
     with tempfile.TemporaryDirectory(dir=directory) as place:
         section, key, asked, cert = (
             Path(place) / name for name in ("server.cnf", "server.key", "server.csr", "server.pem")
         )
-        section.write_text(_SERVER_SECTION.format(bearer=bearer, names=alternatives))
+        section.write_text(_SERVER_SECTION.format(bearer=bearer, names=alternatives, usage=usage))
         request = ("openssl", "req", "-new", "-config", str(section), *_NEW_KEY)
         _must(*request, "-keyout", str(key), "-out", str(asked))
         sign: tuple[str, ...] = ("openssl", "x509", "-req", "-in", str(asked), "-days", str(SERVER_DAYS))

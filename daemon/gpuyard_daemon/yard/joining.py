@@ -32,6 +32,7 @@ from gpuyard_protocol.units import Duration, format_ms
 
 if TYPE_CHECKING:
     from gpuyard_daemon.yard.tokens import Token
+    from gpuyard_protocol.joining import JoinAnswer
 
 LIFETIME = "1h"
 LIFETIME_MAX_MS = 7 * 86_400_000
@@ -70,25 +71,23 @@ def register(app: typer.Typer) -> None:
 def token(name: _Name, lifetime: _Lifetime = LIFETIME, replace: _Replace = False, state: _HeadState = None) -> None:
     """Print a one-time token for a GPU host (on the head)."""
     from gpuyard_daemon.yard.head import Head
+    from gpuyard_daemon.yard.operator_mode import join_credential
     from gpuyard_daemon.yard.tokens import Token
 
     if not is_name(name):
         raise typer.BadParameter(f"found {name!r}; expected {NAME_EXPECTED}", param_hint="NAME")
     lifetime_ms = _lifetime_ms(lifetime)
     head = Head(state if state is not None else default_state_dir())
-    if head.server.settings.by_tokens:
-        raise GpuyardError(
-            f"servers of a cluster let hosts in by credentials: gpuyard init --node {name}, then carry "
-            f"keys/node-{name}.creds to the host"
-        )
     if name in head.keys.public_nodes() and not replace:
         raise GpuyardError(f"there is a node {name!r} already: choose another name, or give it a new key (--replace)")
     seed = head.keys.tokens.issue(name, lifetime_ms, replaces=replace)
     if not asyncio.run(head.apply("node token", f"node {name}")):
         head.keys.tokens.revoke(name)
         raise GpuyardError("no NATS server of this yard runs, so nobody could join: start it first")
-    tls = head.server.settings.tls
-    say(Token(node=name, url=head.server.url, seed=seed, ca=tls.ca.read_text() if tls else "").to_text())
+    settings = head.server.settings
+    ca = settings.tls.ca.read_text() if settings.tls else ""
+    credential = join_credential(head.keys, settings.yard, name) if settings.by_tokens else ""
+    say(Token(node=name, url=head.server.url, seed=seed, credential=credential, ca=ca).to_text())
     remark(f"good once, for {format_ms(lifetime_ms)}; on the GPU host: gpuyard node join --token TOKEN")
 
 
@@ -124,15 +123,16 @@ def join(token: _Token, url: _Url = "", state: _AgentState = None, config: _Conf
         if given.ca:
             ca.write_text(given.ca)
         server = url or given.url
-        yard = asyncio.run(_ask(given, server, str(ca) if given.ca else None, seed))
+        answer = asyncio.run(_ask(given, server, str(ca) if given.ca else None, seed))
         _write_identity(directory, given.node)
-        values = {"state": str(directory), "nats": server, "node": given.node, "key": str(seed)}
+        key = _key_file(seed, answer.credential)
+        values = {"state": str(directory), "nats": server, "node": given.node, "key": str(key)}
         _write_settings(settings, values | ({"tls_ca": str(ca)} if given.ca else {}))
     except BusError as error:
         raise GpuyardError(str(error)) from None
     except OSError as error:
         raise GpuyardError(f"{error.filename}: {error.strerror or error}") from None
-    say(f"{given.node} belongs to the yard {yard}; settings: {settings}, key: {seed}")
+    say(f"{given.node} belongs to the yard {answer.yard}; settings: {settings}, key: {key}")
     remark(f"start it with: systemctl enable --now gpuyard-agent (or: gpuyard-agent --config {settings})")
 
 
@@ -144,10 +144,24 @@ def _default_config(directory: Path) -> Path:
     return Path("/etc/gpuyard/agent.toml") if os.geteuid() == 0 else directory / "agent.toml"
 
 
-async def _ask(token: Token, url: str, tls_ca: str | None, seed: Path) -> str:
-    """The yard's name, once it lets this host's key in."""
+def _key_file(seed: Path, credential: str) -> Path:
+    """What the agent connects with: its seed, or where servers believe signed tokens, seed and token in one file."""
+    if not credential:
+        return seed
+    from gpuyard_daemon.yard.keys import write_private
+    from gpuyard_daemon.yard.operator_mode import credentials
+    from gpuyard_protocol.bus.credentials import CREDENTIALS_SUFFIX
+
+    path = seed.with_suffix(CREDENTIALS_SUFFIX)
+    write_private(path, credentials(credential, seed.read_text().strip()))
+    return path
+
+
+async def _ask(token: Token, url: str, tls_ca: str | None, seed: Path) -> JoinAnswer:
+    """The yard's answer, once it lets this host's key in."""
     from gpuyard.link import ask
     from gpuyard_daemon.yard.accounts import join_inbox
+    from gpuyard_daemon.yard.operator_mode import credentials
     from gpuyard_protocol.bus import nats
     from gpuyard_protocol.bus.base import PermissionDenied
     from gpuyard_protocol.bus.credentials import read_public_key
@@ -158,7 +172,7 @@ async def _ask(token: Token, url: str, tls_ca: str | None, seed: Path) -> str:
     with tempfile.TemporaryDirectory(prefix="gpuyard-join-") as place:
         key = Path(place) / "token.seed"
         key.touch(mode=0o600)
-        key.write_text(token.seed)
+        key.write_text(credentials(token.credential, token.seed) if token.credential else token.seed)
         try:
             bus = await nats.connect(
                 url, name=f"join {token.node}", inbox_prefix=join_inbox(token.node), seed=str(key), tls_ca=tls_ca
@@ -174,7 +188,7 @@ async def _ask(token: Token, url: str, tls_ca: str | None, seed: Path) -> str:
             raise GpuyardError(f"the yard does not let {token.node} in: {error}") from None
         finally:
             await bus.close()
-    return answer.yard
+    return answer
 
 
 def _check_identity(directory: Path, node: NodeId) -> None:

@@ -12,7 +12,8 @@ leave the head.
     keys/authority/operator.seed   accounts/<account>.seed   issued.json (whose keys were let in, and revoked when)
     beside every seed of keys/:    <name>.creds              what its owner connects with: token and seed
 
-The tokens are NATS' own (JWT, version 2); they carry no expiry, and end by revocation.
+The tokens are NATS' own (JWT, version 2). They carry no expiry and end by revocation, but for the one-time tokens of
+hosts, which do both.
 """
 
 from __future__ import annotations
@@ -29,14 +30,17 @@ from typing import Any
 import msgspec
 import nkeys
 
-from gpuyard_daemon.yard.accounts import Account, Rights, ServerSettings, layout
+from gpuyard_daemon.yard.accounts import JOIN_ACCOUNT, Account, Rights, ServerSettings, layout
 from gpuyard_daemon.yard.keys import YardKeys, write_private
 from gpuyard_protocol.bus.base import BusError
 from gpuyard_protocol.bus.credentials import CREDENTIALS_SUFFIX
+from gpuyard_protocol.names import NodeId
 
 VERSION = 2
 _HEADER = {"typ": "JWT", "alg": "ed25519-nkey"}
 _UNLIMITED = -1
+#: No one-time token lives longer.
+_TOKENS_LIVE_S = 8 * 86_400
 
 
 class Issued(msgspec.Struct):
@@ -98,7 +102,8 @@ class Authority:
             nats["revocations"] = dict(revoked)
         return sign(self._operator, self.account_id(account.name), account.name, nats)
 
-    def user_token(self, account: Account, user: Rights, name: str) -> str:
+    def user_token(self, account: Account, user: Rights, name: str, *, expires_s: int = 0) -> str:
+        """`expires_s`: seconds since the epoch, 0 for never; a connection does not outlive it either."""
         allowed = {"allow": list(user.publish), **({"deny": list(user.denied)} if user.denied else {})}
         nats = {
             "type": "user",
@@ -107,7 +112,7 @@ class Authority:
             "sub": {"allow": list(user.subscribe)},
             **dict.fromkeys(("subs", "data", "payload"), _UNLIMITED),
         }
-        return sign(self.account_key(account.name), user.key, name, nats)
+        return sign(self.account_key(account.name), user.key, name, nats, expires_s=expires_s)
 
     # -- what was let in -----------------------------------------------------------------------------------------------
 
@@ -126,24 +131,45 @@ class Authority:
         for name, keys in current.items():
             for key in keys:
                 issued.revoked.get(name, {}).pop(key, None)
+        # Tokens of hosts end by themselves: the list of those that were used does not grow for ever.
+        spent = issued.revoked.get(JOIN_ACCOUNT, {})
+        for key in [key for key, since_s in spent.items() if now_s - since_s > _TOKENS_LIVE_S]:
+            del spent[key]
         issued.users = current
         write_private(path, msgspec.json.encode(issued).decode())
         return issued
 
 
-def sign(signer: nkeys.KeyPair, subject: str, name: str, nats: Mapping[str, Any]) -> str:
+def sign(signer: nkeys.KeyPair, subject: str, name: str, nats: Mapping[str, Any], *, expires_s: int = 0) -> str:
     """One token: who (`subject`) may do what (`nats`), by the word of `signer`."""
-    claims = {
+    claims: dict[str, Any] = {
         "iat": int(time.time()),
         "iss": signer.public_key.decode(),
         "name": name,
         "sub": subject,
         "nats": nats,
+        **({"exp": expires_s} if expires_s else {}),
     }
     digest = hashlib.sha256(json.dumps(claims, sort_keys=True).encode()).digest()
     claims["jti"] = base64.b32encode(digest).decode().rstrip("=")
     body = f"{_base64(json.dumps(_HEADER))}.{_base64(json.dumps(claims))}"
     return f"{body}.{_base64(signer.sign(body.encode()))}"
+
+
+def says_the_same(token: str, other: str) -> bool:
+    """Whether two tokens differ in nothing but when they were signed."""
+    return _claims(token) == _claims(other)
+
+
+def _claims(token: str) -> dict[str, Any] | None:
+    parts = token.split(".")
+    if len(parts) != 3:
+        return None
+    try:
+        claims: dict[str, Any] = json.loads(base64.urlsafe_b64decode(parts[1] + "=" * (-len(parts[1]) % 4)))
+    except ValueError:
+        return None
+    return {name: value for name, value in claims.items() if name not in ("iat", "jti")}
 
 
 def _base64(data: str | bytes) -> str:
@@ -190,12 +216,32 @@ def write_credentials(authority: Authority, accounts: list[Account], keys: YardK
         for user in account.users:
             path = files.get(user.key)
             if path is None:
-                continue  # A one-time token for a host: in this mode hosts are let in by their credentials.
+                continue  # A one-time token for a host: whoever made it was handed it.
             token = authority.user_token(account, user, path.stem)
             if path.suffix == ".seed":
                 write_private(path.with_suffix(CREDENTIALS_SUFFIX), credentials(token, path.read_text().strip()))
             else:
                 write_private(path.with_suffix(".jwt"), token + "\n")
+
+
+def join_credential(keys: YardKeys, yard: str, node: NodeId) -> str:
+    """What the host that a one-time token was made for shows with it; it ends with the token."""
+    issued = keys.tokens.find(node)
+    account = next(account for account in layout(yard, keys) if account.name == JOIN_ACCOUNT)
+    rights = next((user for user in account.users if issued is not None and user.key == issued.public_key), None)
+    if issued is None or rights is None:
+        raise BusError(f"there is no token for {node} that could still be used")
+    # The server counts whole seconds; whether the token itself has expired, the daemon looks at to the millisecond.
+    return Authority(keys).user_token(account, rights, f"join-{node}", expires_s=issued.expires_ms // 1000 + 1)
+
+
+def node_credential(keys: YardKeys, node: NodeId) -> str:
+    """What a node that keeps its seed to itself is let in with; there once its key is."""
+    path = keys.node(node).with_suffix(".jwt")
+    try:
+        return path.read_text().strip()
+    except OSError as error:
+        raise BusError(f"cannot read {path}: {error.strerror or error}") from None
 
 
 def credentials(token: str, seed: str) -> str:

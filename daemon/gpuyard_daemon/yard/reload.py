@@ -20,7 +20,7 @@ import msgspec
 
 from gpuyard_daemon.yard.accounts import API_INBOX, DAEMON_INBOX, user_inbox
 from gpuyard_daemon.yard.keys import YardKeys
-from gpuyard_daemon.yard.operator_mode import account_tokens
+from gpuyard_daemon.yard.operator_mode import account_tokens, says_the_same
 from gpuyard_daemon.yard.server_files import Server, write_server_config
 from gpuyard_protocol.bus import nats
 from gpuyard_protocol.bus.base import BusError, Disconnected, Message
@@ -67,13 +67,27 @@ async def apply_keys(server: Server, keys: YardKeys, *, new_users: Iterable[tupl
 
 
 async def push_accounts(system: NatsBus, yard: str, keys: YardKeys) -> None:
-    """Tell one server of every account as it is now; it tells the others."""
+    """Tell one server of every account that has changed; it tells the others.
+
+    Of those alone: answers that are under way between accounts are lost when one of the two is told anew.
+    """
     for account, token in (await asyncio.to_thread(account_tokens, yard, keys)).items():
+        if says_the_same(token, await _known_token(system, account)):
+            continue
         reply = await system.request("$SYS.REQ.CLAIMS.UPDATE", token.encode(), timeout=REQUEST_TIMEOUT_S)
         answer: dict[str, Any] = msgspec.json.decode(reply.data)
         if "error" in answer:
             said = answer["error"].get("description", "?")
             raise BusError(f"the NATS server refuses the token of account {account}: {said}")
+
+
+async def _known_token(system: NatsBus, account: str) -> str:
+    """What the servers believe of an account now; "": nothing, or none of them says."""
+    try:
+        reply = await system.request(f"$SYS.REQ.ACCOUNT.{account}.CLAIMS.LOOKUP", b"", timeout=REQUEST_TIMEOUT_S)
+    except BusError:
+        return ""
+    return reply.data.decode(errors="replace")
 
 
 async def _until_reached(

@@ -38,6 +38,8 @@ class Token(msgspec.Struct, frozen=True, kw_only=True):
     url: str
     #: The seed that opens `join.<node>`.
     seed: str
+    #: What a server that believes signed tokens is shown with it; "": the server knows the key.
+    credential: str = ""
     #: The authority that signed the server's certificate, in PEM form; "": no TLS.
     ca: str = ""
 
