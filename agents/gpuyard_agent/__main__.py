@@ -109,6 +109,7 @@ async def _run_as(config: AgentConfig, state: Path, who: identity.Identity) -> N
         rules=NodeRules(
             jobs=state / "jobs",
             checkpoints=Path(config.checkpoints) if config.checkpoints else None,
+            secrets=Path(config.secrets) if config.secrets else state / "secrets",
             idle=IdleGpu(
                 warn_ms=int(config.idle_gpu_warn),
                 suspend_ms=int(config.idle_gpu_suspend),

@@ -66,6 +66,9 @@ class AgentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     address: str = ""
     #: A directory that all nodes share under this path, for the checkpoints of jobs; "": each node keeps its own.
     checkpoints: str = ""
+    #: Secrets of tenants, as `<tenant>/<NAME>` or `<tenant>/<user>/<NAME>`, which the agent alone may read; "": in
+    #: `secrets` of `state`.
+    secrets: str = ""
     #: What jobs may ask nodes for.
     labels: dict[str, str] = {}
     #: How long a job may hold cards that compute nothing before a warning, before the daemon is told that it might be

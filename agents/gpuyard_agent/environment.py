@@ -70,6 +70,9 @@ def environment(
     env.update(_array(launch))
     if go is not None:
         env.update(_gang(key, launch, grant, go))
+    elif launch.launcher:
+        # torchrun on its own: it finds a port itself.
+        env.update({"PET_STANDALONE": "1", "PET_NPROC_PER_NODE": str(max(1, grant.cards))})
     if launch.service:
         env["GPUYARD_SERVICE"] = launch.service
         env["PORT"] = str(port)

@@ -58,10 +58,12 @@ from gpuyard_agent.launch.base import (
     Started,
 )
 from gpuyard_agent.launch.containers import ENGINE_MISSING, Containers, NotContained
+from gpuyard_agent.launch.starters import starter
 from gpuyard_agent.logs import LogStore
 from gpuyard_agent.metrics import Metrics
 from gpuyard_agent.partitions.base import PartitionGrant, PartitionMaker, PartitionRefused
 from gpuyard_agent.suspending import Suspending
+from gpuyard_agent.tenant_secrets import SecretMissing, TenantSecrets
 from gpuyard_protocol.names import AssignmentKey, NodeId
 from gpuyard_protocol.nodes import Launch, OrderAnswer
 from gpuyard_protocol.resources import MpsShare, Partition, devices_of
@@ -100,6 +102,7 @@ class Hands:
         metrics: Metrics,
         suspending: Suspending,
         containers: Containers,
+        secrets: TenantSecrets,
         *,
         network: Mapping[str, str],
         emit: Callable[[Event], None],
@@ -116,6 +119,7 @@ class Hands:
         self._metrics = metrics
         self._suspending = suspending
         self._containers = containers
+        self._secrets = secrets
         self._emit = emit
         self._answer = answer
         self._spawn = spawn
@@ -171,8 +175,9 @@ class Hands:
                 await self._containers.wake(account)
             if not adopting:
                 await self._checkpoints.make(launch.tenant, key.job, account)
+                await self._secrets.hand_over(key, launch.tenant, launch.user, launch.secrets, account)
             grant = await take(key, partition, account, launch.tenant)
-        except AccountMissing as error:
+        except (AccountMissing, SecretMissing) as error:
             return PartitionFailed(key, error.code, str(error))
         except NotContained as error:
             return PartitionFailed(key, ENGINE_MISSING, str(error))
@@ -182,7 +187,7 @@ class Hands:
             # The node's fault and not the job's, as with cards that are taken: it may run elsewhere.
             return PartitionFailed(key, PartitionRefused.code, str(error))
         except OSError as error:
-            return PartitionFailed(key, "OutputUnavailable", f"no directory for checkpoints: {error}")
+            return PartitionFailed(key, "OutputUnavailable", f"no directory for checkpoints or secrets: {error}")
         self._places[key] = _Place(grant, account, partition, bool(launch.image))
         return PartitionReady(key)
 
@@ -198,6 +203,7 @@ class Hands:
             self._emit(UndoFailed(key, str(error)))
             return
         self._places.pop(key, None)
+        self._secrets.take_back(key)
         self._suspending.forget(key)
         self._emit(PartitionUndone(key))
 
@@ -246,11 +252,13 @@ class Hands:
         wrapper: tuple[str, ...] = ()
         if launch.image:
             mounts = (launch.cwd or job_dir, job_dir, checkpoint_dir)
-            wrapper = self._containers.wrap(key, launch, place.account, env, mounts, self._cards_of(place))
+            wrapper = self._containers.wrap(
+                key, launch, place.account, (*env, *launch.secrets), mounts, self._cards_of(place)
+            )
         return ProcessSpec(
             key=key,
             argv=launch.argv,
-            wrapper=wrapper,
+            wrapper=(*self._secrets.wrapper(key, launch.secrets), *wrapper, *starter(launch)),
             script=launch.script,
             env=env,
             cwd=launch.cwd,

@@ -50,6 +50,7 @@ from gpuyard_agent.outbox import Outbox
 from gpuyard_agent.partitions.maker import CardPartitions
 from gpuyard_agent.suspending import Suspending, SuspendRules
 from gpuyard_agent.telemetry import Pulse
+from gpuyard_agent.tenant_secrets import TenantSecrets
 from gpuyard_agent.twin import Holder, claim
 from gpuyard_agent.watchdog import Watchdog
 from gpuyard_protocol import subjects
@@ -81,6 +82,8 @@ class NodeRules:
     jobs: Path
     #: For checkpoints, shared by all nodes; None: there is none, they stay on the node.
     checkpoints: Path | None
+    #: What the node keeps for tenants, by name.
+    secrets: Path
     #: For jobs that bring no rule of their own.
     idle: IdleGpu
     #: See `commands`.
@@ -177,6 +180,7 @@ class Runtime:
             self.metrics,
             self._suspending,
             self._containers,
+            TenantSecrets(rules.secrets, rules.jobs.parent / "handed", self._identity.node),
             network=training_environment(inventory.address, inventory.interfaces, inventory.rdma),
             emit=self._inbox.put,
             answer=self._answer,

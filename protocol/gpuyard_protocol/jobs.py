@@ -12,6 +12,8 @@ from typing import Literal, TypeAlias
 
 import msgspec
 
+from gpuyard_protocol.arrays import ArraySpec as ArraySpec
+from gpuyard_protocol.arrays import parse_array as parse_array
 from gpuyard_protocol.codec import Malformed, RequestVersion
 from gpuyard_protocol.names import (
     NAME_EXPECTED,
@@ -45,14 +47,6 @@ _DEPENDENCY_KINDS: dict[str, DependencyKind] = {
 _DEPENDENCY = re.compile(r"singleton|(?:afterok|afternotok|afterany):[1-9][0-9]{0,15}")
 DEPENDENCY_EXPECTED = "'afterok:JOB', 'afternotok:JOB', 'afterany:JOB' with a job's number, or 'singleton'"
 DEPENDENCIES_MAX = 256
-ARRAY_ELEMENTS_MAX = 10_000
-ARRAY_INDEX_MAX = 999_999
-_RANGE = "[0-9]{1,6}(?:-[0-9]{1,6}(?::[0-9]{1,6})?)?"
-_ARRAY = re.compile(f"({_RANGE}(?:,{_RANGE})*)(?:%([0-9]{{1,5}}))?")
-ARRAY_EXPECTED = (
-    f"indices such as '0-99', '0-90:10' or '1,3,5', at most {ARRAY_ELEMENTS_MAX} of them up to {ARRAY_INDEX_MAX}, "
-    "with '%8' behind them for at most 8 at once"
-)
 
 #: A container image as engines name it: registry, path, tag or digest.
 IMAGE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/:@-]{0,254}")
@@ -61,6 +55,7 @@ IMAGE_EXPECTED = "an image such as 'docker.io/library/python:3.12'"
 PRIORITY_MIN, PRIORITY_MAX = -2, 2
 REPLICAS_MAX = 1024
 GPUS_PER_REPLICA_MAX = 64
+TOTAL_GPUS_MAX = 4096
 RETRIES_MAX = 100
 #: What one card serves under MPS at once.
 GPU_PROCESSES_MAX = 48
@@ -72,6 +67,7 @@ LEASE_MIN_MS, LEASE_MAX_MS = 10_000, 7 * 86_400_000
 #: Names that the yard sets itself in every job.
 _RESERVED_ENV = re.compile(r"^(GPUYARD_.*|CUDA_VISIBLE_DEVICES|CUDA_MPS_.*|LD_PRELOAD)$")
 _ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_LAUNCHER = re.compile(r"(?:/[^\0]*/)?torchrun")
 _LABEL = re.compile(r"[A-Za-z0-9._/-]{1,63}")
 
 
@@ -153,13 +149,16 @@ class JobRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_
     deadline: Moment | None = None
     #: A container image that the command runs in, on nodes that have an engine for it.
     image: str | None = None
-    # Known and not honoured yet: refused by name.
+    #: Whole cards in all; the yard chooses how many equal replicas they make, as large as its nodes hold.
     total_gpus: int | None = None
-    share_domain: str | None = None
+    #: What starts the replicas' processes: `torchrun` (or its absolute path) starts one for each card of a replica.
     launcher: str | None = None
+    #: Names of secrets that the node keeps for the tenant: the job finds each in a variable of that name.
+    secrets: list[str] = []
+    # Known and not honoured yet: refused by name.
+    share_domain: str | None = None
     topology: str | None = None
     upload: str | None = None
-    secrets: list[str] | None = None
 
     def specify(self) -> JobSpec:
         """The job this means, or `Malformed` with the path of the first thing wrong."""
@@ -169,7 +168,7 @@ class JobRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_
             name=self.name,
             argv=self._argv(),
             script=self.script or "",
-            replicas=self.replicas,
+            replicas=self.total_gpus or self.replicas,
             min_replicas=self._min_replicas(),
             need=self._need(),
             image=self.image or "",
@@ -194,6 +193,9 @@ class JobRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_
             deadline_after_ms=self.deadline.after_ms if self.deadline else 0,
             on_node_lost=self.on_node_lost or ("restart" if self.lease else ""),
             lease_ms=int(self.lease or 0),
+            total_gpus=self.total_gpus or 0,
+            launcher=self.launcher or "",
+            secrets=tuple(dict.fromkeys(self.secrets)),
         )
 
     def _min_replicas(self) -> int:
@@ -223,7 +225,8 @@ class JobRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_
         return tuple(found)
 
     def _need(self) -> ResourceNeed:
-        need = resource_need(self)
+        # How the cards are parted is said at acceptance, when it is known what nodes there are.
+        need = resource_need(msgspec.structs.replace(self, gpus=1) if self.total_gpus else self)
         if self.image is None:
             return need
         if not IMAGE.fullmatch(self.image):
@@ -271,9 +274,28 @@ class JobRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_
             raise _malformed("queue", self.queue, NAME_EXPECTED)
         if self.restart_time is not None and self.restart_time < 0:
             raise _malformed("restart_time", str(self.restart_time), "0 or more")
+        self._check_gang()
         check_process(self._argv(), self.env, self.cwd)
         if "\0" in (self.script or ""):
             raise _malformed("script", self.script, "text without NUL")
+
+    def _check_gang(self) -> None:
+        if self.total_gpus is not None:
+            if not 1 <= self.total_gpus <= TOTAL_GPUS_MAX:
+                raise _malformed("total_gpus", self.total_gpus, f"a number between 1 and {TOTAL_GPUS_MAX}")
+            others = ("gpus", "gpu", "gpu_memory", "mig", "min_replicas")
+            beside = next((name for name in others if getattr(self, name) is not None), "")
+            if beside or self.replicas != 1:
+                raise _malformed("total_gpus", self.total_gpus, f"no value beside {beside or 'replicas'!r}")
+        if self.launcher is not None and not _LAUNCHER.fullmatch(self.launcher):
+            raise _malformed("launcher", self.launcher, "'torchrun', or its absolute path")
+        for place, name in enumerate(self.secrets):
+            if not _ENV_NAME.fullmatch(name) or _RESERVED_ENV.match(name) or name in self.env:
+                raise Malformed(
+                    f"$.secrets[{place}]",
+                    repr(name)[:120],
+                    "a variable that neither 'env' nor the yard sets",
+                )
 
     def _argv(self) -> tuple[str, ...]:
         if isinstance(self.command, str):
@@ -281,10 +303,7 @@ class JobRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_
         return tuple(self.command or ())
 
 
-_NOT_HONOURED = (
-    "total_gpus", "share_domain",
-    "launcher", "topology", "upload", "secrets",
-)  # fmt: skip
+_NOT_HONOURED = ("share_domain", "topology", "upload")
 
 
 def _malformed(field: str, found: object, expected: str) -> Malformed:
@@ -405,42 +424,6 @@ class BatchRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omi
     submission_id: str | None = None
 
 
-class ArraySpec(msgspec.Struct, frozen=True, array_like=True):
-    """Which elements an array has, and how many of them may run at once."""
-
-    #: (first, last, step), in the order asked for, without overlaps.
-    ranges: tuple[tuple[int, int, int], ...]
-    #: 0: as many as there is room for.
-    at_once: int = 0
-
-    def indices(self) -> list[int]:
-        return [index for first, last, step in self.ranges for index in range(first, last + 1, step)]
-
-    @property
-    def count(self) -> int:
-        return sum([(last - first) // step + 1 for first, last, step in self.ranges])
-
-
-def parse_array(text: str) -> ArraySpec:
-    """`0-99%8` and the like, or `Malformed`."""
-    match = _ARRAY.fullmatch(text.replace(" ", ""))
-    if match is None:
-        raise _malformed("array", text, ARRAY_EXPECTED)
-    ranges = []
-    for part in match[1].split(","):
-        bounds, _, step = part.partition(":")
-        first, _, last = bounds.partition("-")
-        ranges.append((int(first), int(last or first), int(step or 1)))
-        if ranges[-1][1] < ranges[-1][0] or not ranges[-1][2] or ranges[-1][1] > ARRAY_INDEX_MAX:
-            raise _malformed("array", text, ARRAY_EXPECTED)
-    array = ArraySpec(tuple(ranges), int(match[2] or 0))
-    if array.count > ARRAY_ELEMENTS_MAX or match[2] == "0":
-        raise _malformed("array", text, ARRAY_EXPECTED)
-    if len(set(array.indices())) != array.count:
-        raise _malformed("array", text, "each index once")
-    return array
-
-
 class JobSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """A job in integers, complete: what the core schedules and the journal keeps."""
 
@@ -485,6 +468,12 @@ class JobSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     idle: IdleGpu | None = None
     #: Elastic: it starts with so many replicas at least, and `replicas` at most. 0: it has one size.
     min_replicas: int = 0
+    #: Asked for in all; `replicas` and `need` say how they are parted, from its acceptance on. 0: they were asked for.
+    total_gpus: int = 0
+    #: Starts the processes of a replica; "": its command is the one process.
+    launcher: str = ""
+    #: Names of secrets that its node is to find.
+    secrets: tuple[str, ...] = ()
 
     @property
     def least_replicas(self) -> int:

@@ -121,6 +121,10 @@ class Launch(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     #: Of an elastic job: the fewest and most replicas that it may have; `replicas` is what it has now. 0: one size.
     replicas_min: int = 0
     replicas_max: int = 0
+    #: Starts a process for each card of the replica; "": the command is the one process.
+    launcher: str = ""
+    #: Names of secrets of the tenant that the node puts into variables of these names.
+    secrets: tuple[str, ...] = ()
 
 
 class Start(msgspec.Struct, frozen=True, tag="start", kw_only=True, omit_defaults=True):

@@ -8,7 +8,7 @@ from gpuyard_daemon.core.state.inputs import CancelRequested, RequestMalformed
 from gpuyard_daemon.core.state.settings import CoreSettings
 from gpuyard_protocol.jobs import JobSpec, SubmissionAnswer
 from gpuyard_protocol.nodes import Stop
-from support.builders import CoreHarness, gpu, job, node
+from support.builders import CoreHarness, gpu, job, need, node
 
 
 @pytest.fixture
@@ -216,3 +216,19 @@ def test_a_cancellation_under_a_chosen_id_is_answered_again(yard: CoreHarness) -
     yard.turn(request)
     assert yard.answers[-1] == yard.answers[-2]
     assert yard.answers[-1].accepted
+
+
+def test_cards_asked_for_in_all_are_parted_equally_as_large_as_starts_now() -> None:
+    h = CoreHarness()
+    h.join(node("n-1", 8), node("n-2", 8))
+    whole = h.submit(JobSpec(argv=("x",), total_gpus=8, replicas=8, need=need(gpus=1)))
+    assert [(p.node, len(p.devices)) for p in h.view(whole).placed] == [("n-1", 8)]
+    halves = h.submit(JobSpec(argv=("x",), total_gpus=12, replicas=12, need=need(gpus=1), allow_pending=True))
+    # Two of six is the largest that the yard could ever hold, and now there is no room for it.
+    spec = h.view(halves).spec
+    assert spec is not None
+    assert (spec.replicas, spec.need.gpus, spec.need.cpu_milli) == (2, 6, 6000)
+    parts = h.submit(JobSpec(argv=("x",), total_gpus=6, replicas=6, need=need(gpus=1)))
+    assert [len(p.devices) for p in h.view(parts).placed] == [6]
+    assert h.submit(JobSpec(argv=("x",), total_gpus=34, replicas=34, need=need(gpus=1))) == 0
+    assert h.answers[-1].path == "$.total_gpus"

@@ -78,13 +78,13 @@ def test_the_file_is_plain_yaml_that_says_the_same() -> None:
 def test_fields_say_what_the_source_says_about_them() -> None:
     properties = asyncapi.document()["components"]["schemas"]["JobRequest"]["properties"]
     assert properties["gpus"]["description"] == "Whole cards per replica."
-    assert properties["secrets"]["description"] == "Not honoured yet: refused by name."
+    assert properties["upload"]["description"] == "Not honoured yet: refused by name."
 
 
 def test_a_field_marked_as_not_honoured_is_refused_and_no_other() -> None:
     notes = asyncapi.field_notes(JobRequest)
     marked = {field for field, note in notes.items() if note.startswith("Not honoured yet")}
-    assert "secrets" in marked
+    assert "upload" in marked
     assert "command" not in marked
     for field in marked:
         values = ('"1h"', "1", "true", '["x"]')

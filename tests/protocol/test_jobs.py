@@ -176,12 +176,9 @@ def test_what_makes_no_sense_is_refused_by_its_path(fields: dict[str, Any], path
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("total_gpus", 12),
         ("share_domain", "team"),
-        ("launcher", "torchrun"),
         ("topology", "rack"),
         ("upload", "sha256"),
-        ("secrets", ["TOKEN"]),
     ],
 )
 def test_a_field_that_is_not_honoured_yet_is_refused_by_name(field: str, value: Any) -> None:
@@ -208,6 +205,7 @@ def test_no_field_is_accepted_and_then_ignored() -> None:
     beside["min_replicas"] = {"replicas": 4}
     samples["mps"] = True
     samples["min_replicas"] = 2
+    samples |= {"total_gpus": 12, "launcher": "torchrun", "secrets": ["TOKEN"]}
     samples["gpu_load"] = "memory"
     samples["throughput"] = {"T4": 0.5}
     samples["deadline"] = "+8h"
@@ -290,3 +288,27 @@ def test_an_array_has_the_elements_it_says(text: str, indices: list[int], at_onc
     array = specify(array=text).array
     assert array is not None
     assert (array.indices(), array.count, array.at_once) == (indices, len(indices), at_once)
+
+
+@pytest.mark.parametrize(
+    ("fields", "path"),
+    [
+        ({"total_gpus": 0}, "$.total_gpus"),
+        ({"total_gpus": 8, "gpus": 4}, "$.total_gpus"),
+        ({"total_gpus": 8, "replicas": 2}, "$.total_gpus"),
+        ({"launcher": "mpirun"}, "$.launcher"),
+        ({"launcher": "bin/torchrun"}, "$.launcher"),
+        ({"secrets": ["a b"]}, "$.secrets[0]"),
+        ({"secrets": ["A", "GPUYARD_JOB"]}, "$.secrets[1]"),
+        ({"secrets": ["A"], "env": {"A": "1"}}, "$.secrets[0]"),
+        ({"min_replicas": 0, "replicas": 2}, "$.min_replicas"),
+        ({"min_replicas": 3, "replicas": 2}, "$.min_replicas"),
+    ],
+)
+def test_what_makes_no_gang_is_refused(fields: dict[str, Any], path: str) -> None:
+    assert refused(**fields).path == path
+
+
+def test_cards_in_all_may_be_of_a_model() -> None:
+    spec = specify(total_gpus=12, gpu_model="H100", launcher="/opt/venv/bin/torchrun")
+    assert (spec.total_gpus, spec.need.gpus, spec.need.models) == (12, 1, ("H100",))

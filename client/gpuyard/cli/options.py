@@ -43,6 +43,9 @@ _REPLICAS = _option("--replicas", "-r", metavar="N", text="Processes that start 
 _MIN_REPLICAS = _option(
     "--min-replicas", metavar="N", text="Elastic: start with what fits from N to --replicas, grow and shrink between."
 )
+_TOTAL_GPUS = _option("--total-gpus", metavar="N", text="Whole cards in all; the yard parts them into replicas.")
+_LAUNCHER = _option("--launcher", metavar="torchrun", text="Starts one process for each card of a replica.")
+_SECRET = _option("--secret", metavar="NAME", text="A secret that nodes keep, in a variable of that name; repeatable.")
 _CPUS = _option("--cpus", metavar="N", text="CPU cores per replica: 4, 0.5, 500m.")
 _MEMORY = _option("--memory", metavar="SIZE", text="Host memory per replica: 8Gi.")
 _TIME = _option("--time", "-t", metavar="TIME", text="Limit: 90s, 1h30m, 1-12:00:00; a bare number is minutes.")
@@ -86,6 +89,9 @@ class JobOptions:
     gpu_model: Annotated[str | None, _GPU_MODEL] = None
     replicas: Annotated[int | None, _REPLICAS] = None
     min_replicas: Annotated[int | None, _MIN_REPLICAS] = None
+    total_gpus: Annotated[int | None, _TOTAL_GPUS] = None
+    launcher: Annotated[str | None, _LAUNCHER] = None
+    secret: Annotated[list[str] | None, _SECRET] = None
     cpus: Annotated[str | None, _CPUS] = None
     memory: Annotated[str | None, _MEMORY] = None
     time: Annotated[str | None, _TIME] = None
@@ -135,6 +141,9 @@ class JobOptions:
             "gpu_model": self.gpu_model,
             "replicas": self.replicas,
             "min_replicas": self.min_replicas,
+            "total_gpus": self.total_gpus,
+            "launcher": self.launcher,
+            "secrets": self.secret or None,
             "cpus": self.cpus,
             "memory": self.memory,
             "time_limit": None if self.time is None else _time_limit(self.time),

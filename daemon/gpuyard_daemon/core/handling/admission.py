@@ -13,6 +13,7 @@ from msgspec.structs import replace
 from gpuyard_daemon.core.handling.answers import answer as give_answer
 from gpuyard_daemon.core.handling.answers import answer_again, answer_again_chosen, kept_until, refuse
 from gpuyard_daemon.core.handling.dependencies import refused
+from gpuyard_daemon.core.handling.parting import parted
 from gpuyard_daemon.core.handling.services import apply_service, remove_service
 from gpuyard_daemon.core.placing.impossible import Missing
 from gpuyard_daemon.core.queueing.promises import promise
@@ -36,7 +37,7 @@ from gpuyard_protocol.names import SubmissionId, Tenant, User, is_submission_id,
 def submit(draft: Draft, request: JobSubmitted) -> None:
     if request.chosen_id and answer_again(draft, request.tenant, request.submission_id):
         return
-    spec = _settled(draft, request.tenant, request.spec)
+    spec = parted(draft, request.tenant, request.user, _settled(draft, request.tenant, request.spec))
     count = spec.array.count if spec.array else 1
     if refusal := _too_many_jobs(draft, request.tenant, count):
         _reject_for_now(draft, request.tenant, request.submission_id, refusal)
@@ -49,6 +50,8 @@ def submit(draft: Draft, request: JobSubmitted) -> None:
             draft.cluster.pool, spec.need, spec.least_replicas, request.tenant, request.user
         )
         if missing is not None:
+            if spec.total_gpus:
+                missing = missing._replace(path="$.total_gpus", found=str(spec.total_gpus))
             _reject_impossible(draft, request.tenant, request.submission_id, missing, chosen=request.chosen_id)
             return
         if never := draft.cluster.tenancy.never(request.tenant, least_held(spec.need, spec.least_replicas)):

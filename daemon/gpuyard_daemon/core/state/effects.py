@@ -121,6 +121,8 @@ def start_order(job: Job, assignment: Assignment) -> Start:
             suspendable=spec.preemption == "suspend",
             idle=spec.idle,
             image=spec.image,
+            launcher=spec.launcher,
+            secrets=spec.secrets,
             replicas_min=spec.min_replicas,
             replicas_max=job.most_replicas if spec.min_replicas else 0,
         ),

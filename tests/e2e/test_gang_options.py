@@ -1,0 +1,85 @@
+"""What a job's processes are started by, how its cards are parted, and the secrets that it is given, on a real yard."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from support.yard import Yard, running_yard
+
+#: Stands where torchrun would: it says how it was called, and runs the program once.
+_TORCHRUN = """#!/bin/sh
+echo "called $*; nodes=$PET_NNODES rank=$PET_NODE_RANK processes=$PET_NPROC_PER_NODE alone=$PET_STANDALONE"
+[ "$1" = --no-python ] && shift
+exec "$@"
+"""
+
+
+@pytest.fixture(scope="module")
+def yard() -> Iterator[Yard]:
+    with running_yard(nodes=2, simulate="4xH100-80GB") as yard:
+        torchrun = yard.scratch / "torchrun"
+        torchrun.write_text(_TORCHRUN)
+        torchrun.chmod(0o755)
+        for node in ("node-1", "node-2"):
+            for name, text, mode in (("main/TOKEN", "s3cret\n", 0o600), ("main/OPEN", "seen", 0o644)):
+                path = yard.state / "agents" / node / "secrets" / name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(text)
+                path.chmod(mode)
+        yield yard
+
+
+async def test_torchrun_starts_a_process_for_each_card(yard: Yard) -> None:
+    launcher = str(yard.scratch / "torchrun")
+    async with yard.connect() as client:
+        alone = await client.submit(command=["echo", "hello"], gpus=2, launcher=launcher)
+        assert (await alone.wait(timeout=30)).state == "succeeded"
+        said = (await alone.logs()).decode()
+        assert said == "called --no-python echo hello; nodes= rank= processes=2 alone=1\nhello\n"
+        gang = await client.submit(script="echo from a script", gpus=4, replicas=2, launcher=launcher)
+        assert (await gang.wait(timeout=30)).state == "succeeded"
+        for replica in (0, 1):
+            said = (await gang.logs(replica=replica)).decode()
+            assert f"nodes=2 rank={replica} processes=4 alone=\n" in said
+            assert said.endswith("from a script\n")
+
+
+async def test_cards_asked_for_in_all_are_parted_by_the_yard(yard: Yard) -> None:
+    line = "echo $RANK of $WORLD_SIZE with $SLURM_GPUS_ON_NODE"
+    shown = await asyncio.to_thread(
+        yard.cli, "run", "--total-gpus", "6", "--cwd", "", "--", "sh", "-c", line, timeout=60
+    )
+    assert shown.returncode == 0, shown.stderr
+    async with yard.connect() as client:
+        job = await client.submit(command=line, total_gpus=6)
+        view = await job.wait(timeout=30)
+        assert (view.replicas, [len(replica.devices) for replica in view.placed]) == (2, [3, 3])
+        assert (await job.logs(replica=1)).decode() == "1 of 2 with 3\n"
+
+
+async def test_a_secret_comes_from_the_node_and_goes_with_the_job(yard: Yard) -> None:
+    seen, line = yard.scratch / "line", "/proc/$PPID/cmdline"
+    async with yard.connect() as client:
+        job = await client.submit(
+            command=f'echo "$TOKEN"; tr "\\0" " " < {line} > {seen}; env | grep -c ^TOKEN=', secrets=["TOKEN"]
+        )
+        view = await job.wait(timeout=30)
+        assert view.state == "succeeded"
+        assert (await job.logs()).decode().splitlines()[0] == "s3cret"
+        assert "s3cret" not in seen.read_text()
+        assert "s3cret" not in str(view)
+        for name, code in (("MISSING", "keeps no secret MISSING"), ("OPEN", "its owner alone may read")):
+            refused = await client.submit(command=["true"], secrets=[name])
+            end = await refused.wait(timeout=30)
+            assert end.state == "failed"
+            assert end.reason is not None
+            assert end.reason.code == "SecretMissing"
+            assert code in end.reason.text
+    left = [path for _, _, files in os.walk(yard.state / "agents") for path in files if path == "TOKEN"]
+    assert len(left) == 2, "only what the nodes keep"
+    journal = b"".join(path.read_bytes() for path in (yard.state / "nats").rglob("*.blk"))
+    assert b"s3cret" not in journal
