@@ -12,6 +12,7 @@ import logging
 import sys
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable, Coroutine, Iterator
 from typing import Any, NamedTuple
 
@@ -33,6 +34,8 @@ class Played(NamedTuple):
     records: int
     processes: int
     log: list[str]
+    #: How often something came about that not every seed brings.
+    seen: Counter[str]
 
 
 class SimulationFailed(AssertionError):
@@ -86,7 +89,8 @@ def _play(begin: Callable[[], World], suffer: Callable[[World], Coroutine[Any, A
         finally:
             _close(loop)
     done = world[0]
-    return Played(done.witness.twin.digest(), loop.time(), done.witness.records, done.witness.processes, done.log)
+    witness = done.witness
+    return Played(witness.twin.digest(), loop.time(), witness.records, witness.processes, done.log, witness.seen)
 
 
 def _close(loop: SimulatedLoop) -> None:
@@ -155,6 +159,7 @@ def main() -> int:
     failed = []
     began = time.perf_counter()
     hours = 0.0
+    seen: Counter[str] = Counter()
     for seed in range(options.seed, options.seed + options.count):
         try:
             played = simulate(seed, options.steps, options.kind)
@@ -166,6 +171,7 @@ def main() -> int:
                 print(f"seed {seed}: {str(failure).splitlines()[0][:300]}", flush=True)
             continue
         hours += played.simulated_s / 3600
+        seen += played.seen
         if options.log:
             print("\n".join(played.log))
         if options.count == 1:
@@ -173,6 +179,7 @@ def main() -> int:
             print(f"digest {played.digest}")
     took = time.perf_counter() - began
     print(f"{options.count} seeds, {len(failed)} failed, {hours:.1f} simulated hours in {took:.1f} s")
+    print(", ".join(f"{what}: {times}" for what, times in sorted(seen.items())))
     if failed:
         again = f"--seed {failed[0]} --steps {options.steps} --kind {options.kind} --log"
         print(f"failed: {failed}; again with: python -m faults.simulate {again}")

@@ -370,7 +370,8 @@ def _claims(cluster: Cluster) -> Iterator[str]:
         for placement in claim.placements:
             # Suspended, it has its memory there already.
             memory_mib = 0 if number in cluster.suspended else need.memory_mib
-            place = ClaimedPlace(number, job.tenant, placement.partition, need.cpu_milli, memory_mib)
+            is_firm = claim.kind not in PATIENT_CLAIMS
+            place = ClaimedPlace(number, job.tenant, placement.partition, need.cpu_milli, memory_mib, is_firm)
             kept.setdefault(placement.node, []).append(place)
     for name, space in cluster.pool.spaces.items():
         if kept.get(name, []) != space.claims:

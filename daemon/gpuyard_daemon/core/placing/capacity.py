@@ -44,6 +44,8 @@ class ClaimedPlace(NamedTuple):
     partition: Partition
     cpu_milli: int
     memory_mib: int
+    #: Others were told to go for it: once they have left, it is to be had.
+    is_firm: bool = False
 
 
 class NodeSpace:

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from gpuyard_daemon.core.placing.capacity import ClaimedPlace, Pool
+from gpuyard_daemon.core.state.facts import PATIENT_CLAIMS
 from gpuyard_daemon.core.state.model import Claim, Job
 from gpuyard_daemon.core.state.states import InvariantViolated
 from gpuyard_protocol.names import JobId, NodeId
@@ -46,7 +47,8 @@ class Claims:
         self.records[job.id] = claim
         cpu_milli, memory_mib = takes(job)
         for placement in claim.placements:
-            place = ClaimedPlace(job.id, job.tenant, placement.partition, cpu_milli, memory_mib)
+            is_firm = claim.kind not in PATIENT_CLAIMS
+            place = ClaimedPlace(job.id, job.tenant, placement.partition, cpu_milli, memory_mib, is_firm)
             self._pool.claim(self._pool.spaces[placement.node], place)
 
     def drop(self, job: JobId) -> None:

@@ -250,37 +250,29 @@ class Search:
                 return False
             self._trial.restore(assignment, job.tenant, need.cpu_milli, need.memory_mib)
         nodes = {assignment.node for assignment in self._taken_off[job.id]}
-        with_it = {node: _kept_fits(self._trial.space(node), self._job.id) for node in nodes}
-        self._trial.undo(mark)
         # It must not stay at the price of what others were promised, CPUs and memory included.
-        return all(kept >= _kept_fits(self._emptied(node), self._job.id) for node, kept in with_it.items())
-
-    def _emptied(self, node: NodeId) -> NodeSpace:
-        """A node as it will be without this plan: those who leave anyway have left, and nobody else."""
-        space = self._trial.pool.spaces[node]
-        if not space.claims:
-            return space
-        twin = space.copy(with_holders=True)
-        for key, assignment in space.assignments.items():
-            if assignment.state in LEAVING:
-                twin.give(key, assignment.partition)
-        return twin
+        stays = all(_firm_claims_fit(self._trial.space(node), self._job.id) for node in nodes)
+        self._trial.undo(mark)
+        return stays
 
 
-def _kept_fits(space: NodeSpace, owner: JobId) -> set[int]:
-    """Which of the places that are kept there for others are to be had, one after the other."""
-    claims = [claim for claim in space.claims if claim.job != owner]
+def _firm_claims_fit(space: NodeSpace, owner: JobId) -> bool:
+    """Whether all places that were freed there for others are to be had, one beside the other."""
+    claims = [claim for claim in space.claims if claim.is_firm and claim.job != owner]
     if not claims:
-        return set()
-    twin, found = space.copy(with_holders=True), set()
+        return True
+    twin = space.copy(with_holders=True)
+    for key, assignment in space.assignments.items():
+        if assignment.state in LEAVING and key in twin.amounts:
+            twin.give(key, assignment.partition)
     for number, claim in enumerate(claims):
         cards = [twin.by_uuid.get(uuid) for uuid in devices_of(claim.partition)]
         short = twin.cpu_free_milli < claim.cpu_milli or twin.memory_free_mib < claim.memory_mib
-        if not short and all(card is not None and card.could_take(claim.partition, claim.tenant) for card in cards):
-            key = AssignmentKey(-claim.job, 0, number)
-            twin.take(key, claim.partition, claim.tenant, claim.cpu_milli, claim.memory_mib)
-            found.add(number)
-    return found
+        if short or not all(card is not None and card.could_take(claim.partition, claim.tenant) for card in cards):
+            return False
+        key = AssignmentKey(-claim.job, 0, number)
+        twin.take(key, claim.partition, claim.tenant, claim.cpu_milli, claim.memory_mib)
+    return True
 
 
 def _offered_on(occupant: Occupant) -> tuple[NodeId, ...]:
