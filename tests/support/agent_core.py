@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from gpuyard_agent.core import AgentCore
-from gpuyard_agent.core.actions import Action, Answer, Turn
+from gpuyard_agent.core.actions import Action, Answer, PreparePartition, Turn
 from gpuyard_agent.core.book import Counters
 from gpuyard_agent.core.events import (
     Event,
@@ -22,9 +22,20 @@ from gpuyard_agent.core.events import (
 from gpuyard_agent.core.model import Assignment, Closed
 from gpuyard_protocol.codec import decode, encode
 from gpuyard_protocol.names import AssignmentKey
-from gpuyard_protocol.nodes import Desired, Ended, Order, OrderAnswer, OrderBatch, Report, Start, Sync
+from gpuyard_protocol.nodes import Desired, Ended, Go, Order, OrderAnswer, OrderBatch, Report, Start, Sync
+from support.agents import start_order
 
 NODE, INSTANCE, BOOT = "node-1", "instance-1", "boot-1"
+#: A replica of its own, a member of a gang, and the word for that to go.
+START = start_order(1, "true")
+KEY = START.key
+GANG = start_order(2, "true", replicas=2, hold=True)
+GO = Go(key=GANG.key, master_address="10.0.0.1", master_port=29_500)
+
+
+def prepare(start: Start = START) -> PreparePartition:
+    """What an order to start comes to first."""
+    return PreparePartition(start.key, start.partition, start.launch)
 
 
 @dataclass
