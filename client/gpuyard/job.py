@@ -130,22 +130,29 @@ class Job:
         self, *, stream: LogStream = "out", replica: int = 0, attempt: int = 0, tail_bytes: int | None = None
     ) -> bytes:
         """What the replica has written so far; `attempt` 0: of its newest attempt; `tail_bytes`: only the end."""
+        chunks = self.ranges(stream=stream, replica=replica, attempt=attempt, tail_bytes=tail_bytes)
+        return b"".join([chunk.data async for chunk in chunks])
+
+    async def ranges(
+        self, *, stream: LogStream = "out", replica: int = 0, attempt: int = 0, tail_bytes: int | None = None
+    ) -> AsyncIterator[LogChunk]:
+        """The same piece by piece."""
         offset = 0 if tail_bytes is None else -min(tail_bytes, RANGE_BYTES)
-        pieces: list[bytes] = []
+        is_first = True
         while True:
             chunk = await self._client.read_log(
                 self.number, attempt=attempt, replica=replica, stream=stream, offset=offset
             )
             if chunk.error and not chunk.data:
-                if pieces:
-                    break
+                if not is_first:
+                    return
                 raise GpuyardError(chunk.error)
-            pieces.append(chunk.data)
+            yield chunk
+            is_first = False
             attempt = chunk.attempt
             offset = chunk.offset + len(chunk.data)
             if not chunk.data or offset >= chunk.size:
-                break
-        return b"".join(pieces)
+                return
 
     def follow(
         self,

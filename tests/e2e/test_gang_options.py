@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 from collections.abc import Iterator
 
@@ -83,3 +84,21 @@ async def test_a_secret_comes_from_the_node_and_goes_with_the_job(yard: Yard) ->
     assert len(left) == 2, "only what the nodes keep"
     journal = b"".join(path.read_bytes() for path in (yard.state / "nats").rglob("*.blk"))
     assert b"s3cret" not in journal
+
+
+async def test_logs_come_as_objects_line_by_line(yard: Yard) -> None:
+    async with yard.connect() as client:
+        job = await client.submit(command="echo one; echo two; printf three", gpus=1)
+        assert (await job.wait(timeout=30)).state == "succeeded"
+    for flags, wanted in (
+        ((), ["one", "two", "three"]),
+        (("-n", "2"), ["two", "three"]),
+        (("-f",), ["one", "two", "three"]),
+    ):
+        shown = await asyncio.to_thread(yard.cli, "logs", str(job.number), "--json", *flags)
+        assert shown.returncode == 0, shown.stderr
+        found = [json.loads(line) for line in shown.stdout.splitlines()]
+        assert [each["line"] for each in found] == wanted
+        assert found[-1] == {
+            "job": job.number, "attempt": 1, "replica": 0, "stream": "out", "offset": 8, "line": "three"
+        }  # fmt: skip

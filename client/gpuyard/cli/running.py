@@ -83,8 +83,7 @@ class _Attached:
         self.number = job.number
         if not self._quiet:
             remark(f"Submitted job {job.number}" + (f": {job.note}" if job.note else ""))
-        replicas = self._request.get("replicas")
-        count = replicas if isinstance(replicas, int) else 1
+        count = await self._replicas(job)
         explain = asyncio.ensure_future(self._explain(job))
         try:
             prefixes = [f"[{replica}] " if count > 1 else "" for replica in range(count)]
@@ -92,6 +91,13 @@ class _Attached:
         finally:
             explain.cancel()
         return await job.wait()
+
+    async def _replicas(self, job: Job) -> int:
+        """How many there are, or may be; where the yard chose it, it is asked."""
+        if "total_gpus" in self._request:
+            return (await job.view()).replicas
+        replicas = self._request.get("replicas")
+        return replicas if isinstance(replicas, int) else 1
 
     async def _explain(self, job: Job) -> None:
         """Say once why the job waits, if it does."""
