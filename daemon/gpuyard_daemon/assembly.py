@@ -244,10 +244,16 @@ class Daemon:
         self._spawn("lending", every(FORGET_INTERVAL_S / 60, self._lender.forget))
         self._spawn("forget", every_async(FORGET_INTERVAL_S, self._forget))
         base.health.standby_of = ""
+        base.health.waiting_since = lambda: runtime.inbox.oldest_at
         base.health.is_serving = True
 
     def _alive(self) -> Alive:
-        return Alive(epoch=self.journal.epoch, now_ms=self.clock.now_ms(), end=self.journal.last_sequence)
+        return Alive(
+            epoch=self.journal.epoch,
+            now_ms=self.clock.now_ms(),
+            end=self.journal.last_sequence,
+            stalled=self._base.health.undecided_because(),
+        )
 
     def _spawn(self, name: str, work: Awaitable[None]) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(self._guard(name, work), name=name)

@@ -1,6 +1,8 @@
 """Is the daemon getting on? Progress, not existence.
 
-Alive means that turns end: the loop runs, and no turn has been under way for too long while there is a connection.
+Alive means that turns end: the loop runs, no turn has been under way for too long while there is a connection, and
+nothing that was read waits for a turn that never begins. A leader tells its standby of the latter two: whoever answers
+and decides nothing is replaced.
 While NATS is away the daemon waits, and that is no fault of its own: alive, but not ready. Ready means that a
 submission would be decided now. A standby is alive while its loop runs, and never ready.
 """
@@ -24,6 +26,8 @@ class Health:
         self.beat_at = monotonic()
         #: When the turn under way began; None between turns.
         self.turn_since: float | None = None
+        #: When the oldest input came in that no turn has taken yet; None: nothing waits.
+        self.waiting_since: Callable[[], float | None] = lambda: None
         self.is_connected: Callable[[], bool] = lambda: False
         self._connected_at = monotonic()
         #: Set when start-up is over, and cleared when the end begins.
@@ -53,10 +57,21 @@ class Health:
         now = self._monotonic()
         if now - self.beat_at > BEAT_S + BEAT_LATE_S:
             return f"the loop has not run for {now - self.beat_at:.1f} s"
-        if self.turn_since is not None and self.is_connected():
-            under_way_s = now - max(self.turn_since, self._connected_at)
+        return self.undecided_because()
+
+    def undecided_because(self) -> str:
+        """ "" while turns begin and end, whatever else the process does."""
+        if not self.is_connected():
+            return ""
+        now, since = self._monotonic(), self.turn_since
+        if since is not None:
+            under_way_s = now - max(since, self._connected_at)
             if under_way_s > STALLED_AFTER_S:
                 return f"a turn has been under way for {under_way_s:.1f} s"
+        elif (waiting := self.waiting_since()) is not None:
+            waits_s = now - max(waiting, self._connected_at)
+            if waits_s > STALLED_AFTER_S:
+                return f"an input has waited {waits_s:.1f} s for a turn"
         return ""
 
     def unready_because(self) -> str:

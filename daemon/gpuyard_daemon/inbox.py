@@ -106,6 +106,11 @@ class Inbox:
     def __len__(self) -> int:
         return len(self._facts) + len(self.reports.waiting) + len(self.submissions.waiting)
 
+    @property
+    def oldest_at(self) -> float | None:
+        """Monotonic time since which something waits; None: nothing does."""
+        return self._oldest_at if self else None
+
     def add_fact(self, fact: Input) -> None:
         about = _about(fact)
         self._facts.pop(about, None)

@@ -2,9 +2,13 @@
 
 Every daemon process listens on a subject of its own, `lead.<holder>`. A standby asks the leader there ten times a
 second. That nobody listens any more is the server's own word that the leader's connection is gone; no answer while the
-standby's connection works means a leader that hangs or is cut off. Either lets the standby try a claim, and no more
-than that: whether it leads is decided by the claim's compare-and-set in the journal, so a wrong guess here costs a
-change of leaders and never two of them.
+standby's connection works means a leader that hangs or is cut off; and a leader whose loop answers while its turns
+stand still says so itself (`health`). Each of these lets the standby try a claim, and no more than that: whether it
+leads is decided by the claim's compare-and-set in the journal, so a wrong guess here costs a change of leaders and
+never two of them.
+
+The sign of life comes from the loop that decides, on purpose: from a thread of its own it would go on while that loop
+hangs, and the promise to replace a leader that hangs would have to wait for whatever such a thread still believes.
 
 The same questions carry news the other way: the leader knows its standbys, how far they are, and from where on they
 still need the journal; and a standby that lacks a part of it is given the leader's newest snapshot.
@@ -90,6 +94,8 @@ class Alive(msgspec.Struct, frozen=True, kw_only=True):
     #: Sequence of the journal's last message.
     end: int
     v: int = 1
+    #: Why it decides nothing although it answers; "" while it gets on.
+    stalled: str = ""
 
 
 class SnapshotPiece(msgspec.Struct, frozen=True, kw_only=True):
@@ -282,9 +288,12 @@ class Vigil:
     def __init__(self) -> None:
         self.gone_s = 0.0
         self.silent_s = 0.0
+        #: The leader's own word that it decides nothing; "" while it does.
+        self.stalled = ""
 
-    def answered(self) -> None:
+    def answered(self, stalled: str = "") -> None:
         self.gone_s = self.silent_s = 0.0
+        self.stalled = stalled
 
     def absent(self, passed_s: float) -> None:
         """Nobody listens; the look before was so long ago."""
@@ -301,6 +310,8 @@ class Vigil:
             return "its connection is gone"
         if self.silent_s >= SILENT_AFTER_S:
             return f"it has not answered for {self.silent_s:.1f} s"
+        if self.stalled:
+            return f"it answers and decides nothing: {self.stalled}"
         return ""
 
 

@@ -324,7 +324,7 @@ class Watching:
         except (BusError, Malformed):
             return  # The time without an answer is counted where it passes.
         else:
-            self._vigil.answered()
+            self._vigil.answered(alive.stalled)
             self._heard = (alive.now_ms * 1_000_000, boot_elapsed_ns())
             self._end = alive.end
             if self._first_end is None:

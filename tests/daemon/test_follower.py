@@ -147,3 +147,7 @@ def test_what_a_standby_did_not_see_does_not_count() -> None:
     while not vigil.verdict:
         vigil.silent(0.1)
     assert vigil.silent_s >= SILENT_AFTER_S
+    vigil.answered()
+    assert vigil.verdict == ""
+    vigil.answered("a turn has been under way for 21.0 s")
+    assert "decides nothing: a turn" in vigil.verdict

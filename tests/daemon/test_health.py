@@ -45,6 +45,19 @@ def test_a_turn_that_does_not_end_is_stalled() -> None:
     assert "a turn has been under way" in world.health.stalled_because()
 
 
+def test_what_waits_for_a_turn_that_never_begins_is_a_stall() -> None:
+    world = World()
+    began = world.now
+    world.health.waiting_since = lambda: began
+    world.pass_s(STALLED_AFTER_S - 1)
+    assert world.health.undecided_because() == ""
+    world.pass_s(2)
+    assert "an input has waited 21.0 s" in world.health.undecided_because()
+    assert world.health.stalled_because() == world.health.undecided_because()
+    world.is_connected = False
+    assert world.health.undecided_because() == ""
+
+
 def test_waiting_for_a_server_that_is_away_is_no_stall_but_not_ready() -> None:
     world = World()
     world.health.turn_since = world.now

@@ -18,6 +18,7 @@ from bench.fleet import FakeAgent
 from gpuyard_daemon.exits import EXIT_TEMPORARY
 from gpuyard_protocol.bus.base import Bus, BusError, StoredMessage
 from gpuyard_protocol.bus.nats import connect
+from gpuyard_protocol.codec import encode
 from gpuyard_protocol.queries import Ok, Stats, StatsQuery
 from support.daemon import DaemonProcess, Tenant, until
 from support.nats import NatsProcess
@@ -143,6 +144,30 @@ async def test_a_second_daemon_stands_by_and_says_so(
     for _ in range(20):
         assert (await tenant.ask("ping", {}, Ok)).text == "main"
     assert await asyncio.to_thread(leader.metric, 'gpuyard_questions_total{verb="ping"}') == 20
+
+
+async def test_a_leader_that_answers_and_decides_nothing_is_replaced(
+    nats_process: NatsProcess, bus: Bus, tenant: Tenant, tmp_path: Path
+) -> None:
+    """Its loop, its pages and its connection are all there; one turn never ends. (What is too long is shortened.)"""
+    leader = DaemonProcess(tmp_path / "first", nats_process.url)
+    leader.entry = ("support.dying_daemon", "stand-still", "0")
+    standby = DaemonProcess(tmp_path / "second", nats_process.url)
+    try:
+        await asyncio.to_thread(leader.start)
+        await asyncio.to_thread(standby.start_standby)
+        async with fleet(bus, 1) as agents:
+            await submit_all(tenant, 3)
+            await tenant.bus.stream_publish(
+                "sub.acme.alice.submit", encode({**JOB, "submission_id": "stand-still"}), timeout=5.0
+            )
+            await finished(tenant, 4)
+            await check_exactly_once(bus, agents, 4)
+        assert "decides nothing: a turn has been under way" in standby.log
+        assert await asyncio.to_thread(leader.wait) == EXIT_TEMPORARY
+    finally:
+        leader.kill()
+        standby.kill()
 
 
 async def test_a_killed_leader_is_replaced_under_load_and_nothing_runs_twice(
