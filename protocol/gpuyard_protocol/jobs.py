@@ -155,9 +155,10 @@ class JobRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_
     launcher: str | None = None
     #: Names of secrets that the node keeps for the tenant: the job finds each in a variable of that name.
     secrets: list[str] = []
+    #: Where the replicas of a gang must be together: `node`, `rack` or `spine`, by the labels of those names.
+    topology: Literal["node", "rack", "spine"] | None = None
     # Known and not honoured yet: refused by name.
     share_domain: str | None = None
-    topology: str | None = None
     upload: str | None = None
 
     def specify(self) -> JobSpec:
@@ -227,6 +228,8 @@ class JobRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_
     def _need(self) -> ResourceNeed:
         # How the cards are parted is said at acceptance, when it is known what nodes there are.
         need = resource_need(msgspec.structs.replace(self, gpus=1) if self.total_gpus else self)
+        if self.topology is not None and (self.replicas > 1 or self.total_gpus):
+            need = msgspec.structs.replace(need, within=self.topology)
         if self.image is None:
             return need
         if not IMAGE.fullmatch(self.image):
@@ -287,6 +290,10 @@ class JobRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_
             beside = next((name for name in others if getattr(self, name) is not None), "")
             if beside or self.replicas != 1:
                 raise _malformed("total_gpus", self.total_gpus, f"no value beside {beside or 'replicas'!r}")
+        if self.topology is not None and self.replicas == 1 and self.total_gpus is None:
+            raise _malformed(
+                "topology", self.topology, "'replicas' above 1 or 'total_gpus' beside it: one is on one node"
+            )
         if self.launcher is not None and not _LAUNCHER.fullmatch(self.launcher):
             raise _malformed("launcher", self.launcher, "'torchrun', or its absolute path")
         for place, name in enumerate(self.secrets):
@@ -303,7 +310,7 @@ class JobRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_
         return tuple(self.command or ())
 
 
-_NOT_HONOURED = ("share_domain", "topology", "upload")
+_NOT_HONOURED = ("share_domain", "upload")
 
 
 def _malformed(field: str, found: object, expected: str) -> Malformed:

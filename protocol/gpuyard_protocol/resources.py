@@ -18,6 +18,8 @@ Isolation: TypeAlias = Literal["hard", "soft", "none"]
 #: What a share leans on, if its owner says so: two of the same heavy kind on one card slow each other down.
 GpuLoad: TypeAlias = Literal["", "compute", "memory", "light"]
 GPU_LOADS: tuple[GpuLoad, ...] = ("compute", "memory", "light")
+#: What the replicas of a gang must have in common: one node, the nodes of one rack, or of the racks under one spine.
+Within: TypeAlias = Literal["", "node", "rack", "spine"]
 #: How a card is cut. `idle`: not cut; the first allocation decides.
 Mode: TypeAlias = Literal["idle", "whole", "mig", "mps", "timeslice"]
 MODES: tuple[Mode, ...] = ("whole", "mig", "mps", "timeslice")
@@ -58,6 +60,8 @@ class ResourceNeed(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
 
     #: How fast models of cards are for this work beside the fastest, in thousandths, sorted by name.
     speeds: tuple[tuple[str, int], ...] = ()
+    #: Of a gang.
+    within: Within = ""
 
     @property
     def wants_gpu(self) -> bool:
@@ -129,6 +133,21 @@ class TimeSliceShare(msgspec.Struct, frozen=True, tag="timeslice", tag_field="mo
 
 
 Partition: TypeAlias = NoGpu | WholeCards | MpsShare | MigInstance | TimeSliceShare
+
+
+def mode_of(partition: Partition) -> Mode:
+    """The mode in which a card is with it; `idle` if it needs no card."""
+    match partition:
+        case WholeCards():
+            return "whole"
+        case MpsShare():
+            return "mps"
+        case MigInstance():
+            return "mig"
+        case TimeSliceShare():
+            return "timeslice"
+        case NoGpu():
+            return "idle"
 
 
 def devices_of(partition: Partition) -> tuple[DeviceUuid, ...]:

@@ -177,7 +177,6 @@ def test_what_makes_no_sense_is_refused_by_its_path(fields: dict[str, Any], path
     ("field", "value"),
     [
         ("share_domain", "team"),
-        ("topology", "rack"),
         ("upload", "sha256"),
     ],
 )
@@ -205,7 +204,8 @@ def test_no_field_is_accepted_and_then_ignored() -> None:
     beside["min_replicas"] = {"replicas": 4}
     samples["mps"] = True
     samples["min_replicas"] = 2
-    samples |= {"total_gpus": 12, "launcher": "torchrun", "secrets": ["TOKEN"]}
+    beside["topology"] = {"replicas": 4}
+    samples |= {"topology": "rack", "total_gpus": 12, "launcher": "torchrun", "secrets": ["TOKEN"]}
     samples["gpu_load"] = "memory"
     samples["throughput"] = {"T4": 0.5}
     samples["deadline"] = "+8h"
@@ -296,6 +296,8 @@ def test_an_array_has_the_elements_it_says(text: str, indices: list[int], at_onc
         ({"total_gpus": 0}, "$.total_gpus"),
         ({"total_gpus": 8, "gpus": 4}, "$.total_gpus"),
         ({"total_gpus": 8, "replicas": 2}, "$.total_gpus"),
+        ({"topology": "rack"}, "$.topology"),
+        ({"topology": "room", "replicas": 2}, "$.topology"),
         ({"launcher": "mpirun"}, "$.launcher"),
         ({"launcher": "bin/torchrun"}, "$.launcher"),
         ({"secrets": ["a b"]}, "$.secrets[0]"),

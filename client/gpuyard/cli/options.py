@@ -46,6 +46,7 @@ _MIN_REPLICAS = _option(
 _TOTAL_GPUS = _option("--total-gpus", metavar="N", text="Whole cards in all; the yard parts them into replicas.")
 _LAUNCHER = _option("--launcher", metavar="torchrun", text="Starts one process for each card of a replica.")
 _SECRET = _option("--secret", metavar="NAME", text="A secret that nodes keep, in a variable of that name; repeatable.")
+_TOPOLOGY = _option("--topology", metavar="node|rack|spine", text="Where the replicas must be together.")
 _CPUS = _option("--cpus", metavar="N", text="CPU cores per replica: 4, 0.5, 500m.")
 _MEMORY = _option("--memory", metavar="SIZE", text="Host memory per replica: 8Gi.")
 _TIME = _option("--time", "-t", metavar="TIME", text="Limit: 90s, 1h30m, 1-12:00:00; a bare number is minutes.")
@@ -92,6 +93,7 @@ class JobOptions:
     total_gpus: Annotated[int | None, _TOTAL_GPUS] = None
     launcher: Annotated[str | None, _LAUNCHER] = None
     secret: Annotated[list[str] | None, _SECRET] = None
+    topology: Annotated[str | None, _TOPOLOGY] = None
     cpus: Annotated[str | None, _CPUS] = None
     memory: Annotated[str | None, _MEMORY] = None
     time: Annotated[str | None, _TIME] = None
@@ -142,6 +144,7 @@ class JobOptions:
             "replicas": self.replicas,
             "min_replicas": self.min_replicas,
             "total_gpus": self.total_gpus,
+            "topology": self.topology,
             "launcher": self.launcher,
             "secrets": self.secret or None,
             "cpus": self.cpus,

@@ -64,10 +64,14 @@ class Survey(NamedTuple):
     findings: tuple[Finding, ...]
     #: Nodes that were not named by the request, and so not asked.
     not_named: int
+    #: Of a gang that must be together: how many replicas the roomiest rack (or what it is) takes; below 0: it need not.
+    members_within: int = -1
 
     @property
     def members(self) -> int:
         """How many replicas would find a place now."""
+        if self.members_within >= 0:
+            return self.members_within
         return sum(finding.room * len(finding.group.nodes) for finding in self.findings)
 
     @property
@@ -148,7 +152,17 @@ class Surveyor:
         if spanning and sum(f.room * len(f.group.nodes) for f in findings) < shape.replicas:
             findings = [self._together(finding, shape, owner) for finding in findings]
         asked = sum(len(group.nodes) for group in groups)
-        return Survey(shape, tuple(findings), len(self._pool.spaces) - asked)
+        within = self._within(shape, findings) if shape.need.within and spanning else -1
+        return Survey(shape, tuple(findings), len(self._pool.spaces) - asked, within)
+
+    def _within(self, shape: Shape, findings: list[Finding]) -> int:
+        domains = self._pool.domains(shape.need.within)
+        rooms: dict[int, int] = {0: 0}
+        for finding in findings:
+            for node in finding.group.nodes if finding.room else ():
+                domain = int(domains[self._pool.spaces[node].node.number - 1])
+                rooms[domain] = rooms.get(domain, 0) + finding.room
+        return max(rooms.values())
 
     def _together(self, finding: Finding, shape: Shape, owner: JobId) -> Finding:
         """A gang that one node takes whole may share its cards in time, which one over several nodes may not."""
@@ -172,6 +186,9 @@ class Surveyor:
             work.spend(shape.replicas)
             if room_on(group.space, shape, owner, spanning=False) == shape.replicas:
                 return group, shape.replicas * self._counts_for(group.space, shape, owner)
+            if shape.need.within:
+                # Which of them are together is not looked at here: better no change than one that does not help.
+                continue
             members += room_on(group.space, shape, owner, spanning=True) * len(group.nodes)
             first, counts_for = first or group, counts_for or self._counts_for(group.space, shape, owner)
             if members >= shape.replicas:

@@ -22,7 +22,7 @@ from gpuyard_daemon.core.state.model import LEAVING, Assignment, Node
 from gpuyard_daemon.core.state.states import InvariantViolated
 from gpuyard_protocol.names import AssignmentKey, JobId, NodeId, Tenant
 from gpuyard_protocol.nodes import Inventory
-from gpuyard_protocol.resources import MODES, Device, Mode, Partition, TimeSliceShare, WholeCards, devices_of
+from gpuyard_protocol.resources import MODES, Device, Mode, Partition, TimeSliceShare, WholeCards, Within, devices_of
 from gpuyard_protocol.units import MILLI
 
 #: Every mode, "idle" standing for work that needs no card.
@@ -387,6 +387,13 @@ class Pool:
     def spines(self) -> Groups | None:
         """The same of what joins racks."""
         return self._groups()[1]
+
+    def domains(self, within: Within) -> Groups:
+        """By node number less one: what it has in common with others, for gangs that must be together so. A node that
+        does not say stands alone."""
+        alone = np.arange(1, len(self.by_number) + 1, dtype=np.int64)
+        named = self.racks() if within == "rack" else self.spines() if within == "spine" else None
+        return alone if named is None else np.where(named > 0, named, alone + int(named.max()))
 
     def _groups(self) -> tuple[Groups | None, Groups | None]:
         if self._placed_at[0] != self.inventory_version:

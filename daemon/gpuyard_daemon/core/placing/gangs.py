@@ -128,8 +128,18 @@ class Offers:
 
 def fits(pool: Pool, together: Offers, apart: Offers) -> bool:
     """Whether all replicas would find a place now."""
-    replicas = together.shape.replicas
-    return bool((together.counts(pool) >= replicas).any() or apart.counts(pool).sum() >= replicas)
+    shape = together.shape
+    return bool((together.counts(pool) >= shape.replicas).any() or _apart(pool, apart, shape).sum() >= shape.replicas)
+
+
+def _apart(pool: Pool, apart: Offers, shape: Shape) -> Counts:
+    """Members that each node takes, where it may be in one gang with enough others."""
+    counts = apart.counts(pool)
+    if not shape.need.within or not len(counts):
+        return counts
+    domains = pool.domains(shape.need.within)
+    sums = np.bincount(domains, weights=counts)
+    return np.where(sums[domains] >= shape.replicas, counts, 0)
 
 
 def plan_gang(pool: Pool, together: Offers, spanning: Offers) -> tuple[Placement, ...] | None:
@@ -139,10 +149,10 @@ def plan_gang(pool: Pool, together: Offers, spanning: Offers) -> tuple[Placement
     if len(enough):
         scores = together.scores(pool)[enough]
         return _take_from(pool, [(int(enough[scores.argmin()]), shape.replicas)], shape, spanning=False)
-    counts = spanning.counts(pool)
+    counts = _apart(pool, spanning, shape)
     if counts.sum() < shape.replicas:
         return None
-    chosen = _domain_for(pool, counts, shape.replicas)
+    chosen = _domain_for(pool, counts, shape)
     scores = np.minimum(spanning.scores(pool)[chosen], UNFIT)
     order = chosen[np.lexsort((chosen, scores, -counts[chosen]))]
     shares: list[tuple[int, int]] = []
@@ -160,7 +170,7 @@ def plan_gang(pool: Pool, together: Offers, spanning: Offers) -> tuple[Placement
     return _take_from(pool, shares, shape, spanning=True)
 
 
-def _domain_for(pool: Pool, counts: Counts, replicas: int) -> Counts:
+def _domain_for(pool: Pool, counts: Counts, shape: Shape) -> Counts:
     """Nodes (by number less one) of the tightest rack that takes all, else of such a spine, else all that take any."""
     some = np.flatnonzero(counts)
     for groups in (pool.racks(), pool.spines()):
@@ -169,7 +179,7 @@ def _domain_for(pool: Pool, counts: Counts, replicas: int) -> Counts:
         of = groups[some]
         sums = np.bincount(of, weights=counts[some])
         sums[0] = 0
-        roomy = np.flatnonzero(sums >= replicas)
+        roomy = np.flatnonzero(sums >= shape.replicas)
         if len(roomy):
             least = roomy[sums[roomy] == sums[roomy].min()]
             chosen: Counts = some[of == least[0]]

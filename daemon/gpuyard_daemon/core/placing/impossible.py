@@ -61,10 +61,14 @@ def _find_missing(pool: Pool, shape: Shape) -> Missing | None:
         furthest = max([shape.eligible(space)[0] or Reason.NO_GPU for space in spaces], key=order.index)
         return _describe(furthest, shape, [space for space in spaces if shape.eligible(space)[0] is furthest])
     members = 0
+    by_domain: dict[int, int] = {}
     for space in suited:
         if len(offer_of(space, shape, shape.replicas, empty=True).partitions) == shape.replicas:
             return None
-        members += len(offer_of(space, shape, shape.replicas, spanning=True, empty=True).partitions)
+        room = len(offer_of(space, shape, shape.replicas, spanning=True, empty=True).partitions)
+        domain = int(pool.domains(shape.need.within)[space.node.number - 1]) if shape.need.within else 0
+        by_domain[domain] = by_domain.get(domain, 0) + room
+        members = max(members, by_domain[domain])
         if members >= shape.replicas:
             return None
     return _too_many(shape, members, suited)
@@ -75,7 +79,8 @@ def _too_many(shape: Shape, members: int, suited: list[NodeSpace]) -> Missing:
     if shape.replicas == 1 or not members:
         text = f"no node has {what} together with its CPUs and memory, even empty"
         return Missing("$", what, "less per replica", "", text)
-    text = f"the yard holds at most {members} replicas of {what} at once, even empty; {shape.replicas} were asked for"
+    where = f"one {shape.need.within} of the yard" if shape.need.within else "the yard"
+    text = f"{where} holds at most {members} replicas of {what} at once, even empty; {shape.replicas} were asked for"
     return Missing("$.replicas", str(shape.replicas), f"at most {members}", str(members), text)
 
 

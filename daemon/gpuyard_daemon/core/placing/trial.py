@@ -141,6 +141,8 @@ class PoolTrial:
             if shape.replicas > 1:
                 left, room = self._room(shape, job, node, spanning=True)
             counts.append((-room, left, number, node))
+        if shape.need.within and best is None:
+            counts = self._tightest(shape, counts)
         if best is not None:
             return tuple([self.put(best[2], shape, job, replica) for replica in range(shape.replicas)])
         if shape.replicas == 1:
@@ -153,6 +155,19 @@ class PoolTrial:
             return tuple(placements)
         self.undo(start)
         return None
+
+    def _tightest(self, shape: Shape, counts: list[tuple[int, int, int, NodeId]]) -> list[tuple[int, int, int, NodeId]]:
+        """Of nodes that may be in one gang together: those that take it all, and least more."""
+        domains = self.pool.domains(shape.need.within)
+        rooms: dict[int, int] = {}
+        for negative_room, _, number, _ in counts:
+            domain = int(domains[number - 1])
+            rooms[domain] = rooms.get(domain, 0) - negative_room
+        enough = [(room, domain) for domain, room in rooms.items() if room >= shape.replicas]
+        if not enough:
+            return []
+        chosen = min(enough)[1]
+        return [each for each in counts if int(domains[each[2] - 1]) == chosen]
 
     def _room(self, shape: Shape, job: JobId, node: NodeId, *, spanning: bool) -> tuple[int, int]:
         """(left over after the last, how many replicas) a node takes; the trial is as before afterwards."""

@@ -44,6 +44,10 @@ def more_places(
     order = [space for space in fitting if space.node.id in own]
     order += [space for space in fitting if space.node.id not in own]
     kept = set(reserved)
+    if shape.need.within:
+        domains = pool.domains(shape.need.within)
+        there = {int(domains[pool.spaces[node].node.number - 1]) for node in own}
+        order = [space for space in order if int(domains[space.node.number - 1]) in there]
     found: list[Placement] = []
     for space in order[:_NODES_MAX]:
         if space.node.id in kept or _is_awaited(space, waiting):

@@ -72,6 +72,25 @@ class Search:
     def gang(self, roomy: Iterable[NodeId]) -> Plan | None:
         """Places for all replicas. `roomy`: nodes that take some of them as they are."""
         nodes = dict.fromkeys([*roomy, *sorted(self._by_node, key=self._number)])
+        if not self._shape.need.within:
+            return self._gang(nodes)
+        domains = self._trial.pool.domains(self._shape.need.within)
+        apart: dict[int, dict[NodeId, None]] = {}
+        for node in nodes:
+            apart.setdefault(int(domains[self._number(node) - 1]), {})[node] = None
+        best: tuple[int, Plan] | None = None
+        by_node = self._by_node
+        for among in apart.values():
+            self._by_node = {node: list(there) for node, there in by_node.items()}
+            self._trial.undo()
+            plan = self._gang(among)
+            if plan is not None:
+                cost = sum([each.lost_milli_ms for each in plan.victims])
+                best = (cost, plan) if best is None or cost < best[0] else best
+        return best[1] if best else None
+
+    def _gang(self, nodes: dict[NodeId, None]) -> Plan | None:
+        """The same on these nodes alone."""
         victims: dict[JobId, Occupant] = {}
         members = dict.fromkeys(nodes, 0)
         #: (cost of the next member, has none yet, number, node, state of the node's offer): the cheapest first.
