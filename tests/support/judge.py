@@ -15,7 +15,7 @@ from gpuyard_daemon.core.preempting.consolidation import STARTS_PER_MOVE
 from gpuyard_daemon.core.preempting.reclaim import Reclaiming
 from gpuyard_daemon.core.preempting.reservations import RESERVATIONS_MAX
 from gpuyard_daemon.core.queueing.priority import PROBE_MS
-from gpuyard_daemon.core.queueing.ranking import BORROWING, FLOOR, TOP_LEVEL, ran_ms
+from gpuyard_daemon.core.queueing.ranking import BORROWING, FLOOR, NOMINAL, TOP_LEVEL, ran_ms
 from gpuyard_daemon.core.scheduler import Scheduler
 from gpuyard_daemon.core.state import facts as f
 from gpuyard_daemon.core.state.effects import Effects
@@ -134,8 +134,11 @@ class Judge(Scheduler):
         assert len({victim.id for victim in victims}) == len(victims)
         assert all(not (victim.verdict or victim.id == job.id) for victim in victims)
         taken: list[Job] = []
+        softly: list[Job] = []
         for eviction, victim in zip(fact.evictions, victims, strict=True):
-            self._ladder(eviction, victim, taken)
+            self._ladder(job, eviction, victim, softly, now_ms)
+            if eviction.kind == "suspend":
+                softly.append(victim)
             if eviction.moved:
                 self._count("move")
                 totals = cluster.totals
@@ -159,9 +162,12 @@ class Judge(Scheduler):
             assert rank.level == TOP_LEVEL or rank.band == FLOOR
             assert rank.band not in [cluster.ranking.band_of(owner) for owner in kept], "two owners in one band"
 
-    def _ladder(self, eviction: f.Eviction, victim: Job, before: Iterable[Job]) -> None:
+    def _ladder(self, job: Job, eviction: f.Eviction, victim: Job, before: Iterable[Job], now_ms: int) -> None:
         """Each gives way as it asked to: by the softest rung that holds."""
-        assert victim.spec.preemption != "never", f"job {victim.id} is never to be preempted"
+        if victim.spec.preemption == "never":
+            self._count("eviction by force")
+            assert self._out_of_patience(job, now_ms), f"job {victim.id} is never to be preempted"
+            assert self.cluster.ranking.band_of(victim) >= BORROWING, "only what is borrowed is taken by force"
         if victim.state == "starting":
             # A guest whose process has not come up has nothing to save.
             assert eviction.kind == "requeue"
@@ -173,6 +179,11 @@ class Judge(Scheduler):
             assert eviction.kind == "requeue"
             if victim.state == "running" and not eviction.moved:
                 assert not self._can_be_suspended(victim, before), f"job {victim.id} could have been suspended"
+
+    def _out_of_patience(self, job: Job, now_ms: int) -> bool:
+        nominal = self.cluster.ranking.band_of(job) <= NOMINAL
+        least_ms = self.settings.force_nominal_ms if nominal else self.settings.force_borrowing_ms
+        return now_ms - job.waits_since_ms >= least_ms
 
     def _can_be_suspended(self, job: Job, before: Iterable[Job]) -> bool:
         if job.spec.preemption != "suspend" or job.refused_suspension or len(job.assignments) != 1 or job.service:
@@ -190,14 +201,11 @@ class Judge(Scheduler):
         images += sum(
             self._image_mib(space, other.assignments[0])
             for other in before
-            if self._gives_memory(other) and other.assignments[0].node == assignment.node
+            if other.assignments[0].node == assignment.node
         )
         inventory = space.node.inventory
         room = inventory.suspend_mib if inventory else 0
         return 0 < image <= space.memory_free_mib and images + image <= room
-
-    def _gives_memory(self, job: Job) -> bool:
-        return job.spec.preemption == "suspend" and len(job.assignments) == 1 and not job.refused_suspension
 
     def _image_mib(self, space: NodeSpace, assignment: Assignment) -> int:
         match assignment.partition:

@@ -188,7 +188,7 @@ class _Round:
         is_through = True
         if self._is_full:
             self._looks = reservations.review(self._draft, self._line, self._occupants, self._at_ms, self._looks)
-            self._force()
+            self._take_what_is_kept()
         homebound = homing.homebound(cluster, self._draft.now_ms) if self._is_full else []
         for queue in heads:
             is_through = self._send_home(homebound, queue, most) and is_through
@@ -206,17 +206,20 @@ class _Round:
                     break
         return self._send_home(homebound, None, most) and is_through
 
-    def _force(self) -> None:
-        """Who has waited beyond all patience for a set of places takes them from borrowers that nobody may preempt."""
+    def _take_what_is_kept(self) -> None:
+        """Whoever has a set of places kept takes places after all, once it may: those who hold them have run long
+        enough by now, or it has waited beyond all patience for borrowers that nobody may preempt."""
         cluster, now_ms = self._draft.cluster, self._draft.now_ms
         for claim in [claim for claim in cluster.claims if claim.kind == "reserve"]:
             job = cluster.jobs[claim.job]
             rank = cluster.ranking.rank_of(job, now_ms)
-            if self._looks > 0 and self._has_no_patience(job, rank):
+            is_forced = self._has_no_patience(job, rank)
+            if self._looks > 0 and (is_forced or not self._at_ms % reservations.REPLAN_MS):
                 plan = self._plan(self._line.queue_of(job), job, rank)
                 if plan is not None:
                     text = "it has waited so long that borrowers leave for it who otherwise need not"
-                    self._draft.add(f.ClaimDropped(job.id, Why("ClaimForced", text)))
+                    why = Why("ClaimForced", text if is_forced else "others may be told to leave for it now")
+                    self._draft.add(f.ClaimDropped(job.id, why))
                     self._carry_out(job, rank, plan)
 
     def _has_no_patience(self, job: Job, rank: Rank) -> bool:
@@ -406,6 +409,7 @@ class _Round:
         return None
 
     def _carry_out(self, job: Job, rank: Rank, plan: Plan) -> None:
+        size = self._draft.cluster.ranking.size_of(job, self._draft.now_ms)
         evictions = tuple(
             [
                 f.Eviction(
@@ -413,7 +417,7 @@ class _Round:
                     each.kind,
                     each.overhead_ms,
                     each.lost_milli_ms,
-                    _why(job, rank, each),
+                    _why(job, rank, each, exchanges=each.exchangeable and self._may_exchange(rank, size, each)),
                     keeps=each.keeps,
                 )
                 for each in plan.victims
@@ -428,7 +432,7 @@ class _Round:
         self._moving_milli += sum([width_milli(jobs[number]) for number in victims])
 
 
-def _why(job: Job, rank: Rank, victim: Occupant) -> Why:
+def _why(job: Job, rank: Rank, victim: Occupant, *, exchanges: bool) -> Why:
     if victim.goes:
         return shrinking.why_shrunk(job, victim)
     cost = f"it costs {format_ms(victim.overhead_ms // 1000 * 1000)} of run time"
@@ -436,7 +440,7 @@ def _why(job: Job, rank: Rank, victim: Occupant) -> Why:
         return Why(PREEMPTED, f"preempted by job {job.id}, which a service is never to be without; {cost}")
     if not victim.preemptible:
         return Why(PREEMPTED, f"preempted by job {job.id}, which has waited too long for what this borrows; {cost}")
-    if not victim.exchangeable or rank.band < victim.band:
+    if not exchanges:
         return Why(PREEMPTED, f"preempted by job {job.id}, whose queue takes back its part of the quota; {cost}")
     levels = f"which is at level {rank.level} where this is at {victim.level}"
     return Why(PREEMPTED, f"preempted by job {job.id}, {levels}; {cost}")
