@@ -18,8 +18,8 @@ MINUTE = 60_000
 
 
 def fixed(minutes: int = 0, **fields: Any) -> JobSpec:
-    """A job that nobody may stop, and how long it is known to run at most; 0: it may run for ever."""
-    spec = job(time_limit_ms=minutes * MINUTE, **fields)
+    """A job that nobody may stop, and about how long it will run; 0: nobody knows."""
+    spec = job(**fields)
     return msgspec.structs.replace(spec, preemption="never", estimate_ms=minutes * MINUTE)
 
 
@@ -140,16 +140,25 @@ def test_a_card_rests_after_it_was_kept_free() -> None:
     assert drains(h) == []
 
 
-def test_a_place_is_given_up_when_those_on_it_run_too_long() -> None:
-    h, (small, _) = in_pieces(0, 0)
+def test_a_place_is_given_up_when_those_on_it_outlive_what_was_known_of_them() -> None:
+    h, numbers = in_pieces(5, 5)
+    for number in numbers:
+        assert h.core.cluster.jobs[number].spec.time_limit_ms == 0
     whole = h.submit(fixed(gpus=1))
     h.settle(most_ms=2 * PATIENCE_MS)
     assert len(drains(h)) == 1
-    h.settle(most_ms=60 * MINUTE)
+    h.settle(most_ms=5 * MINUTE)
     assert drains(h) == []
     assert h.facts(ClaimDropped)[0].why.code == "DrainTooDear"
-    assert h.states(small, whole) == ["running", "pending"]
+    assert h.states(*numbers, whole) == ["running", "running", "pending"]
     assert h.state(h.submit(fixed(mig="4g.40gb"))) == "starting"
+
+
+def test_nobody_is_waited_for_of_whom_nothing_is_known() -> None:
+    h, _ = in_pieces(0, 0)
+    h.submit(fixed(gpus=1))
+    h.settle(most_ms=2 * PATIENCE_MS)
+    assert drains(h) == []
 
 
 def test_who_goes_first_is_not_kept_from_slices_that_are_free() -> None:
@@ -164,17 +173,6 @@ def test_who_goes_first_is_not_kept_from_slices_that_are_free() -> None:
     assert drains(h) == []
     assert h.state(urgent) == "starting"
     assert h.facts(ClaimDropped)[0].why.code == "DrainOvertaken"
-
-
-def test_services_are_not_waited_for() -> None:
-    h, (small, _) = in_pieces(0, 0)
-    h.core.cluster.jobs[small].service = "chat"
-    h.twin.cluster.jobs[small].service = "chat"
-    partition = h.partitions_of(small)[0]
-    assert isinstance(partition, MigInstance)
-    from gpuyard_daemon.core.preempting.draining import _left_ms
-
-    assert _left_ms(h.core.cluster, h.core.cluster.jobs[small].assignments[0].key, h.now_ms) is None
 
 
 def test_why_says_what_it_waits_for() -> None:

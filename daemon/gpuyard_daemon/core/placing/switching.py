@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from typing import Final
 
+from gpuyard_daemon.core.placing.partitions import sample_of
 from gpuyard_daemon.core.state import facts as f
 from gpuyard_daemon.core.state.draft import Draft
 from gpuyard_protocol.names import NodeId
@@ -25,6 +26,8 @@ KEEPS_FACTOR: Final = 10
 
 def note_switches(draft: Draft) -> None:
     """Write down which cards were given to work in another mode in this turn."""
+    if not any(sample_of(kind).mig_switch_ms for kind in draft.cluster.pool.card_kinds):
+        return
     for fact in list(draft.facts):
         match fact:
             case f.JobPlaced(placements=placements) | f.JobWidened(placements=placements):

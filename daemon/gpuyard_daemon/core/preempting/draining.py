@@ -11,6 +11,11 @@ costs, are fewer than those that the blocked demand of the shape would hold in t
 round, with what is then known of those who run, and the place is given up when it fails, or when somebody who goes
 first could use it as it is.
 
+Only where it is known how long those will run who stand in the way: by their estimates, by what such jobs needed
+before, or by their time limits. On guesses (as long again as they ran) a yard at 85 % load idled more slices than it
+made whole: of demand 4.7 % waited instead of 3.7 %, where with estimates nothing was lost at 85 % and a tenth gained at
+95 %.
+
 Rare: a job has stood in line for a minute, a card is left alone for ten minutes after it was last kept free, and one
 card in a hundred is kept at once. Durable as claims; when a card was kept last stands in its node's record.
 """
@@ -26,7 +31,7 @@ from gpuyard_daemon.core.placing.partitions import Card, profile_for, slices_at
 from gpuyard_daemon.core.preempting.consolidation import HORIZON_MS
 from gpuyard_daemon.core.preempting.reservations import left_ms
 from gpuyard_daemon.core.queueing.order import ShapeQueue, WaitingLine
-from gpuyard_daemon.core.queueing.ranking import Rank, width_milli
+from gpuyard_daemon.core.queueing.ranking import Rank, outlives_ms, ran_ms, width_milli
 from gpuyard_daemon.core.state import facts as f
 from gpuyard_daemon.core.state.cluster import Cluster
 from gpuyard_daemon.core.state.draft import Draft
@@ -247,13 +252,15 @@ def _may_keep(space: NodeSpace, card: Card, at_ms: int) -> bool:
 
 
 def _left_ms(cluster: Cluster, key: AssignmentKey, at_ms: int) -> int | None:
-    """How long somebody is expected to hold its slices; None: for ever, as far as anybody knows."""
+    """How long somebody is expected to hold its slices; None: nobody knows."""
     job = cluster.jobs[key.job]
     if job.service:
         return None
     if job.state == "stopping":
         return job.spec.stop_grace_ms
-    return left_ms(job, at_ms) if job.started_ms else max(PATIENCE_MS, job.expected_ms)
+    if not job.spec.time_limit_ms and ran_ms(job, at_ms) >= outlives_ms(job):
+        return None
+    return left_ms(job, at_ms) if job.started_ms else max(job.expected_ms, job.spec.time_limit_ms)
 
 
 # --- the places that are kept ----------------------------------------------------------------------------------------
