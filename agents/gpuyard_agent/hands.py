@@ -66,7 +66,7 @@ from gpuyard_agent.suspending import Suspending
 from gpuyard_agent.tenant_secrets import SecretMissing, TenantSecrets
 from gpuyard_protocol.names import AssignmentKey, NodeId
 from gpuyard_protocol.nodes import Launch, OrderAnswer
-from gpuyard_protocol.resources import MpsShare, Partition, devices_of
+from gpuyard_protocol.resources import MpsShare, Partition, devices_of, share_domain_of
 
 #: Between tries to reach the launcher again.
 REOPEN_PAUSE_S = 0.2
@@ -176,7 +176,7 @@ class Hands:
             if not adopting:
                 await self._checkpoints.make(launch.tenant, key.job, account)
                 await self._secrets.hand_over(key, launch.tenant, launch.user, launch.secrets, account)
-            grant = await take(key, partition, account, launch.tenant)
+            grant = await take(key, partition, account, share_domain_of(launch.tenant, launch.share_domain))
         except (AccountMissing, SecretMissing) as error:
             return PartitionFailed(key, error.code, str(error))
         except NotContained as error:

@@ -157,8 +157,9 @@ class JobRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_
     secrets: list[str] = []
     #: Where the replicas of a gang must be together: `node`, `rack` or `spine`, by the labels of those names.
     topology: Literal["node", "rack", "spine"] | None = None
-    # Known and not honoured yet: refused by name.
+    #: Of a share: only jobs of the tenant that name the same may be on its card; default: all that name none.
     share_domain: str | None = None
+    # Known and not honoured yet: refused by name.
     upload: str | None = None
 
     def specify(self) -> JobSpec:
@@ -228,6 +229,12 @@ class JobRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_
     def _need(self) -> ResourceNeed:
         # How the cards are parted is said at acceptance, when it is known what nodes there are.
         need = resource_need(msgspec.structs.replace(self, gpus=1) if self.total_gpus else self)
+        if self.share_domain is not None:
+            if not need.is_share or need.isolation == "hard":
+                raise _malformed("share_domain", self.share_domain, "a share that may have neighbours beside it")
+            if not is_name(self.share_domain):
+                raise _malformed("share_domain", self.share_domain, NAME_EXPECTED)
+            need = msgspec.structs.replace(need, share_domain=self.share_domain)
         if self.topology is not None and (self.replicas > 1 or self.total_gpus):
             need = msgspec.structs.replace(need, within=self.topology)
         if self.image is None:
@@ -310,7 +317,7 @@ class JobRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_
         return tuple(self.command or ())
 
 
-_NOT_HONOURED = ("share_domain", "upload")
+_NOT_HONOURED = ("upload",)
 
 
 def _malformed(field: str, found: object, expected: str) -> Malformed:

@@ -123,6 +123,8 @@ class Launch(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     replicas_max: int = 0
     #: Starts a process for each card of the replica; "": the command is the one process.
     launcher: str = ""
+    #: Narrows, inside the tenant, with whom it shares cards; "": with whoever names none.
+    share_domain: str = ""
     #: Names of secrets of the tenant that the node puts into variables of these names.
     secrets: tuple[str, ...] = ()
 

@@ -10,7 +10,7 @@ from typing import Literal, TypeAlias
 
 import msgspec
 
-from gpuyard_protocol.names import DeviceUuid
+from gpuyard_protocol.names import DeviceUuid, Tenant
 from gpuyard_protocol.units import MILLI, format_mib, format_milli
 
 #: How far neighbours on a card must be kept apart. `hard`: whole card or MIG. `soft`: MPS or MIG. `none`: time-slice.
@@ -62,6 +62,8 @@ class ResourceNeed(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     speeds: tuple[tuple[str, int], ...] = ()
     #: Of a gang.
     within: Within = ""
+    #: Narrows who it shares cards with: jobs of its tenant with the same. "": all jobs of its tenant that name none.
+    share_domain: str = ""
 
     @property
     def wants_gpu(self) -> bool:
@@ -84,6 +86,11 @@ class ResourceNeed(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
             memory = f"/{format_mib(self.share_memory_mib)}" if self.share_memory_mib else ""
             return f"{compute}{memory} ({self.isolation})"
         return "CPU only"
+
+
+def share_domain_of(tenant: Tenant, share_domain: str) -> str:
+    """With whom a job shares cards softly: whoever has the same."""
+    return f"{tenant}/{share_domain}" if share_domain else tenant
 
 
 class NoGpu(msgspec.Struct, frozen=True, tag="none", tag_field="mode"):

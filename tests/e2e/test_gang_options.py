@@ -9,7 +9,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from support.yard import Yard, running_yard
+import gpuyard
+from support.yard import Yard, eventually, running_yard
 
 #: Stands where torchrun would: it says how it was called, and runs the program once.
 _TORCHRUN = """#!/bin/sh
@@ -102,3 +103,23 @@ async def test_logs_come_as_objects_line_by_line(yard: Yard) -> None:
         assert found[-1] == {
             "job": job.number, "attempt": 1, "replica": 0, "stream": "out", "offset": 8, "line": "three"
         }  # fmt: skip
+
+
+async def test_shares_of_other_domains_are_on_other_cards(yard: Yard) -> None:
+    async with yard.connect() as client:
+        shares = [
+            await client.submit(command=["sleep", "30"], gpu=0.2, share_domain=domain)
+            for domain in (None, "team", "team", None)
+        ]
+        for job in shares:
+            await eventually(lambda job=job: is_running(job), "it runs")
+        cards = [(await job.view()).placed[0].devices for job in shares]
+        assert cards[0] == cards[3] != cards[1] == cards[2]
+        for job in shares:
+            await job.cancel()
+        for job in shares:
+            await job.wait(timeout=30)
+
+
+async def is_running(job: gpuyard.Job) -> bool:
+    return (await job.view()).state == "running"

@@ -74,6 +74,8 @@ needs = st.one_of(
     ),
     st.builds(lambda name: {"mig": name}, st.sampled_from(("1g.10gb", "2g.20gb", "3g.40gb", "1g.10gb+me", "9g.9gb"))),
     st.just({"gpus": 1, "models": ("A30",)}),
+    st.just({"share_milli": 300, "share_domain": "team"}),
+    st.just({"gpus": 1, "within": "node"}),
     st.just({"node_labels": (("zone", "b"),)}),
 )
 specs = st.builds(

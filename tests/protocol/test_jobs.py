@@ -176,7 +176,6 @@ def test_what_makes_no_sense_is_refused_by_its_path(fields: dict[str, Any], path
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("share_domain", "team"),
         ("upload", "sha256"),
     ],
 )
@@ -205,7 +204,14 @@ def test_no_field_is_accepted_and_then_ignored() -> None:
     samples["mps"] = True
     samples["min_replicas"] = 2
     beside["topology"] = {"replicas": 4}
-    samples |= {"topology": "rack", "total_gpus": 12, "launcher": "torchrun", "secrets": ["TOKEN"]}
+    beside["share_domain"] = {"gpu": 0.3}
+    samples |= {
+        "share_domain": "team",
+        "topology": "rack",
+        "total_gpus": 12,
+        "launcher": "torchrun",
+        "secrets": ["TOKEN"],
+    }
     samples["gpu_load"] = "memory"
     samples["throughput"] = {"T4": 0.5}
     samples["deadline"] = "+8h"
@@ -298,6 +304,9 @@ def test_an_array_has_the_elements_it_says(text: str, indices: list[int], at_onc
         ({"total_gpus": 8, "replicas": 2}, "$.total_gpus"),
         ({"topology": "rack"}, "$.topology"),
         ({"topology": "room", "replicas": 2}, "$.topology"),
+        ({"share_domain": "team", "gpus": 1}, "$.share_domain"),
+        ({"share_domain": "team", "gpu": 0.5, "isolation": "hard"}, "$.share_domain"),
+        ({"share_domain": "a/b", "gpu": 0.5}, "$.share_domain"),
         ({"launcher": "mpirun"}, "$.launcher"),
         ({"launcher": "bin/torchrun"}, "$.launcher"),
         ({"secrets": ["a b"]}, "$.secrets[0]"),

@@ -47,6 +47,7 @@ _TOTAL_GPUS = _option("--total-gpus", metavar="N", text="Whole cards in all; the
 _LAUNCHER = _option("--launcher", metavar="torchrun", text="Starts one process for each card of a replica.")
 _SECRET = _option("--secret", metavar="NAME", text="A secret that nodes keep, in a variable of that name; repeatable.")
 _TOPOLOGY = _option("--topology", metavar="node|rack|spine", text="Where the replicas must be together.")
+_SHARE_DOMAIN = _option("--share-domain", metavar="NAME", text="Share cards with jobs that say the same alone.")
 _CPUS = _option("--cpus", metavar="N", text="CPU cores per replica: 4, 0.5, 500m.")
 _MEMORY = _option("--memory", metavar="SIZE", text="Host memory per replica: 8Gi.")
 _TIME = _option("--time", "-t", metavar="TIME", text="Limit: 90s, 1h30m, 1-12:00:00; a bare number is minutes.")
@@ -94,6 +95,7 @@ class JobOptions:
     launcher: Annotated[str | None, _LAUNCHER] = None
     secret: Annotated[list[str] | None, _SECRET] = None
     topology: Annotated[str | None, _TOPOLOGY] = None
+    share_domain: Annotated[str | None, _SHARE_DOMAIN] = None
     cpus: Annotated[str | None, _CPUS] = None
     memory: Annotated[str | None, _MEMORY] = None
     time: Annotated[str | None, _TIME] = None
@@ -145,6 +147,7 @@ class JobOptions:
             "min_replicas": self.min_replicas,
             "total_gpus": self.total_gpus,
             "topology": self.topology,
+            "share_domain": self.share_domain,
             "launcher": self.launcher,
             "secrets": self.secret or None,
             "cpus": self.cpus,

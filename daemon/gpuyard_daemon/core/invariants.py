@@ -82,9 +82,9 @@ def _card(cluster: Cluster, card: Card, held: dict[AssignmentKey, Partition]) ->
     unused = "mig" if card.foreign or (card.keeps_mode and card.in_mig) else "idle"
     if len(modes) > 1 or card.mode != next(iter(modes), unused):
         yield f"{name}: mode {card.mode}, partitions {sorted(modes)}"
-    tenants = {cluster.jobs[key.job].tenant for key in held}
-    if card.mode in ("mps", "timeslice") and (len(tenants) > 1 or {card.domain} != tenants):
-        yield f"{name}: shared by {sorted(tenants)}, said to belong to {card.domain!r}"
+    domains = {cluster.jobs[key.job].domain for key in held}
+    if card.mode in ("mps", "timeslice") and (len(domains) > 1 or {card.domain} != domains):
+        yield f"{name}: shared by {sorted(domains)}, said to belong to {card.domain!r}"
     amounts = [amounts_on(device, partition) for partition in held.values()]
     milli, memory = sum(a[0] for a in amounts), sum(a[1] for a in amounts)
     if (milli, memory) != (card.milli, card.memory_mib):
@@ -371,7 +371,7 @@ def _claims(cluster: Cluster) -> Iterator[str]:
             # Suspended, it has its memory there already.
             memory_mib = 0 if number in cluster.suspended else need.memory_mib
             is_firm = claim.kind not in PATIENT_CLAIMS
-            place = ClaimedPlace(number, job.tenant, placement.partition, need.cpu_milli, memory_mib, is_firm)
+            place = ClaimedPlace(number, job.domain, placement.partition, need.cpu_milli, memory_mib, is_firm)
             kept.setdefault(placement.node, []).append(place)
     for name, space in cluster.pool.spaces.items():
         if kept.get(name, []) != space.claims:

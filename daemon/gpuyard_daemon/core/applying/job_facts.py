@@ -60,7 +60,7 @@ def take_place(cluster: Cluster, job: Job, placement: f.Placement, now_ms: int) 
     space = cluster.pool.spaces[placement.node]
     assignment.lease_ms = lost_facts.lease_on(space.node, spec)
     lost_facts.note_lease(cluster, assignment)
-    cluster.pool.take(space, assignment, job.tenant, spec.need.cpu_milli, spec.need.memory_mib)
+    cluster.pool.take(space, assignment, job.domain, spec.need.cpu_milli, spec.need.memory_mib)
     holdings.take(cluster, job, space, assignment, now_ms)
     job.assignments.append(assignment)
     job.live += 1

@@ -85,7 +85,7 @@ def resuming(cluster: Cluster, fact: f.JobResuming, now_ms: int, effects: Effect
     cluster.pool.give(space, assignment)
     assignment.partition, assignment.home, assignment.image_mib = assignment.home, None, 0
     need = job.spec.need
-    cluster.pool.take(space, assignment, job.tenant, need.cpu_milli, need.memory_mib)
+    cluster.pool.take(space, assignment, job.domain, need.cpu_milli, need.memory_mib)
     holdings.take(cluster, job, space, assignment, now_ms)
     holdings.run(cluster, job, space, assignment, now_ms)
     _order(cluster, assignment, effects)
@@ -143,7 +143,7 @@ def _leave_card(cluster: Cluster, job: Job, assignment: Assignment, image_mib: i
     holdings.give(cluster, job, space, assignment, now_ms)
     cluster.pool.give(space, assignment)
     assignment.home, assignment.partition, assignment.image_mib = assignment.partition, NoGpu(), image_mib
-    cluster.pool.take(space, assignment, job.tenant, *assignment.held(job.spec.need))
+    cluster.pool.take(space, assignment, job.domain, *assignment.held(job.spec.need))
     if space.node.absent:
         cluster.drop_absent(space)
 

@@ -122,7 +122,7 @@ def _say(card: Card, shape: Shape, modes: tuple[Mode, ...], verdict: int | Reaso
     if not card.takes_work:
         return _KEPT if card.device.healthy else _UNHEALTHY
     if card.is_unused and card.keeps_mode:
-        has_room = card.mode == "idle" if need.gpus else fit(card, need, shape.tenant, modes, MILLI) >= 0
+        has_room = card.mode == "idle" if need.gpus else fit(card, need, shape.domain, modes, MILLI) >= 0
         if not has_room:
             return _SWITCHED
     if need.gpus:
@@ -130,7 +130,7 @@ def _say(card: Card, shape: Shape, modes: tuple[Mode, ...], verdict: int | Reaso
             return Why("Shared", f"cut for {card.mode.upper()}" if card.mode != "timeslice" else "shared in time")
         free = Why("Free", "free")
         return free if not isinstance(verdict, Reason) else Why("FreeOfTooFew", _beside(verdict, shape))
-    if fit(card, need, shape.tenant, modes, shape.timeslice_milli_max) >= 0:
+    if fit(card, need, shape.domain, modes, shape.timeslice_milli_max) >= 0:
         if not isinstance(verdict, Reason):
             return Why("Free", "with room for it")
         return Why("FreeOfTooFew", _beside(verdict, shape))
@@ -153,7 +153,7 @@ def _shared(card: Card, shape: Shape, modes: tuple[Mode, ...]) -> Why:
     if card.mode != mode:
         how = {"mig": "cut for MIG", "mps": "shared by MPS", "timeslice": "shared in time"}[card.mode]
         return Why("CutOtherwise", f"{how}, which this request cannot use")
-    if mode in ("mps", "timeslice") and card.domain != shape.tenant:
+    if mode in ("mps", "timeslice") and card.domain != shape.domain:
         return Why("OtherTenant", "shared by another tenant")
     if mode == "mig":
         return Why("SlicesTaken", "cut for MIG, without the slices it needs")

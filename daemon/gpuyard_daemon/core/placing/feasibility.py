@@ -22,6 +22,7 @@ from gpuyard_protocol.resources import (
     ResourceNeed,
     WholeCards,
     model_matches,
+    share_domain_of,
     share_of,
 )
 from gpuyard_protocol.units import MILLI
@@ -104,7 +105,7 @@ class Shape:
         self.tenant = tenant
         self.user = user
         #: Whose shared cards it may join.
-        self.domain = tenant if domain is None else domain
+        self.domain = share_domain_of(tenant, need.share_domain) if domain is None else domain
         #: For whoever has an account everywhere: accounts are not asked for.
         self.open_to_all = open_to_all
         self.timeslice_milli_max = timeslice_milli_max

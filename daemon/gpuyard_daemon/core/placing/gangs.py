@@ -209,7 +209,7 @@ def offer_of(space: NodeSpace, shape: Shape, at_most: int, *, spanning: bool = F
     after = 0
     while type(left) is int and len(partitions) < at_most:
         partition = carve(trial, shape, spanning=spanning)
-        trial.take(AssignmentKey(0, 0, len(partitions)), partition, shape.tenant, need.cpu_milli, need.memory_mib)
+        trial.take(AssignmentKey(0, 0, len(partitions)), partition, shape.domain, need.cpu_milli, need.memory_mib)
         partitions.append(partition)
         after = left
         left = judge(trial, shape, spanning=spanning)

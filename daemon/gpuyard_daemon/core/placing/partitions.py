@@ -479,7 +479,7 @@ def fit(card: Card, need: ResourceNeed, tenant: Tenant, modes: tuple[Mode, ...],
 
 def mode_for(card: Card, need: ResourceNeed, modes: tuple[Mode, ...]) -> CardMode | None:
     """The mode in which this card, as it is cut now, would serve a share or MIG instance; None if it never would."""
-    offered = card.modes
+    offered = card.modes if card.keeps_mode else card.device.modes
     if need.mig:
         profile = card.geometry.profiles.get(need.mig)
         if profile is None or "mig" not in offered or "mig" not in modes:

@@ -121,7 +121,7 @@ class PoolTrial:
         """Place one replica on a node that `judge` said it fits, and hold it there."""
         partition = carve(self.space(node), shape, spanning=spanning, owner=job)
         placement = Placement(node, partition)
-        self.take(job, replica, placement, shape.tenant, shape.need.cpu_milli, shape.need.memory_mib)
+        self.take(job, replica, placement, shape.domain, shape.need.cpu_milli, shape.need.memory_mib)
         return placement
 
     def place(self, shape: Shape, job: JobId, nodes: Iterable[NodeId]) -> tuple[Placement, ...] | None:

@@ -48,7 +48,7 @@ class Claims:
         cpu_milli, memory_mib = takes(job)
         for placement in claim.placements:
             is_firm = claim.kind not in PATIENT_CLAIMS
-            place = ClaimedPlace(job.id, job.tenant, placement.partition, cpu_milli, memory_mib, is_firm)
+            place = ClaimedPlace(job.id, job.domain, placement.partition, cpu_milli, memory_mib, is_firm)
             self._pool.claim(self._pool.spaces[placement.node], place)
 
     def drop(self, job: JobId) -> None:

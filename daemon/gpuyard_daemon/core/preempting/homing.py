@@ -50,7 +50,7 @@ class HomeSearch(Search):
         space = space.beside_claims(self._job.id)
         cards = [space.by_uuid.get(uuid) for uuid in devices_of(self._home.partition)]
         is_free = all(
-            card is not None and card.takes_work and card.could_take(self._home.partition, self._job.tenant)
+            card is not None and card.takes_work and card.could_take(self._home.partition, self._job.domain)
             for card in cards
         )
         cpu_milli, memory_mib = takes(self._job)
@@ -59,5 +59,5 @@ class HomeSearch(Search):
     def _place(self, nodes: list[NodeId]) -> tuple[Placement, ...] | None:
         if not self._fits(self._home.node):
             return None
-        self._trial.take(self._job.id, 0, self._home, self._job.tenant, *takes(self._job))
+        self._trial.take(self._job.id, 0, self._home, self._job.domain, *takes(self._job))
         return (self._home,)

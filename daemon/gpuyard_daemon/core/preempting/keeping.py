@@ -87,10 +87,10 @@ def is_free(cluster: Cluster, job: Job, claim: Claim, without: Iterable[Job] = (
         if space.cpu_free_milli < cpu_milli or space.memory_free_mib < memory_mib:
             return False
         if not all(
-            space.by_uuid[uuid].could_take(placement.partition, job.tenant) for uuid in devices_of(placement.partition)
+            space.by_uuid[uuid].could_take(placement.partition, job.domain) for uuid in devices_of(placement.partition)
         ):
             return False
-        trial.take(job.id, replica, placement, job.tenant, cpu_milli, memory_mib)
+        trial.take(job.id, replica, placement, job.domain, cpu_milli, memory_mib)
     return True
 
 

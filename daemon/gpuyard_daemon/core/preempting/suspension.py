@@ -96,7 +96,7 @@ def _resume(draft: Draft, job: Job) -> None:
 
 def _has_room(space: NodeSpace, job: Job, home: Partition) -> bool:
     cards = [space.by_uuid[uuid] for uuid in devices_of(home)]
-    is_free = all(card.takes_work and card.could_take(home, job.tenant) for card in cards)
+    is_free = all(card.takes_work and card.could_take(home, job.domain) for card in cards)
     return is_free and space.cpu_free_milli >= job.spec.need.cpu_milli
 
 

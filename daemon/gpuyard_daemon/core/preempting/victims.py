@@ -4,7 +4,8 @@ Planned on a trial of the pool, and nothing is left of a plan that does not work
 once the victims are gone, or nobody is told to go. What is on its way out anyway counts as gone, for nothing.
 
 On one node: victims by band, level and cost, largest first, until the replica fits; then those are let be that turn out
-not to be needed, the dearest first. Over several nodes: member by member on the node where the next is cheapest, given
+not to be needed, the dearest first. Of nodes that cost the same, that whose victims are larger: taking whoever stands on
+the first node instead sent short jobs away again and again, for twice as many preemptions in all. Over several nodes: member by member on the node where the next is cheapest, given
 who has to go already; a gang that has to go frees all its nodes for its cost.
 """
 
@@ -55,7 +56,7 @@ class Search:
 
     def single(self) -> Plan | None:
         """The cheapest node for a job of one replica."""
-        best: tuple[int, int, int, NodeId, list[Occupant]] | None = None
+        best: tuple[int, int, int, int, NodeId, list[Occupant]] | None = None
         for node in sorted(self._by_node, key=self._number):
             if self.looks <= 0:
                 break
@@ -63,11 +64,12 @@ class Search:
             chosen = self._free(node)
             self._trial.undo(mark)
             if chosen is not None:
-                found = (sum([o.lost_milli_ms for o in chosen]), len(chosen), self._number(node), node, chosen)
-                best = min(best, found, key=lambda plan: plan[:3]) if best else found
+                cost, number = sum([o.lost_milli_ms for o in chosen]), self._number(node)
+                found = (cost, len(chosen), -_least_level(chosen), number, node, chosen)
+                best = min(best, found, key=lambda plan: plan[:4]) if best else found
         if best is None:
             return None
-        return self._settle(best[4], [best[3]])
+        return self._settle(best[5], [best[4]])
 
     def gang(self, roomy: Iterable[NodeId]) -> Plan | None:
         """Places for all replicas. `roomy`: nodes that take some of them as they are."""
@@ -93,8 +95,9 @@ class Search:
         """The same on these nodes alone."""
         victims: dict[JobId, Occupant] = {}
         members = dict.fromkeys(nodes, 0)
-        #: (cost of the next member, has none yet, number, node, state of the node's offer): the cheapest first.
-        offers: list[tuple[int, bool, int, NodeId, int]] = []
+        #: (cost of the next member, has none yet, level of its victims, number, node, state of the node's offer): the
+        #: cheapest first.
+        offers: list[tuple[int, bool, int, int, NodeId, int]] = []
         states = dict.fromkeys(nodes, 0)
         for node in nodes:
             self._offer(node, members, states, offers)
@@ -102,7 +105,7 @@ class Search:
         while placed < self._shape.replicas:
             if not offers or self.looks <= 0:
                 return None
-            _, _, _, node, state = heapq.heappop(offers)
+            *_, node, state = heapq.heappop(offers)
             if state != states[node]:
                 continue
             chosen = self._free(node)
@@ -126,14 +129,15 @@ class Search:
         node: NodeId,
         members: Mapping[NodeId, int],
         states: Mapping[NodeId, int],
-        offers: list[tuple[int, bool, int, NodeId, int]],
+        offers: list[tuple[int, bool, int, int, NodeId, int]],
     ) -> None:
         mark = self._trial.mark()
         chosen = self._free(node)
         self._trial.undo(mark)
         if chosen is not None:
             cost = sum([occupant.lost_milli_ms for occupant in chosen])
-            heapq.heappush(offers, (cost, not members[node], self._number(node), node, states[node]))
+            is_new, level = not members[node], -_least_level(chosen)
+            heapq.heappush(offers, (cost, is_new, level, self._number(node), node, states[node]))
 
     # --- one node ----------------------------------------------------------------------------------------------------
 
@@ -188,7 +192,7 @@ class Search:
         self._trial.without(held)
         if occupant.kind == "suspend":
             hold, memory_mib = self._image(occupant)
-            self._trial.restore(hold, occupant.job.tenant, 0, memory_mib)
+            self._trial.restore(hold, occupant.job.domain, 0, memory_mib)
 
     def _image(self, occupant: Occupant) -> tuple[Assignment, int]:
         """What a suspended victim holds of its node, and how much memory that is."""
@@ -210,7 +214,7 @@ class Search:
         if occupant.kind == "suspend":
             self._trial.without([self._image(occupant)[0]])
         for assignment in self._taken_off[job.id]:
-            self._trial.restore(assignment, job.tenant, job.spec.need.cpu_milli, job.spec.need.memory_mib)
+            self._trial.restore(assignment, job.domain, job.spec.need.cpu_milli, job.spec.need.memory_mib)
 
     def _forget(self, occupant: Occupant) -> set[NodeId]:
         """A victim that is chosen is no candidate any more; the nodes that it leaves."""
@@ -260,14 +264,14 @@ class Search:
                 space.cpu_free_milli >= need.cpu_milli
                 and space.memory_free_mib >= need.memory_mib
                 and all(
-                    space.by_uuid[uuid].could_take(assignment.partition, job.tenant)
+                    space.by_uuid[uuid].could_take(assignment.partition, job.domain)
                     for uuid in devices_of(assignment.partition)
                 )
             )
             if not fits:
                 self._trial.undo(mark)
                 return False
-            self._trial.restore(assignment, job.tenant, need.cpu_milli, need.memory_mib)
+            self._trial.restore(assignment, job.domain, need.cpu_milli, need.memory_mib)
         nodes = {assignment.node for assignment in self._taken_off[job.id]}
         # It must not stay at the price of what others were promised, CPUs and memory included.
         stays = all(_firm_claims_fit(self._trial.space(node), self._job.id) for node in nodes)
@@ -304,5 +308,10 @@ def _giving_order(occupant: Occupant) -> tuple[int, int, int, int]:
     return (-occupant.band, -occupant.level, occupant.lost_milli_ms, -occupant.job.id)
 
 
-def _dear_first(occupant: Occupant) -> tuple[int, int]:
-    return (-occupant.lost_milli_ms, occupant.job.id)
+def _dear_first(occupant: Occupant) -> tuple[int, int, int]:
+    """Of equally dear ones the smallest: who is as dear and larger goes rather."""
+    return (-occupant.lost_milli_ms, occupant.level, occupant.job.id)
+
+
+def _least_level(chosen: Iterable[Occupant]) -> int:
+    return min([occupant.level for occupant in chosen], default=0)

@@ -122,6 +122,7 @@ def start_order(job: Job, assignment: Assignment) -> Start:
             idle=spec.idle,
             image=spec.image,
             launcher=spec.launcher,
+            share_domain=spec.need.share_domain,
             secrets=spec.secrets,
             replicas_min=spec.min_replicas,
             replicas_max=job.most_replicas if spec.min_replicas else 0,

@@ -15,7 +15,7 @@ from gpuyard_daemon.core.state.facts import ClaimKind, NodeState, Placement, Ver
 from gpuyard_protocol.jobs import JobSpec, JobState, SubmissionAnswer, Why
 from gpuyard_protocol.names import AssignmentKey, DeviceUuid, JobId, NodeId, ServiceName, SubmissionId, Tenant, User
 from gpuyard_protocol.nodes import Inventory
-from gpuyard_protocol.resources import Device, Partition, ResourceNeed
+from gpuyard_protocol.resources import Device, Partition, ResourceNeed, share_domain_of
 from gpuyard_protocol.services import ServiceSpec
 
 #: `ordered`: the node was told to start (or prepare) it. `prepared`: waits for the gang. `released`: told to go.
@@ -164,6 +164,11 @@ class Job(_Record):
     scaled_ms: int = 0
     #: How fast its cards are in its present run, in thousandths of the fastest.
     speed_milli: int = 1000
+
+    @property
+    def domain(self) -> str:
+        """With whom it shares cards."""
+        return share_domain_of(self.tenant, self.spec.need.share_domain)
 
     @property
     def most_replicas(self) -> int:
@@ -327,8 +332,9 @@ class Totals(_Record):
     #: Times that a running job gave way to another, and the GPU time that this cost, thousandths of a card × ms.
     preempted: int = 0
     preempted_milli_ms: int = 0
-    #: Of these, with room elsewhere.
+    #: Of these, with room elsewhere, and what of that time they cost.
     moved: int = 0
+    moved_milli_ms: int = 0
 
 
 class Array(_Record):

@@ -171,6 +171,6 @@ def _hold(cluster: Cluster, job: Job) -> None:
     for assignment in job.assignments:
         if assignment.is_live:
             space = cluster.pool.spaces[assignment.node]
-            cluster.pool.take(space, assignment, job.tenant, *assignment.held(job.spec.need))
+            cluster.pool.take(space, assignment, job.domain, *assignment.held(job.spec.need))
             note_lease(cluster, assignment)
             holdings.restore(cluster, job, space, assignment)
