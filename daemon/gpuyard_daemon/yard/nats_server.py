@@ -32,7 +32,7 @@ from gpuyard_daemon.yard.ballast import Ballast
 from gpuyard_daemon.yard.keys import YardKeys
 from gpuyard_daemon.yard.reload import reaches_daemon
 from gpuyard_daemon.yard.server_files import ConfigurationError, KeptByUp, Server, find_server, write_server_config
-from gpuyard_daemon.yard.store_watch import StoreWatch
+from gpuyard_daemon.yard.store_watch import StoreWatch, takes_messages
 from gpuyard_protocol.bus.base import BusError
 from gpuyard_protocol.names import Tenant, User
 
@@ -139,15 +139,19 @@ class NatsServer:
         self._supervisor = asyncio.create_task(self._supervise(), name="nats-server")
         self._watcher = asyncio.create_task(self._watch().run(), name="nats-server store")
 
-    async def stop(self) -> None:
-        """End the server and wait for it; safe to call at any time, also twice."""
+    async def stores(self, within_s: float) -> bool:
+        """Whether it takes a message and says so, in this time."""
+        return await takes_messages(self.url, self._keys, self._yard, tls_ca=self.tls_ca, within_s=within_s)
+
+    async def stop(self, timeout_s: float = STOP_TIMEOUT_S) -> None:
+        """End the server and wait for it, SIGKILL after the timeout; safe to call at any time, also twice."""
         self._is_stopping = True
         for task in (self._watcher, self._supervisor):
             if task is not None:
                 task.cancel()
                 await asyncio.gather(task, return_exceptions=True)
         self._watcher = self._supervisor = None
-        await self._end_process()
+        await self._end_process(timeout_s)
         (self._directory / "nats.pid").unlink(missing_ok=True)
 
     async def reload(self, *, new_users: list[tuple[Tenant, User]] | None = None) -> None:
@@ -293,14 +297,14 @@ class NatsServer:
                 self._on_event(str(error))
                 await asyncio.sleep(pause_s)
 
-    async def _end_process(self) -> None:
+    async def _end_process(self, timeout_s: float = STOP_TIMEOUT_S) -> None:
         process = self._process
         if process is None or process.returncode is not None:
             return
         with contextlib.suppress(ProcessLookupError):
             process.send_signal(signal.SIGTERM)
         try:
-            async with asyncio.timeout(STOP_TIMEOUT_S):
+            async with asyncio.timeout(timeout_s):
                 await process.wait()
         except TimeoutError:
             with contextlib.suppress(ProcessLookupError):

@@ -156,6 +156,23 @@ class StoreWatch:
                 await bus.close()
 
 
+async def takes_messages(url: str, keys: YardKeys, yard: str, *, tls_ca: str | None, within_s: float) -> bool:
+    """Whether an append is acknowledged now."""
+    try:
+        async with asyncio.timeout(within_s):
+            bus = await nats.connect(
+                url, name="gpuyard probe", inbox_prefix=DAEMON_INBOX, seed=str(keys.daemon), tls_ca=tls_ca
+            )
+            try:
+                await bus.ensure_stream(probe_stream(yard))
+                await bus.stream_publish(PROBE, b"", timeout=within_s)
+            finally:
+                await bus.close()
+    except (BusError, OSError, TimeoutError):
+        return False
+    return True
+
+
 def probe_stream(yard: str) -> StreamSpec:
     """One message at a time, of no content."""
     return StreamSpec(

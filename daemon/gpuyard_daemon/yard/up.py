@@ -17,7 +17,7 @@ import os
 import pwd
 import sys
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -54,6 +54,11 @@ STREAMS_MAX_MIB = 12 * 1024
 HURRIED_GRACE_S = 0.5
 #: A supervisor that has nothing to do ends this soon after its agent.
 SUPERVISOR_LEAVES_S = 2.0
+#: While the yard stops: an append is tried this often, and so many in a row without an acknowledgement mean that the
+#: store is dead. Then each process has this long to end. Together with its jobs, all is over within ten seconds.
+PROBE_S = 1.2
+MISSED_PROBES_MAX = 3
+DEAD_STOP_S = 1.0
 #: In the environment of every job; its directory lies below the yard's.
 JOB_DIR_VARIABLE = "GPUYARD_JOB_DIR"
 ACTIVE_STATES = ("starting", "running", "suspended", "stopping")
@@ -104,6 +109,8 @@ class Yard:
         self._announcement = ""
         #: Set by whoever wants the stop without grace.
         self.hurry = asyncio.Event()
+        #: Nothing is stored any more: whatever is waited for in a stop would not come.
+        self._is_dead = False
 
     # -- start ---------------------------------------------------------------------------------------------------------
 
@@ -347,25 +354,43 @@ class Yard:
         """
         if keep_jobs and self.hurry.is_set():
             # Also in a hurry the journal must know that what is killed now is to start again.
-            await self._requeue_all(HURRIED_GRACE_S)
+            await self._while_it_stores(self._requeue_all(HURRIED_GRACE_S))
         elif keep_jobs:
-            await self._unless_hurried(self._requeue_all(GRACE_MAX_S))
+            await self._while_it_stores(self._requeue_all(GRACE_MAX_S), self.hurry.wait())
         await self._stop_processes()
         await end_jobs(self.home)
         self.home.forget_running()
         self.home.release()
 
-    async def _unless_hurried(self, work: Awaitable[None]) -> None:
-        task = asyncio.ensure_future(work)
-        hurried = asyncio.ensure_future(self.hurry.wait())
+    async def _while_it_stores(self, work: Coroutine[Any, Any, None], *ends: Coroutine[Any, Any, object]) -> None:
+        """Do it, until one of the ends comes or nothing is stored any more, when nobody can be told of a grace."""
+        task, dead = asyncio.ensure_future(work), asyncio.ensure_future(self._until_nothing_is_stored())
+        waited: list[asyncio.Future[Any]] = [task, dead, *(asyncio.ensure_future(end) for end in ends)]
         try:
-            await asyncio.wait([task, hurried], return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
             if task.done():
                 await task
+            elif dead.done() or not await self._is_stored():
+                self._give_up_store()
         finally:
-            for waiting in (task, hurried):
+            for waiting in waited:
                 waiting.cancel()
-            await asyncio.gather(task, hurried, return_exceptions=True)
+            await asyncio.gather(*waited, return_exceptions=True)
+
+    async def _until_nothing_is_stored(self) -> None:
+        """Long enough for a server that died to be there again."""
+        missed = 0
+        while missed < MISSED_PROBES_MAX:
+            began = time.monotonic()
+            missed = 0 if await self._is_stored() else missed + 1
+            await asyncio.sleep(max(0.0, PROBE_S - (time.monotonic() - began)))
+
+    async def _is_stored(self) -> bool:
+        if self._nats is not None:
+            return await self._nats.stores(PROBE_S)
+        assert self.context is not None
+        host, _, port = self.context.http.rpartition(":")
+        return await answers_ready(host.rpartition("/")[2].strip("[]"), int(port))
 
     async def _requeue_all(self, grace_s: float) -> None:
         """Every job back into the queue, uncharged; return when nothing runs any more."""
@@ -376,14 +401,27 @@ class Yard:
                     self._say(f"{active} jobs end with grace and wait for the next start (Ctrl-C again: at once)")
                 await operator.shutdown(deadline_s=grace_s)
         except GpuyardError as error:
-            if not self.hurry.is_set():
+            if not await self._is_stored():
+                self._give_up_store()
+            elif not self.hurry.is_set():
                 self._say(f"stopping without grace: {error}")
+
+    def _give_up_store(self) -> None:
+        self._is_dead = True
+        self.hurry.set()
+        self._say("nothing is stored any more: stopping without grace; what ran is told as lost at the next start")
 
     async def _stop_processes(self) -> None:
         by_name = {child.name: child for child in self._children}
         # The standby before the daemon, which would let it lead otherwise.
         daemons = [child for name in ("standby", "daemon") if (child := by_name.pop(name, None)) is not None]
         agents = list(by_name.values())
+        if self._is_dead:
+            # None of them can put anything in order any more.
+            await asyncio.gather(*(child.stop(DEAD_STOP_S) for child in (*agents, *daemons)))
+            if self._nats is not None:
+                await self._nats.stop(DEAD_STOP_S)
+            return
         await asyncio.gather(
             *(agent.stop(3.0 if self.hurry.is_set() else processes.STOP_TIMEOUT_S) for agent in agents)
         )
