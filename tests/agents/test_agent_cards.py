@@ -58,11 +58,11 @@ async def test_an_agent_cuts_a_card_for_a_job_and_makes_it_whole_again(node: Nod
     await node.commander.order(Stop(key=start.key, grace_ms=0))
     assert (await node.commander.ended(start.key)).outcome == "stopped"
     assert node.driver.gpu().facts()["instances"] == []
-    assert node.driver.gpu().facts()["mig"] == [0, 0]
     ended = await node.run(
         2, "test $CUDA_VISIBLE_DEVICES = " + node.devices[0].uuid, WholeCards((node.devices[0].uuid,))
     )
     assert (ended.outcome, ended.exit_code) == ("exited", 0)
+    assert node.driver.gpu().facts()["mig"] == [0, 0]
 
 
 async def test_a_job_whose_card_is_lost_ends_so_and_the_card_is_reported(node: Node) -> None:

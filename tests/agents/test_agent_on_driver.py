@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
@@ -23,13 +22,7 @@ from gpuyard_protocol.nodes import (
     SuspendFailed,
 )
 from gpuyard_protocol.resources import MpsShare, WholeCards
-from support.agents import AgentRoom, Commander, agent_room, start_order, until_file
-
-
-@pytest.fixture
-async def room() -> AsyncIterator[AgentRoom]:
-    async with agent_room() as made:
-        yield made
+from support.agents import AgentRoom, Commander, start_order, until_file
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator
 
 import aiohttp
 import psutil
@@ -29,13 +28,7 @@ from gpuyard_protocol.nodes import (
     Telemetry,
 )
 from gpuyard_protocol.resources import MigInstance, MpsShare, WholeCards
-from support.agents import AgentRoom, Commander, agent_room, lines_of, order_surely, start_order, until_file
-
-
-@pytest.fixture
-async def room() -> AsyncIterator[AgentRoom]:
-    async with agent_room() as made:
-        yield made
+from support.agents import AgentRoom, Commander, lines_of, order_surely, start_order, until_file
 
 
 @pytest.fixture

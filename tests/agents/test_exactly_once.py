@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import resource
-from collections.abc import AsyncIterator
 
 import psutil
 import pytest
@@ -12,13 +11,7 @@ from gpuyard_agent.__main__ import EXIT_TEMPORARY
 from gpuyard_agent.config import EXIT_BAD_CONFIG
 from gpuyard_protocol.bus.base import BusError
 from gpuyard_protocol.nodes import Joined
-from support.agents import NODE, AgentRoom, agent_room, start_order, until_file
-
-
-@pytest.fixture
-async def room() -> AsyncIterator[AgentRoom]:
-    async with agent_room() as made:
-        yield made
+from support.agents import NODE, AgentRoom, start_order, until_file
 
 
 async def test_a_second_agent_of_one_name_exits_and_reports_nothing(room: AgentRoom) -> None:

@@ -21,7 +21,7 @@ from gpuyard_agent.devices.simulated import SimulatedBackend, parse_cards
 from gpuyard_agent.launch.base import Account
 from gpuyard_agent.partitions.base import NeighbourFault
 from gpuyard_agent.partitions.maker import CardPartitions
-from gpuyard_agent.partitions.room import CardLedger, mode_of
+from gpuyard_agent.partitions.room import CardLedger
 from gpuyard_protocol.names import AssignmentKey
 from gpuyard_protocol.resources import (
     Device,
@@ -33,6 +33,7 @@ from gpuyard_protocol.resources import (
     TimeSliceShare,
     WholeCards,
     devices_of,
+    mode_of,
 )
 
 ALICE = Account(name="alice", uid=1001, gid=1001)

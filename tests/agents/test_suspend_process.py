@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
@@ -20,16 +19,10 @@ from gpuyard_protocol.nodes import (
     SuspendFailed,
 )
 from gpuyard_protocol.resources import TimeSliceShare, WholeCards
-from support.agents import AgentRoom, Commander, agent_room, start_order, until_file
+from support.agents import AgentRoom, Commander, start_order, until_file
 
 #: Modelled programs hold so much of their card.
 USED_PCT = 85
-
-
-@pytest.fixture
-async def room() -> AsyncIterator[AgentRoom]:
-    async with agent_room() as made:
-        yield made
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ from gpuyard_agent.core import cards, life, orders, suspension
 from gpuyard_agent.core.actions import ForgetProcess, Turn
 from gpuyard_agent.core.book import Book, Counters
 from gpuyard_agent.core.events import (
+    AssignmentEvent,
     CardBroke,
     CardReturned,
     Event,
@@ -131,29 +132,7 @@ class AgentCore:
                 if (assignment := book.live.get(event.key)) is not None:
                     self._handle_assignment(assignment, event)
 
-    def _handle_assignment(
-        self,
-        assignment: Assignment,
-        event: (
-            PartitionReady
-            | PartitionFailed
-            | PartitionUndone
-            | UndoFailed
-            | PortFree
-            | PortTaken
-            | ProcessStarted
-            | ProcessRefused
-            | ProcessExited
-            | ProcessSuspended
-            | SuspendRefused
-            | ProcessResumed
-            | ResumeRefused
-            | ProcessBroken
-            | MustEnd
-            | SeenIdle
-            | TimeHalted
-        ),
-    ) -> None:
+    def _handle_assignment(self, assignment: Assignment, event: AssignmentEvent) -> None:
         book = self._book
         match event:
             case PartitionReady():

@@ -232,11 +232,9 @@ class TimePassed:
     """A deadline of the core may have come."""
 
 
-Event: TypeAlias = (
-    OrdersReceived
-    | SyncReceived
-    | RenewalReceived
-    | PartitionReady
+#: About one assignment, of which the key is told.
+AssignmentEvent: TypeAlias = (
+    PartitionReady
     | PartitionFailed
     | PartitionUndone
     | UndoFailed
@@ -250,13 +248,19 @@ Event: TypeAlias = (
     | ProcessResumed
     | ResumeRefused
     | ProcessBroken
+    | MustEnd
+    | SeenIdle
+    | TimeHalted
+)
+Event: TypeAlias = (
+    AssignmentEvent
+    | OrdersReceived
+    | SyncReceived
+    | RenewalReceived
     | ProcessesListed
     | InventoryRead
     | CardBroke
     | CardReturned
-    | MustEnd
-    | SeenIdle
-    | TimeHalted
     | ReportsDelivered
     | TimePassed
 )

@@ -43,6 +43,7 @@ from gpuyard_protocol.resources import (
     TimeSliceShare,
     WholeCards,
     devices_of,
+    mode_of,
 )
 from gpuyard_protocol.units import MILLI
 
@@ -105,7 +106,7 @@ class _Card:
     def mode(self) -> Mode:
         if self.instances:
             return "mig"
-        return next((_mode_of(hold) for hold in self.holds.values()), "idle")
+        return next((mode_of(hold) for hold in self.holds.values()), "idle")
 
     def refuse(self, problem: str) -> PartitionRefused:
         return PartitionRefused(f"card {self.index} ({self.device.uuid}): {problem}")
@@ -251,7 +252,7 @@ class SimulatedBackend:
             card.holds[key] = partition
 
     def _check(self, card: _Card, partition: Partition) -> None:
-        mode = _mode_of(partition)
+        mode = mode_of(partition)
         if mode not in card.device.modes:
             raise card.refuse(f"cannot be used in mode {mode}")
         if card.mode not in ("idle", mode) or (mode == "whole" and card.holds):
@@ -357,20 +358,6 @@ def _between(one: int, other: int, count: int) -> str:
     if _numa_of(one, count) != _numa_of(other, count):
         return "system"
     return "same-switch" if one // 2 == other // 2 else "numa-node"
-
-
-def _mode_of(partition: Partition) -> Mode:
-    match partition:
-        case WholeCards():
-            return "whole"
-        case MigInstance():
-            return "mig"
-        case MpsShare():
-            return "mps"
-        case TimeSliceShare():
-            return "timeslice"
-        case NoGpu():
-            return "idle"
 
 
 def _memory_on(card: _Card, partition: Partition) -> int:

@@ -90,6 +90,21 @@ def open_output(path: str, account: Account) -> int:
     return descriptor
 
 
+def open_outputs(spec: ProcessSpec) -> tuple[int, int]:
+    """For standard output and errors: one descriptor twice where both go to one file."""
+    out = open_output(spec.stdout, spec.account)
+    try:
+        return out, out if spec.stderr == spec.stdout else open_output(spec.stderr, spec.account)
+    except StartRefused:
+        os.close(out)
+        raise
+
+
+def command_of(spec: ProcessSpec) -> list[str]:
+    """What is to be executed, whatever goes before it; a script is written first."""
+    return [*spec.wrapper, *(write_script(spec) if spec.script else ()), *spec.argv]
+
+
 def write_script(spec: ProcessSpec) -> list[str]:
     """The command that runs the script."""
     path = os.path.join(spec.job_dir, "script")

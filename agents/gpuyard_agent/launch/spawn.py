@@ -20,7 +20,7 @@ import subprocess
 from collections.abc import Iterator, Sequence
 
 from gpuyard_agent.launch.base import Account, ProcessSpec
-from gpuyard_agent.launch.job_files import StartRefused, check_account, make_job_dir, open_output, write_script
+from gpuyard_agent.launch.job_files import StartRefused, check_account, command_of, make_job_dir, open_outputs
 
 #: Names the start in the environment of every process of it: `<supervisor's state id>/<key>`.
 MARK = "GPUYARD_LAUNCH"
@@ -32,22 +32,15 @@ def spawn(spec: ProcessSpec, mark: str) -> int:
     """The pid of the new process, leader of its session. Raises `StartRefused`."""
     check_account(spec.account)
     make_job_dir(spec)
-    argv = list(spec.argv)
-    if spec.script:
-        argv = [*write_script(spec), *argv]
-    argv = [*spec.wrapper, *argv]
+    argv = command_of(spec)
     if not argv:
         raise StartRefused("CommandNotFound", "the command is empty")
-    out = open_output(spec.stdout, spec.account)
+    out, err = open_outputs(spec)
     try:
-        err = out if spec.stderr == spec.stdout else open_output(spec.stderr, spec.account)
-        try:
-            return _start(spec, argv, {**spec.env, MARK: mark}, out, err)
-        finally:
-            if err != out:
-                os.close(err)
+        return _start(spec, argv, {**spec.env, MARK: mark}, out, err)
     finally:
-        os.close(out)
+        for descriptor in {out, err}:
+            os.close(descriptor)
 
 
 def _start(spec: ProcessSpec, argv: list[str], env: dict[str, str], out: int, err: int) -> int:

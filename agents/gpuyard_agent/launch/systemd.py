@@ -15,7 +15,6 @@ import asyncio
 import contextlib
 import os
 import signal
-import stat
 from collections import deque
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from pathlib import Path
@@ -34,22 +33,19 @@ from gpuyard_agent.launch.base import (
     Started,
     StartResult,
 )
-from gpuyard_agent.launch.command import resolve
-from gpuyard_agent.launch.job_files import StartRefused, check_account, make_job_dir, open_output, write_script
+from gpuyard_agent.launch.job_files import StartRefused
 from gpuyard_agent.launch.leases import Lease, Leases
+from gpuyard_agent.launch.prepared import Prepared, prepare
 from gpuyard_agent.launch.systemd_bus import (
-    NO_SUCH_PROCESS,
-    NO_SUCH_UNIT,
-    NOT_SUPPORTED,
     SERVICE,
     UNIT,
     UNIT_EXISTS,
     SystemdManager,
     SystemdRefused,
 )
+from gpuyard_agent.launch.systemd_control import UnitControl
 from gpuyard_agent.launch.systemd_units import (
     FACTS,
-    NO_LIMIT,
     OVER,
     STOPPING,
     UnitFacts,
@@ -86,15 +82,6 @@ class _Replica(msgspec.Struct, kw_only=True):
     exit: ProcessExit | None = None
 
 
-class _Prepared(msgspec.Struct, frozen=True):
-    """What a start needs of the file system."""
-
-    program: str
-    argv: list[str]
-    out: int
-    err: int
-
-
 class SystemdLauncher:
     """Launches through the systemd that this host runs."""
 
@@ -111,8 +98,7 @@ class SystemdLauncher:
         self._starting: dict[AssignmentKey, asyncio.Task[StartResult]] = {}
         #: Variables of the manager, which every service would inherit.
         self._foreign: tuple[str, ...] = ()
-        #: Whether control groups can be frozen; otherwise trees are halted by signals.
-        self._freezes = True
+        self._control = UnitControl()
         self._frozen: set[AssignmentKey] = set()
         #: Units that are being read for the first time, and whether they changed meanwhile.
         self._first_reads: dict[str, bool] = {}
@@ -326,7 +312,7 @@ class SystemdLauncher:
         if known is not None:
             return _started(known)
         try:
-            prepared = await asyncio.to_thread(_prepare, spec)
+            prepared = await asyncio.to_thread(prepare, spec)
         except StartRefused as refused:
             return Refused(key=spec.key, code=refused.code, detail=refused.detail)
         try:
@@ -341,7 +327,7 @@ class SystemdLauncher:
             for descriptor in {prepared.out, prepared.err}:
                 os.close(descriptor)
 
-    async def _start_unit(self, spec: ProcessSpec, prepared: _Prepared) -> StartResult:
+    async def _start_unit(self, spec: ProcessSpec, prepared: Prepared) -> StartResult:
         manager, unit = self._require(), unit_name(self._node, spec.key)
         one_output = prepared.out == prepared.err
         wanted = properties(spec, prepared.program, prepared.argv, self._foreign, one_output=one_output)
@@ -482,80 +468,29 @@ class SystemdLauncher:
         with contextlib.suppress(SystemdRefused):
             await self._require().describe(replica.unit, f"gpuyard replica {replica.key}{STOPPING}")
 
-    async def _kill(self, replica: _Replica, number: signal.Signals) -> None:
-        try:
-            await self._require().call("KillUnit", "ssi", [replica.unit, "all", int(number)])
-        except SystemdRefused as error:
-            if error.name not in (NO_SUCH_UNIT, NO_SUCH_PROCESS):
-                _log.warning("systemd would not signal", unit=replica.unit, why=str(error))
-
     async def limit_memory(self, key: AssignmentKey, memory_mib: int) -> None:
         manager = self._require()
         replica = self._replicas.get(key)
-        if replica is None or replica.exit is not None:
-            return
-        try:
-            (present,) = await manager.get(replica.unit, SERVICE, ("MemoryMax",))
-            if present != NO_LIMIT:
-                await manager.set_property(replica.unit, ("MemoryMax", "t", memory_mib * 2**20))
-        except SystemdRefused as error:
-            _log.warning("systemd would not change a limit", unit=replica.unit, why=str(error))
+        if replica is not None and replica.exit is None:
+            await self._control.limit_memory(manager, replica.unit, memory_mib)
 
     async def freeze(self, keys: Sequence[AssignmentKey], *, frozen: bool) -> None:
-        self._require()
+        manager = self._require()
         present = [replica for key in keys if (replica := self._replicas.get(key)) and replica.exit is None]
         if frozen:
             present = [replica for replica in present if not replica.stopping]
-        await asyncio.gather(*(self._freeze(replica) if frozen else self._thaw(replica) for replica in present))
+            self._frozen.update(replica.key for replica in present)
+        else:
+            self._frozen.difference_update(replica.key for replica in present)
+        turn = self._control.freeze if frozen else self._control.thaw
+        await asyncio.gather(*(turn(manager, replica.unit) for replica in present))
 
-    async def _freeze(self, replica: _Replica) -> None:
-        self._frozen.add(replica.key)
-        if self._freezes:
-            try:
-                await self._require().call("FreezeUnit", "s", [replica.unit])
-                return
-            except SystemdRefused as error:
-                if error.name != NOT_SUPPORTED:
-                    _log.warning("systemd would not freeze", unit=replica.unit, why=str(error))
-                    return
-                self._freezes = False
-        await self._kill(replica, signal.SIGSTOP)
+    async def _kill(self, replica: _Replica, number: signal.Signals) -> None:
+        await self._control.signal(self._require(), replica.unit, number)
 
     async def _thaw(self, replica: _Replica) -> None:
         self._frozen.discard(replica.key)
-        if self._freezes:
-            try:
-                await self._require().call("ThawUnit", "s", [replica.unit])
-                return
-            except SystemdRefused as error:
-                if error.name != NOT_SUPPORTED:
-                    return  # not frozen, or gone
-                self._freezes = False
-        await self._kill(replica, signal.SIGCONT)
-
-
-def _prepare(spec: ProcessSpec) -> _Prepared:
-    """In a thread: home directories may be on a slow file server."""
-    check_account(spec.account)
-    make_job_dir(spec)
-    cwd = spec.cwd or spec.job_dir
-    try:
-        is_directory = stat.S_ISDIR(os.stat(cwd).st_mode)
-    except PermissionError:
-        is_directory = True  # we may not look, the account perhaps may
-    except OSError:
-        is_directory = False
-    if not is_directory:
-        raise StartRefused("WorkingDirectoryMissing", f"there is no directory {cwd} on this node")
-    argv = [*write_script(spec), *spec.argv] if spec.script else list(spec.argv)
-    program, argv = resolve(spec, [*spec.wrapper, *argv])
-    out = open_output(spec.stdout, spec.account)
-    try:
-        err = out if spec.stderr == spec.stdout else open_output(spec.stderr, spec.account)
-    except StartRefused:
-        os.close(out)
-        raise
-    return _Prepared(program, argv, out, err)
+        await self._control.thaw(self._require(), replica.unit)
 
 
 def _started(replica: _Replica) -> Started:

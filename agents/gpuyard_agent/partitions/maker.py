@@ -20,11 +20,11 @@ from gpuyard_agent.launch.base import Account
 from gpuyard_agent.partitions.base import ModeMaker, NeighbourFault, PartitionGrant
 from gpuyard_agent.partitions.mig import MigMaker
 from gpuyard_agent.partitions.mps import CONTROL_PROGRAM, MpsMaker
-from gpuyard_agent.partitions.room import CardLedger, mode_of
+from gpuyard_agent.partitions.room import CardLedger
 from gpuyard_agent.partitions.timeslice import TimeSliceMaker
 from gpuyard_agent.partitions.whole import NothingMaker, WholeMaker
 from gpuyard_protocol.names import AssignmentKey, DeviceUuid
-from gpuyard_protocol.resources import Device, MigInstance, Mode, Partition, devices_of
+from gpuyard_protocol.resources import Device, MigInstance, Mode, Partition, devices_of, mode_of
 
 
 class CardPartitions:

@@ -35,6 +35,7 @@ from gpuyard_protocol.resources import (
     TimeSliceShare,
     WholeCards,
     devices_of,
+    mode_of,
 )
 from gpuyard_protocol.units import MILLI
 
@@ -50,21 +51,6 @@ class Holding(msgspec.Struct, frozen=True, kw_only=True):
     uid: int
     #: Soft shares meet on a card only inside one domain.
     share_domain: str
-
-
-def mode_of(partition: Partition) -> Mode:
-    """The mode a card must be in for this partition; `idle` if it needs no card."""
-    match partition:
-        case NoGpu():
-            return "idle"
-        case WholeCards():
-            return "whole"
-        case MigInstance():
-            return "mig"
-        case MpsShare():
-            return "mps"
-        case TimeSliceShare():
-            return "timeslice"
 
 
 class CardLedger:
