@@ -175,3 +175,36 @@ async def test_a_node_without_an_engine_refuses_by_name_and_takes_the_blame(room
     ended = await commander.ended(start.key)
     assert (ended.outcome, ended.code, ended.node_fault) == ("refused", "ContainerEngineMissing", True)
     assert "podman is not installed; docker is not installed" in ended.detail
+
+
+# --- an engine that has lost track ---
+
+#: Refuses everything but to begin anew, until it has been told to.
+LOST = """#!/bin/sh
+here=$(dirname "$0")
+echo "$@" >> "$here/calls"
+if [ "$1 $2" = "system migrate" ]; then touch "$here/anew"; exit 0; fi
+[ -e "$here/anew" ] && exit 0
+echo "invalid internal status, try resetting the pause process with \\"$0 system migrate\\": no such process"
+exit 125
+"""
+
+
+@pytest.mark.parametrize("ask", ["wake", "remove"])
+async def test_podman_that_has_lost_track_is_told_to_begin_anew(tmp_path: Path, ask: str) -> None:
+    (tmp_path / "podman").write_text(LOST)
+    (tmp_path / "podman").chmod(0o755)
+    containers = Containers(Engine(name="podman", path=str(tmp_path / "podman")), "n")
+    us = Account(name="us", uid=os.geteuid(), gid=os.getegid(), home=str(tmp_path))
+    await (containers.wake(us) if ask == "wake" else containers.remove(KEY, us))
+    first, anew, again = (tmp_path / "calls").read_text().splitlines()
+    assert (anew, again) == ("system migrate", first)
+
+
+async def test_an_account_that_the_engine_does_not_serve_is_the_nodes_fault(tmp_path: Path) -> None:
+    (tmp_path / "podman").write_text('#!/bin/sh\necho "cannot find UID/GID for user us: no subuid ranges"; exit 125\n')
+    (tmp_path / "podman").chmod(0o755)
+    containers = Containers(Engine(name="podman", path=str(tmp_path / "podman")), "n")
+    us = Account(name="us", uid=os.geteuid(), gid=os.getegid(), home=str(tmp_path))
+    with pytest.raises(NotContained, match=r"podman does not work for the account us: .* no subuid ranges"):
+        await containers.wake(us)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from gpuyard_agent.core.actions import (
+    Answer,
     ForgetProcess,
     StartProcess,
     StopProcess,
@@ -15,8 +16,11 @@ from gpuyard_agent.core.events import (
     ProcessesListed,
     ProcessExited,
     ProcessFound,
+    ReportsDelivered,
+    TimePassed,
 )
 from gpuyard_protocol.nodes import (
+    Desired,
     Ended,
     Started,
     Stop,
@@ -140,3 +144,30 @@ def test_a_time_limit_survives_a_restart(core: CoreHarness) -> None:
     core.now_ms += 1_000
     core.restart(found=[ProcessFound(KEY, 100, 1)])
     assert core.core.next_deadline_ms() == deadline
+
+
+# --- without a daemon ---
+
+
+def test_an_hour_without_a_daemon_stops_nothing_and_what_ended_in_it_is_told_once(core: CoreHarness) -> None:
+    """With an agent that dies in the middle of it. One job ends each minute, half of them go on."""
+    jobs = [start_order(number, "true") for number in range(1, 121)]
+    pids = {start.key: 1_000 + start.key.job for start in jobs}
+    for start in jobs:
+        core.run(start, pids[start.key])
+    core.tell(ReportsDelivered(len(core.reports)))
+    delivered = len(core.reports)
+    for minute in range(60):
+        core.now_ms += 60_000
+        assert not any(isinstance(action, StopProcess) for action in core.tell(TimePassed()).actions)
+        core.tell(ProcessExited(jobs[minute].key, exit_code=0))
+        core.undo(jobs[minute].key)
+        if minute == 30:
+            core.restart(found=[ProcessFound(key, pids[key], 1) for key in core.core.live])
+    ends = [report.key for report in core.reports[delivered:] if isinstance(report, Ended)]
+    assert ends == [start.key for start in jobs[:60]]
+    # The daemon is back, and believes what it believed an hour ago.
+    told = core.sync(*(Desired(start=start) for start in jobs))
+    assert [type(action) for action in told.actions] == [Answer]
+    assert [report for report in told.reports if isinstance(report, Ended)] == []
+    assert set(core.core.live) == {start.key for start in jobs[60:]}

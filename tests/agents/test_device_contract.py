@@ -22,6 +22,7 @@ KINDS = (
     "fake H100",
     "fake A30 and L4",
     "fake old driver",
+    "fake borrowed",
     pytest.param("real", marks=pytest.mark.gpu),
 )
 #: What a driver of years ago does not have.
@@ -54,6 +55,10 @@ async def backend(
                 yield made
         case "fake old driver":
             async with fake_cards(tmp_path, "A100-40GB", 2, without=NEW_FUNCTIONS) as (_, made):
+                yield made
+        case "fake borrowed":
+            # As a card is that is only lent: nothing may be switched, by settings and by the driver alike.
+            async with fake_cards(tmp_path, "H100-80GB", may_switch_mig=False, privileged=0) as (_, made):
                 yield made
         case _:
             real = NvmlBackend(may_switch_mig=False)
