@@ -25,6 +25,10 @@ class Unreachable(GpuyardError):
 class Full(Unreachable):
     """The yard has no room for more requests now; nothing was stored, and later there may be."""
 
+    def __init__(self, text: str, why: str = "") -> None:
+        super().__init__(text)
+        self.why = why or text
+
 
 class Forbidden(GpuyardError):
     """The server refused this key."""
@@ -32,6 +36,10 @@ class Forbidden(GpuyardError):
 
 class OutcomeUnknown(GpuyardError):
     """A request may have been taken in, but the word that it was did not come back."""
+
+
+class NoRoom(OutcomeUnknown):
+    """The yard ran out of room while a request was under way: very likely it is not stored, but nobody is certain."""
 
 
 class Undecided(GpuyardError):

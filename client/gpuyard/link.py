@@ -8,11 +8,12 @@ recognises; otherwise an unanswered one is an `OutcomeUnknown` for the caller to
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 from gpuyard.context import Context
-from gpuyard.errors import Forbidden, Full, GpuyardError, OutcomeUnknown, QueryFailed, Unreachable
+from gpuyard.errors import Forbidden, Full, GpuyardError, NoRoom, OutcomeUnknown, QueryFailed, Unreachable
 from gpuyard_protocol import subjects
 from gpuyard_protocol.bus.base import (
     Bus,
@@ -25,7 +26,7 @@ from gpuyard_protocol.bus.base import (
     Unanswered,
 )
 from gpuyard_protocol.codec import Malformed, decode, encode
-from gpuyard_protocol.queries import QueryError
+from gpuyard_protocol.queries import QueryError, Stats, StatsQuery
 
 T = TypeVar("T")
 Connector = Callable[[Context], Awaitable[Bus]]
@@ -36,6 +37,10 @@ DEFAULT_TIMEOUT_S = 15.0
 ATTEMPT_TIMEOUT_S = 5.0
 RETRY_PAUSE_S = 0.1
 RETRY_PAUSE_MAX_S = 1.0
+#: So long, and every so often, the yard is asked whether it was for want of room that no word came back: its daemon
+#: looks at the disk every 2 s.
+ALARMS_S = 3.0
+ALARMS_PAUSE_S = 0.25
 ANSWER_BYTES_MAX = 8 * 1024 * 1024
 _QUERY_ERROR_START = b'{"code":'
 #: JetStream's code for a stream, or a subject in it, at its bound.
@@ -99,6 +104,7 @@ class Link:
         subject = subjects.submission(self._context.tenant, self._context.user, verb)
         deadline = asyncio.get_running_loop().time() + timeout_s
         pause_s = RETRY_PAUSE_S
+        is_unsettled = False
         while True:
             try:
                 return (await self.bus.stream_publish(subject, payload, timeout=ATTEMPT_TIMEOUT_S)).sequence
@@ -106,19 +112,37 @@ class Link:
                 failure: BusError = error
             except Unanswered as error:
                 if not may_repeat:
-                    raise OutcomeUnknown(
-                        f"no word came back whether the request is stored ({error}): look with `gpuyard jobs` before "
-                        "sending it again, or give it a submission id, which makes repeating safe"
-                    ) from None
-                failure = error
+                    raise await self._unknown(error) from None
+                failure, is_unsettled = error, True
             except PublishRefused as error:
-                raise self._full(error) from None
+                refusal = self._full(error)
+                if is_unsettled:  # What is refused now may have been taken before.
+                    raise NoRoom(f"{refusal.why}, and no word came back whether the request is stored") from None
+                raise refusal from None
             except PermissionDenied as error:
                 raise Forbidden(str(error)) from None
             if asyncio.get_running_loop().time() + pause_s > deadline:
                 raise Unreachable(f"the yard does not take requests ({failure}): is `gpuyard up` running?")
             await asyncio.sleep(pause_s)
             pause_s = min(pause_s * 2, RETRY_PAUSE_MAX_S)
+
+    async def _unknown(self, error: Unanswered) -> OutcomeUnknown:
+        """What to say of a request that nobody confirmed: why, if the yard knows that it had no room."""
+        ask_again = (
+            "look with `gpuyard jobs` before sending it again, or give it a submission id, which makes repeating safe"
+        )
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + ALARMS_S
+        while (left_s := deadline - loop.time()) > 0:
+            with contextlib.suppress(GpuyardError):
+                stats = await self.ask("stats", StatsQuery(), Stats, timeout_s=left_s)
+                if alarms := [alarm for alarm in stats.alarms if "full" in alarm or "refused" in alarm]:
+                    return NoRoom(
+                        f"the yard ran out of room ({'; '.join(alarms)}), and no word came back whether the request is "
+                        f"stored: {ask_again}"
+                    )
+            await asyncio.sleep(ALARMS_PAUSE_S)
+        return OutcomeUnknown(f"no word came back whether the request is stored ({error}): {ask_again}")
 
     def _full(self, refusal: PublishRefused) -> Full:
         """The stream of submissions takes no more, of this user or of anybody."""
@@ -128,7 +152,7 @@ class Link:
             why = "there is no room left for requests (the yard's operator sees it in `gpuyard stats`)"
         else:
             why = refusal.description
-        return Full(f"the yard takes no more requests now: {why}; nothing was stored, try again later")
+        return Full(f"the yard takes no more requests now: {why}; nothing was stored, try again later", why)
 
 
 async def ask(

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 
 import pytest
 
 from gpuyard import Client, Context, JobView
-from gpuyard.errors import OutcomeUnknown, QueryFailed, Rejected, Unreachable
+from gpuyard.errors import NoRoom, OutcomeUnknown, QueryFailed, Rejected, Unreachable
 from gpuyard.events import Events
 from gpuyard.job import Job
 from gpuyard_protocol import subjects
@@ -18,7 +19,7 @@ from gpuyard_protocol.codec import decode, encode
 from gpuyard_protocol.jobs import JobEvent, SubmissionAnswer, Why
 from gpuyard_protocol.names import given_submission_id
 from gpuyard_protocol.nodes import LogChunk
-from gpuyard_protocol.queries import JobQuery, LogsQuery, QueryError, SubmissionQuery, SubmissionStatus
+from gpuyard_protocol.queries import JobQuery, LogsQuery, QueryError, Stats, SubmissionQuery, SubmissionStatus
 
 CONTEXT = Context(yard="main", url="memory", tenant="acme", user="alice")
 
@@ -32,6 +33,7 @@ class Daemon:
         self.views: dict[int, JobView] = {}
         self.output = b""
         self.asked: list[str] = []
+        self.alarms: tuple[str, ...] = ()
 
     async def open(self) -> None:
         await self.bus.ensure_stream(subjects.streams("main", 64 * 1024 * 1024).submissions)
@@ -44,6 +46,8 @@ class Daemon:
 
     def _answer(self, verb: str, data: bytes) -> object:
         match verb:
+            case "stats":
+                return Stats(yard="main", now_ms=1, alarms=self.alarms)
             case "submission":
                 return SubmissionStatus(answer=self.answers.get(decode(SubmissionQuery, data).submission_id))
             case "job":
@@ -142,6 +146,25 @@ async def test_an_unanswered_submission_is_not_repeated_without_an_id() -> None:
     with pytest.raises(OutcomeUnknown, match="give it a submission id"):
         await client.submit(command="true")
     assert (await world.daemon.bus.stream_state("SUB_main")).messages == 1
+
+
+async def test_a_yard_that_ran_out_of_room_meanwhile_is_named_as_the_reason() -> None:
+    world = World()
+    client = await world.client(lose_words_of_storage(1))
+    world.daemon.alarms = ("2 cards are out of order", "the disk of the NATS server is 100% full (0 free)")
+    with pytest.raises(NoRoom, match=r"ran out of room \(the disk .* full \(0 free\)\).*give it a submission id"):
+        await client.submit(command="true")
+    assert issubclass(NoRoom, OutcomeUnknown)
+
+
+async def test_a_refusal_after_silence_does_not_say_that_nothing_is_stored() -> None:
+    """The first attempt may have been taken, whatever the second was told."""
+    world = World()
+    client = await world.client(lose_words_of_storage(1))
+    spec = subjects.streams("main", 64 * 1024 * 1024).submissions
+    await world.daemon.bus.ensure_stream(replace(spec, max_messages_per_subject=1))
+    with pytest.raises(NoRoom, match="no word came back"):
+        await client.submit(command="true", submission_id="night-1")
 
 
 async def test_an_unanswered_submission_with_an_id_is_repeated() -> None:

@@ -32,6 +32,8 @@ MARGIN_BYTES = 2 * 1024**2
 #: A request large enough to need blocks of the disk that are not there.
 TEXT = "x" * 100_000
 DEADLINE_S = 60.0
+#: What was under way when the disk filled is told by then that it is for want of room.
+UNDER_WAY_MAX_S = 10.0
 
 
 def _fill(directory: Path, leaving: int) -> Path:
@@ -98,6 +100,8 @@ async def _play(yard: Yard, disk: Path) -> None:
         began = time.monotonic()
         error, took_s = await _refusal(client, marks, acknowledged)
         print(f"0 MiB left: after {took_s * 1000:.0f} ms: {error}", flush=True)
+        assert "room" in error, error
+        assert took_s < UNDER_WAY_MAX_S
         await eventually(lambda: _is_said(yard, "starting it again"), "the server is started again", timeout=DEADLINE_S)
         print(f"0 MiB left: the server was started again after {time.monotonic() - began:.1f} s", flush=True)
         full.unlink()
