@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -21,6 +22,16 @@ from gpuyard_protocol.names import given_submission_id
 from gpuyard_protocol.nodes import LogChunk
 from gpuyard_protocol.queries import JobQuery, LogsQuery, QueryError, Stats, SubmissionQuery, SubmissionStatus
 
+NO_STATS: dict[str, Any] = {
+    "yard": "main",
+    "now_ms": 1,
+    "jobs": {},
+    "nodes": {},
+    "gpus": 0,
+    "held_milli": 0,
+    "held_milli_ms": 0,
+    "capacity_milli_ms": 0,
+}
 CONTEXT = Context(yard="main", url="memory", tenant="acme", user="alice")
 
 
@@ -47,7 +58,7 @@ class Daemon:
     def _answer(self, verb: str, data: bytes) -> object:
         match verb:
             case "stats":
-                return Stats(yard="main", now_ms=1, alarms=self.alarms)
+                return Stats(**NO_STATS, alarms=self.alarms)
             case "submission":
                 return SubmissionStatus(answer=self.answers.get(decode(SubmissionQuery, data).submission_id))
             case "job":
