@@ -13,6 +13,7 @@ from gpuyard_daemon.core.state.inputs import PolicyChanged
 from gpuyard_daemon.core.tenants.policy import Policy
 from gpuyard_protocol.codec import Malformed, from_plain
 from gpuyard_protocol.jobs import JobRequest
+from gpuyard_protocol.resources import WholeCards
 from support.builders import CoreHarness, gpu, job, node
 
 HOUR = 3_600_000
@@ -166,3 +167,14 @@ def test_a_job_says_how_fast_models_are_for_it() -> None:
 def test_and_not_what_makes_no_sense(wrong: dict[str, float]) -> None:
     with pytest.raises(Malformed, match="throughput"):
         asked(throughput=wrong)
+
+
+def test_of_one_nodes_cards_too() -> None:
+    h = CoreHarness()
+    h.turn(PolicyChanged(policy=POLICY))
+    models = (FAST, SLOW, FAST, SLOW)
+    h.join(node("n-1", devices=[gpu(i, model=model, modes=("whole",)) for i, model in enumerate(models)]))
+    indifferent = h.submit(job(gpus=2, speeds=(("T4", 1000),)))
+    usual = h.submit(job(gpus=2))
+    assert h.partitions_of(indifferent) == [WholeCards(devices=("GPU-n-1-1", "GPU-n-1-3"))]
+    assert h.partitions_of(usual) == [WholeCards(devices=("GPU-n-1-0", "GPU-n-1-2"))]

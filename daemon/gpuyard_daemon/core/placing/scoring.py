@@ -152,9 +152,10 @@ def _ways(space: NodeSpace, shape: Shape, spanning: bool) -> list[_Way]:
         return [_Way(0, False, 0, 0, 0, 0, (), NO_ROOM)]
     _, positions = shape.eligible(space)
     if need.gpus:
-        cards, linked = whole_cards(space, positions, need.gpus)
-        switch = sum([space.cards[position].switch_milli("whole") for position in cards])
-        return [_Way(0, not linked, 0, 0, need.gpus * MILLI, 0, cards, NO_ROOM, switch=switch)]
+        kinds = {space.cards[position].kind for position in positions}
+        of_kinds = [tuple([p for p in positions if space.cards[p].kind == kind]) for kind in sorted(kinds)]
+        some = [positions, *of_kinds] if len(kinds) > 1 else [positions]
+        return [way for each in some if (way := _whole_on(space, each, need.gpus)) is not None]
     modes = modes_for(space, spanning=spanning)
     ways: list[_Way] = []
     seen: set[object] = set()
@@ -171,6 +172,15 @@ def _ways(space: NodeSpace, shape: Shape, spanning: bool) -> list[_Way]:
         if way is not None:
             ways.append(way)
     return ways
+
+
+def _whole_on(space: NodeSpace, positions: tuple[int, ...], count: int) -> _Way | None:
+    """So many of these cards whole; None if they are too few."""
+    if sum([1 for p in positions if space.cards[p].mode == "idle" and space.cards[p].takes_work]) < count:
+        return None
+    cards, linked = whole_cards(space, positions, count)
+    switch = sum([space.cards[position].switch_milli("whole") for position in cards])
+    return _Way(0, not linked, 0, 0, count * MILLI, 0, cards, NO_ROOM, switch=switch)
 
 
 def _way_on(card: Card, shape: Shape, modes: tuple[Mode, ...]) -> _Way | None:
