@@ -18,7 +18,7 @@ from gpuyard_daemon.core.placing.feasibility import Shape, judge
 from gpuyard_daemon.core.placing.gangs import Offers, plan_gang
 from gpuyard_daemon.core.placing.placement import Candidates
 from gpuyard_daemon.core.preempting import exchange
-from gpuyard_daemon.core.preempting.consolidation import STARTS_PER_MOVE
+from gpuyard_daemon.core.preempting.consolidation import within_budget
 from gpuyard_daemon.core.queueing.priority import PROBE_MS
 from gpuyard_daemon.core.queueing.ranking import TOP_LEVEL, ran_ms
 from gpuyard_daemon.core.state.facts import ClaimMade, Eviction
@@ -53,7 +53,7 @@ class JudgedHarness(CoreHarness):
         assert victim.spec.preemption != "never"
         assert victim.state in ("stopping", "suspended"), "everybody of a plan is told to go at once"
         if eviction.moved:
-            assert cluster.totals.moved * STARTS_PER_MOVE <= cluster.totals.started
+            assert within_budget(cluster, 0)
             return
         if "kept before it came" in eviction.why.text:
             # A guest was let in on these terms.

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 
 from gpuyard_daemon.core.placing.capacity import NodeSpace
 from gpuyard_daemon.core.preempting import exchange
-from gpuyard_daemon.core.preempting.consolidation import STARTS_PER_MOVE
+from gpuyard_daemon.core.preempting.consolidation import within_budget
 from gpuyard_daemon.core.preempting.reclaim import Reclaiming
 from gpuyard_daemon.core.preempting.reservations import RESERVATIONS_MAX
 from gpuyard_daemon.core.queueing.priority import PROBE_MS
@@ -141,8 +141,7 @@ class Judge(Scheduler):
                 softly.append(victim)
             if eviction.moved:
                 self._count("move")
-                totals = cluster.totals
-                assert (totals.moved + len(taken) + 1) * STARTS_PER_MOVE <= totals.started
+                assert within_budget(cluster, sum(each.lost_milli_ms for each in fact.evictions))
             elif _GUEST in eviction.why.text:
                 self._count("guest sent away")
             else:

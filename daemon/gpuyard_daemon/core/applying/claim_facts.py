@@ -49,6 +49,7 @@ def _evict(cluster: Cluster, eviction: f.Eviction, now_ms: int, effects: Effects
     victim.overhead_ms += eviction.overhead_ms
     cluster.totals.preempted += 1
     cluster.totals.moved += eviction.moved
+    cluster.totals.moved_milli_ms += eviction.lost_milli_ms if eviction.moved else 0
     cluster.totals.preempted_milli_ms += eviction.lost_milli_ms
     if eviction.kind == "suspend":
         suspend_facts.suspend(cluster, victim, eviction.why, now_ms, effects)

@@ -1,9 +1,14 @@
 """Moving running work aside when that makes the place that somebody waits for: one MIG instance off a card whose other
-slices are free, one job off a node that is whole but for it.
+slices are free, the small jobs off a node that others have room for.
 
 Not a preemption: whoever moves has room elsewhere right away, whatever its level. So it is not the exchange that
-counts, but the cost: what the moves cost, four times over, is less than what the claimant would hold in ten minutes.
-And they are rare: at most one for a hundred starts, of jobs that have run long enough.
+counts, but the cost: what the moves cost, four times over, is less than what the claimant would hold of idle cards
+until the place would have come about by itself. Nobody knows when; sizes having heavy tails, a job is expected to go on
+for as long again as it ran, and no yard looks the same after some hours. It is asked before anybody is preempted.
+
+Two things bound it: all moves together may cost one part in a hundred of the GPU time that work has held, and each
+counts against the credit of the job that moves, as a preemption does. A bound by starts (one move in a hundred) left
+whole nodes' worth of cards idle in pieces while jobs of eight cards waited for days; they were half of all queueing.
 """
 
 from __future__ import annotations
@@ -14,26 +19,45 @@ from typing import Final
 from gpuyard_daemon.core.placing.trial import PoolTrial
 from gpuyard_daemon.core.preempting import exchange
 from gpuyard_daemon.core.preempting.occupants import Occupant
+from gpuyard_daemon.core.preempting.reservations import left_ms
 from gpuyard_daemon.core.preempting.victims import Plan, Search
 from gpuyard_daemon.core.queueing.order import ShapeQueue, WaitingLine
 from gpuyard_daemon.core.queueing.ranking import width_milli
 from gpuyard_daemon.core.state import facts as f
+from gpuyard_daemon.core.state.cluster import Cluster
 from gpuyard_daemon.core.state.draft import Draft
 from gpuyard_daemon.core.state.model import Job
 from gpuyard_daemon.core.tenants.limits import may_hold
 from gpuyard_protocol.jobs import Why
 from gpuyard_protocol.units import MILLI
 
-#: One move for so many starts.
-STARTS_PER_MOVE: Final = 100
-#: Movers of one plan.
-MOVERS_MAX: Final = 2
+#: Moves may cost one part in so many of the GPU time that was held.
+BUDGET_DIVISOR: Final = 100
+#: Of the whole yard, added to that: a young yard may move the first few.
+BUDGET_PRIOR_MS: Final = 3_600_000
+#: Movers of one plan: as many as a node has cards, mostly.
+MOVERS_MAX: Final = 8
 #: Plans made for one claimant in a round.
 _PLANS_MAX: Final = 2
 #: Nodes tried for a mover.
 _NODES_MAX: Final = 16
-#: What a claimant would hold in this time stands against what the moves cost.
+#: What a claimant would hold in this time at least stands against what the moves cost, and in this time at most.
 HORIZON_MS: Final = 600_000
+HORIZON_MAX_MS: Final = 4 * 3_600_000
+
+
+def could_be_made(cluster: Cluster, job: Job) -> bool:
+    """Whether a place for a job could come about by moving, at a glance."""
+    width = width_milli(job)
+    # Whoever moves needs as much room elsewhere as the claimant finds where it was.
+    is_free = cluster.pool.capacity_milli - cluster.pool.held_milli >= width
+    return width > 0 and is_free and within_budget(cluster, 1)
+
+
+def within_budget(cluster: Cluster, lost_milli_ms: int) -> bool:
+    """Whether moves may cost so much more, thousandths of a card × ms."""
+    held = cluster.totals.held_milli_ms + cluster.pool.capacity_milli * BUDGET_PRIOR_MS
+    return (cluster.totals.moved_milli_ms + lost_milli_ms) * BUDGET_DIVISOR <= held
 
 
 def make_room(
@@ -41,14 +65,10 @@ def make_room(
 ) -> int:
     """Move work aside for a job if that is worth it and all of it has room elsewhere; how many looks are left."""
     cluster = draft.cluster
-    totals, width = cluster.totals, width_milli(job)
-    if looks <= 0 or not width or (totals.moved + 1) * STARTS_PER_MOVE > totals.started:
+    if looks <= 0:
         return looks
-    # Whoever moves needs as much room elsewhere as the claimant finds where it was.
-    free_milli = cluster.pool.capacity_milli - cluster.pool.held_milli
-    if free_milli < width:
-        return looks
-    worth = width * HORIZON_MS // (exchange.COST_WEIGHT * MILLI)
+    horizon_ms = max(HORIZON_MS, min(HORIZON_MAX_MS, left_ms(job, draft.now_ms)))
+    worth = width_milli(job) * horizon_ms // (exchange.COST_WEIGHT * MILLI)
     movable = [
         each
         for each in occupants
@@ -92,7 +112,7 @@ def _is_worth_it(draft: Draft, job: Job, plan: Plan, worth: int) -> bool:
     cluster = draft.cluster
     if sum([each.cost for each in plan.victims]) >= worth:
         return False
-    if (cluster.totals.moved + len(plan.victims)) * STARTS_PER_MOVE > cluster.totals.started:
+    if not within_budget(cluster, sum([each.lost_milli_ms for each in plan.victims])):
         return False
     return may_hold(cluster, job, plan.placements)
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from gpuyard_daemon.core.preempting import draining, exchange, homing, reservations, shrinking
-from gpuyard_daemon.core.preempting.consolidation import make_room
+from gpuyard_daemon.core.preempting.consolidation import could_be_made, make_room
 from gpuyard_daemon.core.preempting.draining import CutNodes
 from gpuyard_daemon.core.preempting.occupants import Occupant, occupants
 from gpuyard_daemon.core.preempting.reclaim import Reclaiming
@@ -160,6 +160,8 @@ class _Round:
         self._at_ms = at_ms
         self._looks = draft.settings.preempt_nodes
         self._occupants = present
+        #: Queues of those whom the round was held for.
+        self._heads: Sequence[ShapeQueue] = ()
         #: Claimants for whom it may yet be asked whether work could move aside, or a card be kept free.
         self._rooms_left = self._drains_left = _ROOMS_MAX
         #: When a card may be kept free for those who have not waited long enough for it; 0: there are none.
@@ -179,13 +181,18 @@ class _Round:
             moments.append(self._at_ms + 1)
         if self._patient_from_ms:
             moments.append(self._patient_from_ms)
-        return min(moments, default=0)
+        # Whoever waits is lifted by waiting, and may take then what it could not before.
+        cluster, now_ms = self._draft.cluster, self._draft.now_ms
+        waiting = [job for queue in self._heads for job in self._line.first_of(queue, 1)]
+        lifts = [cluster.ranking.standing_of(job, now_ms)[1] for job in [*waiting, *cluster.suspended.values()]]
+        return min([*moments, *[at_ms for at_ms in lifts if at_ms]], default=0)
 
     def hold(self, heads: Sequence[ShapeQueue]) -> bool:
         """Whether all of them were looked at."""
         cluster, settings = self._draft.cluster, self._draft.settings
         most = max(_MOVING_MIN_MILLI, cluster.pool.capacity_milli * settings.preempt_moving_permille // 1000)
         is_through = True
+        self._heads = heads
         if self._is_full:
             self._looks = reservations.review(self._draft, self._line, self._occupants, self._at_ms, self._looks)
             self._take_what_is_kept()
@@ -244,17 +251,18 @@ class _Round:
 
     def _serve(self, queue: ShapeQueue, job: Job, rank: Rank) -> bool:
         """Whether somebody gave way to a job, or it was let in as a guest."""
-        plan = self._plan(queue, job, rank)
-        if plan is not None:
-            self._carry_out(job, rank, plan)
-            return True
         cluster = self._draft.cluster
-        if self._is_full and self._rooms_left:
+        if self._rooms_left and could_be_made(cluster, job):
+            # Before anybody gives way: whoever moves has room elsewhere and goes on at once, a victim waits.
             self._rooms_left -= 1
             self._looks = make_room(self._draft, self._line, queue, job, self._occupants, self._looks)
             if (claim := cluster.claims.of(job.id)) is not None:
                 self._gone(claim.evicted)
                 return True
+        plan = self._plan(queue, job, rank)
+        if plan is not None:
+            self._carry_out(job, rank, plan)
+            return True
         if self._is_full and reservations.may_reserve(cluster, rank):
             self._looks = reservations.reserve(self._draft, queue, job, self._occupants, self._at_ms, self._looks)
             return job.id in cluster.claims

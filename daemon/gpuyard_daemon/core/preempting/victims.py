@@ -4,9 +4,9 @@ Planned on a trial of the pool, and nothing is left of a plan that does not work
 once the victims are gone, or nobody is told to go. What is on its way out anyway counts as gone, for nothing.
 
 On one node: victims by band, level and cost, largest first, until the replica fits; then those are let be that turn out
-not to be needed, the dearest first. Of nodes that cost the same, that whose victims are larger: taking whoever stands on
-the first node instead sent short jobs away again and again, for twice as many preemptions in all. Over several nodes: member by member on the node where the next is cheapest, given
-who has to go already; a gang that has to go frees all its nodes for its cost.
+not to be needed, the dearest first. Of nodes that cost the same, that whose victims are larger: taking whoever stands
+on the first node instead sent short jobs away again and again. Over several nodes: member by member on the node where
+the next is cheapest, given who has to go already; a gang that has to go frees all its nodes for its cost.
 """
 
 from __future__ import annotations
