@@ -3,8 +3,8 @@
 How long for each step is the job's own (`Launch.idle`, from its queue or class), or else the node's; all are off by
 default. A job is idle while its processes compute nothing (`IDLE_PCT` at most), where the driver tells load by
 process; else while every card it lies on computes nothing, so a share under MPS is idle only while its neighbours are
-too. A card that does not tell its load (MIG before Hopper) is never idle. Samples come with telemetry; while none come,
-the time counts on only up to `GAP_MS`.
+too. On a MIG instance it is by the instance's load. What does not tell its load (MIG before Hopper) is never idle.
+Samples come with telemetry; while none come, the time counts on only up to `GAP_MS`.
 
 Whether an idle job is suspended is not decided here but by the yard, which knows what the job agreed to. Once it is off
 its card it is not idle any more: whoever suspended it counts on.
@@ -15,6 +15,7 @@ Pure: samples and times come in, verdicts come out.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import Literal, NamedTuple
 
 import msgspec
@@ -62,12 +63,14 @@ class IdleWatch:
         live: Mapping[AssignmentKey, Assignment],
         now_ms: int,
         uses: Iterable[JobSample] = (),
+        instances: Mapping[AssignmentKey, int | None] = MappingProxyType({}),
     ) -> tuple[list[IdleStep], dict[AssignmentKey, Verdict]]:
-        """(what is to be told of whom, once each; those that must end). `now_ms`: the node's clock."""
+        """(what is to be told of whom, once each; those that must end). `now_ms`: the node's clock. `instances`: the
+        load of its MIG instance, of each that has one."""
         passed_ms = min(GAP_MS, now_ms - self._last_ms) if self._last_ms else 0
         self._last_ms = now_ms
         load = {sample.uuid: sample.utilization_pct for sample in samples}
-        own = {use.key: use.utilization_pct for use in uses if use.processes}
+        own = {use.key: use.utilization_pct for use in uses if use.processes} | dict(instances)
         idle: dict[AssignmentKey, _Idle] = {}
         steps: list[IdleStep] = []
         verdicts: dict[AssignmentKey, Verdict] = {}
@@ -101,8 +104,10 @@ def _stages(policy: IdleGpu) -> tuple[tuple[Literal["warn", "suspend"], int], ..
 def _is_idle(assignment: Assignment, load: Mapping[str, int | None], own_pct: int | None) -> bool:
     partition = assignment.start.partition
     cards = devices_of(partition)
-    if assignment.state != "running" or not cards or isinstance(partition, MigInstance):
+    if assignment.state != "running" or not cards:
         return False
     if own_pct is not None:
         return own_pct <= IDLE_PCT
+    if isinstance(partition, MigInstance):
+        return False  # what its card does is not its own
     return all((pct := load.get(card)) is not None and pct <= IDLE_PCT for card in cards)

@@ -368,6 +368,7 @@ class Runtime:
             self._use,
             self._idle,
             self._inbox.put,
+            self._hands.on_mig,
         )
         _log.info("connected", node=identity.node, instance=identity.instance)
         self._spawn(self._outbox.run(bus))

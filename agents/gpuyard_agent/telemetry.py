@@ -7,7 +7,7 @@ are never queued.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib import metadata
 
 import structlog
@@ -22,7 +22,7 @@ from gpuyard_agent.metrics import Metrics
 from gpuyard_protocol import subjects
 from gpuyard_protocol.bus.base import Bus, BusError
 from gpuyard_protocol.codec import encode
-from gpuyard_protocol.names import NodeId
+from gpuyard_protocol.names import AssignmentKey, NodeId
 from gpuyard_protocol.nodes import DeviceSample, Heartbeat, Telemetry
 from gpuyard_protocol.units import format_ms
 
@@ -54,7 +54,9 @@ class Pulse:
         use: JobUse,
         idle: IdleWatch,
         emit: Callable[[Event], None],
+        on_mig: Callable[[str], Iterable[AssignmentKey]],
     ) -> None:
+        """`on_mig`: who holds a MIG instance."""
         self._node = node
         self._instance = instance
         self._boot_id = boot_id
@@ -64,6 +66,7 @@ class Pulse:
         self._use = use
         self._idle = idle
         self._emit = emit
+        self._on_mig = on_mig
 
     async def beat(self, bus: Bus) -> None:
         subject = subjects.heartbeat(self._node)
@@ -109,7 +112,13 @@ class Pulse:
         if not samples:
             return
         live = self._core.live
-        steps, verdicts = self._idle.look(samples, live, host.node_clock_ms(), self._use.samples)
+        of_instances = {
+            key: instance.utilization_pct
+            for sample in samples
+            for instance in sample.instances
+            for key in self._on_mig(instance.mig_uuid)
+        }
+        steps, verdicts = self._idle.look(samples, live, host.node_clock_ms(), self._use.samples, of_instances)
         self._metrics.idle_assignments.set(self._idle.idle)
         for step in steps:
             idle = format_ms(step.idle_ms)

@@ -14,7 +14,7 @@ from gpuyard_agent.owners import owners_of
 from gpuyard_agent.watchdog import GRACE_MIB, Limit, MemoryWatch, Use
 from gpuyard_protocol.names import AssignmentKey
 from gpuyard_protocol.nodes import DeviceSample, IdleGpu, JobSample
-from gpuyard_protocol.resources import MpsShare, NoGpu, Partition, TimeSliceShare, WholeCards
+from gpuyard_protocol.resources import MigInstance, MpsShare, NoGpu, Partition, TimeSliceShare, WholeCards
 from support.agents import Commander, agent_room, start_order
 
 ONE, TWO = AssignmentKey(1, 1, 0), AssignmentKey(2, 1, 0)
@@ -118,6 +118,20 @@ def test_a_job_that_computes_or_cannot_be_seen_is_not_idle(partition: Partition,
     watch = IdleWatch(IdleGpu(release_ms=1_000))
     for now_ms in range(1_000, 60_000, 2_000):
         assert watch.look(samples(**load), running(partition), now_ms) == ([], {})
+
+
+def test_a_job_on_a_mig_instance_is_idle_by_the_load_of_that() -> None:
+    live = running(MigInstance("A", "1g.10gb", 0, 1, 9_984, 1))
+
+    def released(load: dict[AssignmentKey, int | None], card_pct: int | None = None) -> bool:
+        watch = IdleWatch(IdleGpu(release_ms=4_000))
+        ends = [watch.look(samples(A=card_pct), live, at, (), load)[1] for at in range(1_000, 9_000, 2_000)]
+        return any(ends)
+
+    assert released({ONE: 0})
+    assert not released({ONE: 40})
+    assert not released({ONE: None}), "before Hopper nothing is told"
+    assert not released({}, 0), "its card is idle: that says nothing of it"
 
 
 def test_work_in_between_and_missing_samples_do_not_count_as_idle() -> None:

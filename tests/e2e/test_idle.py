@@ -1,4 +1,4 @@
-"""Cards held idle on a whole yard: the owner is told, the job leaves its card until it is released, or it ends."""
+"""Cards held idle on a whole yard: the owner is told, the job leaves its card until it is resumed, or it ends."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def program(load: Path, ticks: Path) -> str:
     return f"while :; do echo $$ >> {ticks}; {says}; sleep 0.05; done"
 
 
-async def test_an_idle_job_leaves_its_card_and_goes_on_where_it_was_when_it_is_released(yard: Yard) -> None:
+async def test_an_idle_job_leaves_its_card_and_goes_on_where_it_was_when_it_is_resumed(yard: Yard) -> None:
     load, ticks = yard.scratch / "load", yard.scratch / "ticks"
     load.write_text("0\n")
     load.chmod(0o644)
@@ -64,7 +64,7 @@ async def test_an_idle_job_leaves_its_card_and_goes_on_where_it_was_when_it_is_r
         load.write_text("80\n")
         assert (await job.view()).state == "suspended"
         assert len(ticks.read_text().splitlines()) == halted
-        assert yard.cli("release", str(job.number)).returncode == 0
+        assert yard.cli("resume", str(job.number)).returncode == 0
 
         async def goes_on() -> bool:
             return len(ticks.read_text().splitlines()) > halted + 5
@@ -75,7 +75,7 @@ async def test_an_idle_job_leaves_its_card_and_goes_on_where_it_was_when_it_is_r
         await job.cancel()
 
 
-async def test_an_idle_job_that_nobody_releases_ends(yard: Yard) -> None:
+async def test_an_idle_job_that_nobody_resumes_ends(yard: Yard) -> None:
     load, ticks = yard.scratch / "no-load", yard.scratch / "other-ticks"
     load.write_text("0\n")
     load.chmod(0o644)
