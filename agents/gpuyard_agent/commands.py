@@ -18,6 +18,7 @@ from gpuyard_agent.inbox import Inbox
 from gpuyard_agent.logs import Followers, LogStore
 from gpuyard_agent.metrics import Metrics
 from gpuyard_agent.sync_parts import OutOfOrder, SyncParts
+from gpuyard_agent.uploads import Uploads
 from gpuyard_protocol.bus.base import Bus, BusError, Message
 from gpuyard_protocol.codec import Malformed, decode, encode
 from gpuyard_protocol.nodes import (
@@ -31,7 +32,9 @@ from gpuyard_protocol.nodes import (
     Start,
     Sync,
     SyncPart,
+    TakeUpload,
 )
+from gpuyard_protocol.uploads import UploadHeld
 
 #: A `Sync` states the whole desired set of a node.
 COMMAND_BYTES_MAX = 8 * 1024 * 1024
@@ -54,6 +57,7 @@ class CommandDoor:
         followers: Followers,
         metrics: Metrics,
         spawn: Spawn,
+        uploads: Uploads,
         *,
         must_be_forwarded: bool,
     ) -> None:
@@ -63,6 +67,7 @@ class CommandDoor:
         self._followers = followers
         self._metrics = metrics
         self._spawn = spawn
+        self._uploads = uploads
         self._must_be_forwarded = must_be_forwarded
         self._parts = SyncParts()
         self._requests = 0
@@ -95,6 +100,8 @@ class CommandDoor:
                 self._take_part(message, command)
             case ReadLog():
                 self._spawn(self._read_log(message.reply, command))
+            case TakeUpload():
+                self._spawn(self._take_upload(message.reply, command))
             case FollowLog():
                 self._reply(message.reply, self._followers.follow(command))
 
@@ -124,6 +131,13 @@ class CommandDoor:
 
     async def _read_log(self, reply: str, request: ReadLog) -> None:
         await self._publish(reply, encode(await asyncio.to_thread(self._store.read, request)))
+
+    async def _take_upload(self, reply: str, piece: TakeUpload) -> None:
+        try:
+            held = await self._uploads.take(piece)
+        except OSError as error:
+            held = UploadHeld(upload=piece.upload, error=f"the node cannot keep it: {error.strerror}")
+        await self._publish(reply, encode(held))
 
     def _reply(self, reply: str, answer: object) -> None:
         self._spawn(self._publish(reply, encode(answer)))

@@ -64,6 +64,7 @@ from gpuyard_agent.metrics import Metrics
 from gpuyard_agent.partitions.base import PartitionGrant, PartitionMaker, PartitionRefused
 from gpuyard_agent.suspending import Suspending
 from gpuyard_agent.tenant_secrets import SecretMissing, TenantSecrets
+from gpuyard_agent.uploads import UploadMissing, Uploads
 from gpuyard_protocol.names import AssignmentKey, NodeId
 from gpuyard_protocol.nodes import Launch, OrderAnswer
 from gpuyard_protocol.resources import MpsShare, Partition, devices_of, share_domain_of
@@ -103,6 +104,7 @@ class Hands:
         suspending: Suspending,
         containers: Containers,
         secrets: TenantSecrets,
+        uploads: Uploads,
         *,
         network: Mapping[str, str],
         emit: Callable[[Event], None],
@@ -120,6 +122,7 @@ class Hands:
         self._suspending = suspending
         self._containers = containers
         self._secrets = secrets
+        self._uploads = uploads
         self._emit = emit
         self._answer = answer
         self._spawn = spawn
@@ -165,7 +168,9 @@ class Hands:
         start = assignment.start
         return await self._take_place(start.key, start.partition, start.launch, adopting=True)
 
-    async def _take_place(self, key: AssignmentKey, partition: Partition, launch: Launch, *, adopting: bool) -> Event:
+    async def _take_place(
+        self, key: AssignmentKey, partition: Partition, launch: Launch, *, adopting: bool, resuming: bool = False
+    ) -> Event:
         take = self._partitions.adopt if adopting else self._partitions.prepare
         try:
             shares_card = isinstance(partition, MpsShare)
@@ -175,9 +180,11 @@ class Hands:
                 await self._containers.wake(account)
             if not adopting:
                 await self._checkpoints.make(launch.tenant, key.job, account)
+                if not resuming:
+                    await self._uploads.unpack(launch.tenant, launch.upload, self._store.files(key).job_dir, account)
                 await self._secrets.hand_over(key, launch.tenant, launch.user, launch.secrets, account)
             grant = await take(key, partition, account, share_domain_of(launch.tenant, launch.share_domain))
-        except (AccountMissing, SecretMissing) as error:
+        except (AccountMissing, SecretMissing, UploadMissing) as error:
             return PartitionFailed(key, error.code, str(error))
         except NotContained as error:
             return PartitionFailed(key, ENGINE_MISSING, str(error))
@@ -187,13 +194,13 @@ class Hands:
             # The node's fault and not the job's, as with cards that are taken: it may run elsewhere.
             return PartitionFailed(key, PartitionRefused.code, str(error))
         except OSError as error:
-            return PartitionFailed(key, "OutputUnavailable", f"no directory for checkpoints or secrets: {error}")
+            return PartitionFailed(key, "OutputUnavailable", f"no directory for what it needs: {error}")
         self._places[key] = _Place(grant, account, partition, bool(launch.image))
         return PartitionReady(key)
 
     async def _take_again(self, action: ResumeProcess) -> Event:
         """The partition of one that was suspended."""
-        return await self._take_place(action.key, action.partition, action.launch, adopting=False)
+        return await self._take_place(action.key, action.partition, action.launch, adopting=False, resuming=True)
 
     async def _undo(self, key: AssignmentKey) -> None:
         try:

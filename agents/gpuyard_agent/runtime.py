@@ -52,6 +52,7 @@ from gpuyard_agent.suspending import Suspending, SuspendRules
 from gpuyard_agent.telemetry import Pulse
 from gpuyard_agent.tenant_secrets import TenantSecrets
 from gpuyard_agent.twin import Holder, claim
+from gpuyard_agent.uploads import Uploads
 from gpuyard_agent.watchdog import Watchdog
 from gpuyard_protocol import subjects
 from gpuyard_protocol.bus.base import Bus, BusError, Connector
@@ -137,6 +138,7 @@ class Runtime:
             identity.node, identity.instance, boot_id, content.outbox, self._on_delivered, ledger=ledger.id
         )
         self.metrics = Metrics(lambda: self._core.live, lambda: self._outbox.depth)
+        self._uploads = Uploads(rules.jobs.parent / "uploads")
         self._store = LogStore(rules.jobs, lambda key: key in self._core.live)
         self._suspending = self._make_suspending(checkpoint)
         self._suspending.restore(live)
@@ -181,6 +183,7 @@ class Runtime:
             self._suspending,
             self._containers,
             TenantSecrets(rules.secrets, rules.jobs.parent / "handed", self._identity.node),
+            self._uploads,
             network=training_environment(inventory.address, inventory.interfaces, inventory.rdma),
             emit=self._inbox.put,
             answer=self._answer,
@@ -349,6 +352,7 @@ class Runtime:
             followers,
             self.metrics,
             self._spawn,
+            self._uploads,
             must_be_forwarded=self._must_be_forwarded,
         )
         while True:

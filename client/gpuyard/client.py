@@ -23,6 +23,7 @@ from gpuyard.events import Events, JobListener, check_ids
 from gpuyard.job import Job
 from gpuyard.link import Connector, Link, connect_as_tenant, told
 from gpuyard.requests import JobLike, ServiceLike, batches, job_request, service_request
+from gpuyard.uploads import pack
 from gpuyard_protocol import subjects
 from gpuyard_protocol.bus.base import BusError
 from gpuyard_protocol.codec import encode
@@ -53,6 +54,7 @@ from gpuyard_protocol.queries import (
 )
 from gpuyard_protocol.scaling import RolloutAction, RolloutRequest, ScaleRequest
 from gpuyard_protocol.services import DeleteRequest, LoadReport, ServiceView
+from gpuyard_protocol.uploads import PIECE_BYTES, UploadHeld, UploadPiece
 
 #: How long to wait for the yard's decision on a request.
 DECISION_TIMEOUT_S = 60.0
@@ -122,6 +124,24 @@ class Client:
         job = job_request(request, fields)
         answer = await self._request("submit", encode(job), job.submission_id)
         return Job(self, answer.job, answer.submission_id, answer.elements, answer.note)
+
+    async def upload(self, directory: str | Path) -> str:
+        """Hand in what is in a directory, for jobs to bring along: the name that goes into `upload`."""
+        name, data = await asyncio.to_thread(pack, Path(directory))
+        held = await self._ask_upload(UploadPiece(upload=name, size=len(data)))
+        while not held.complete:
+            piece = data[held.held : held.held + PIECE_BYTES]
+            before = held.held
+            held = await self._ask_upload(UploadPiece(upload=name, size=len(data), offset=before, data=piece))
+            if not held.complete and held.held <= before and not piece:
+                raise GpuyardError(f"{directory} could not be handed in")
+        return name
+
+    async def _ask_upload(self, piece: UploadPiece) -> UploadHeld:
+        held = await self.link.ask("upload", piece, UploadHeld)
+        if held.error:
+            raise GpuyardError(held.error)
+        return held
 
     async def submit_many(
         self, requests: Iterable[JobLike], *, batched: bool = True, window: int = WINDOW

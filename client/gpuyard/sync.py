@@ -168,6 +168,9 @@ class SyncClient:
     def submit(self, request: JobLike | None = None, /, **fields: Any) -> SyncJob:
         return SyncJob(self, self.run(self._client.submit(request, **fields)))
 
+    def upload(self, directory: str | Path) -> str:
+        return self.run(self._client.upload(directory))
+
     def submit_many(
         self, requests: Iterable[JobLike], *, batched: bool = True, window: int = WINDOW
     ) -> list[SyncJob | Rejected]:

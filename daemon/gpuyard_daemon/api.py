@@ -28,6 +28,7 @@ from gpuyard_daemon.core.state.inputs import Input, RequeueAll
 from gpuyard_daemon.history import History, HistoryFilter
 from gpuyard_daemon.logs import LogForwarder
 from gpuyard_daemon.node_monitor import NodeMonitor
+from gpuyard_daemon.uploads import UploadStore, answer_upload
 from gpuyard_protocol.audit import ENTRIES_PAGE_MAX, READING_VERBS, AuditQuery
 from gpuyard_protocol.bus.base import Bus, BusError, Message, Subscription
 from gpuyard_protocol.codec import Malformed, decode, encode
@@ -141,6 +142,7 @@ class Api:
         hand_over: Callable[[], Awaitable[str]] | None = None,
         said_by: Mapping[str, Callable[[User, bytes], Awaitable[object]]] | None = None,
         alarms: Callable[[], tuple[str, ...]] = lambda: (),
+        uploads: UploadStore | None = None,
     ) -> None:
         self._bus = bus
         self._core = core
@@ -158,6 +160,7 @@ class Api:
         self._said_by = said_by or {}
         #: What a person should do something about.
         self._alarms = alarms
+        self._uploads = uploads
         self._subscriptions: list[Subscription] = []
         self._waiting: deque[_Question] = deque()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -175,6 +178,7 @@ class Api:
             "usage": self._usage,
             "submission": self._submission,
             "logs": self._read_logs,
+            "upload": self._take_upload,
             "shutdown": self._shutdown,
             "audit": self._read_audit,
             "handover": self._hand_over,
@@ -467,6 +471,11 @@ class Api:
         return await self._logs.read(owner[0], query, past)
 
     # -- stopping ------------------------------------------------------------------------------------------------------
+
+    def _take_upload(self, tenant: Tenant | None, data: bytes) -> Awaitable[object]:
+        if tenant is None or self._uploads is None:
+            raise _Refused("UnknownVerb", "uploads are for tenants to hand in")
+        return answer_upload(self._uploads, tenant, data)
 
     def _shutdown(self, tenant: Tenant | None, data: bytes) -> Awaitable[object]:
         request = decode(ShutdownRequest, data, max_bytes=QUESTION_BYTES_MAX)

@@ -56,6 +56,7 @@ from gpuyard_daemon.runtime import Durable, Runtime
 from gpuyard_daemon.snapshots import SnapshotStore
 from gpuyard_daemon.standby import Ground, stand_by
 from gpuyard_daemon.upkeep import Upkeep
+from gpuyard_daemon.uploads import Courier, UploadStore
 from gpuyard_protocol.bus.base import Bus, BusError, StreamUnavailable
 from gpuyard_protocol.bus.nats import connect
 from gpuyard_protocol.names import NodeId
@@ -116,6 +117,8 @@ class Daemon:
         self.runtime = Runtime(core, journal, clock, base.fate, base.health, self.measures, core.cursors)
         self.ingress = Ingress(bus, config.yard, self.runtime.inbox)
         self.announcer = Announcer(bus)
+        self.uploads = UploadStore(config.state_directory / "uploads")
+        self.courier = Courier(bus, self.uploads)
         self.dispatcher = Dispatcher(
             bus,
             core,
@@ -124,6 +127,7 @@ class Daemon:
             on_stale=self._node_is_ahead,
             may_command=journal.is_ours,
             clock_of=lambda node: self.monitor.clock_of(node),
+            on_starts=self.courier.starting,
         )
         self.monitor = _monitor(config, core, self.runtime, self.dispatcher)
         self.loads = Loads(core, self.runtime.inbox.add_fact)
@@ -151,6 +155,7 @@ class Daemon:
             hand_over=self.hand_over,
             said_by=self.node_verbs.verbs,
             alarms=lambda: self.levels.alarms,
+            uploads=self.uploads,
         )
         self._untold = list(replay.recent)
         self._tasks: list[asyncio.Task[None]] = []

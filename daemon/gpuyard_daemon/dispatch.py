@@ -29,7 +29,7 @@ from gpuyard_daemon.syncs import sync_messages
 from gpuyard_protocol.bus.base import Bus, BusError, Disconnected, NoResponders
 from gpuyard_protocol.codec import Malformed, decode, encode
 from gpuyard_protocol.names import NodeId
-from gpuyard_protocol.nodes import Desired, Order, OrderAnswer
+from gpuyard_protocol.nodes import Desired, Order, OrderAnswer, Start
 from gpuyard_protocol.subjects import commands
 
 log = structlog.get_logger("dispatch")
@@ -99,6 +99,7 @@ class Dispatcher:
         on_stale: Callable[[NodeId, str], None],
         may_command: Callable[[], Awaitable[bool]] | None = None,
         clock_of: Callable[[NodeId], tuple[str, int]] | None = None,
+        on_starts: Callable[[NodeId, list[Start]], None] | None = None,
     ) -> None:
         self._bus = bus
         self._core = core
@@ -111,6 +112,8 @@ class Dispatcher:
         #: The agent process heard last for a node, and its clock then: orders renew leases (`leases`). None: nobody
         #: listens.
         self._clock_of = clock_of
+        #: Told what a node is to start, beside the orders themselves.
+        self._on_starts = on_starts
         self._channels: dict[NodeId, Channel] = {}
         #: Channels that want to send a `Sync` and wait for the journal.
         self._unsettled: set[NodeId] = set()
@@ -138,6 +141,8 @@ class Dispatcher:
         for batch in orders:
             channel = self._channel(batch.node)
             _queue(channel, batch.first, batch.orders)
+            if self._on_starts is not None:
+                self._on_starts(batch.node, [order for order in batch.orders if isinstance(order, Start)])
             self._pump(channel)
         if self._unsettled:
             waiting, self._unsettled = self._unsettled, set()
@@ -232,6 +237,8 @@ class Dispatcher:
             if self._is_unheard(channel) and any(entry.start.launch.lease_ms for entry in desired):
                 # It could not start what is under a lease: its first heartbeat brings its clock, and this back.
                 return False
+            if self._on_starts is not None:
+                self._on_starts(channel.node, [entry.start for entry in desired if entry.stop is None])
             channel.pending.clear()
             channel.first = number + 1
             channel.wants_sync = False

@@ -35,6 +35,7 @@ from gpuyard_protocol import (
     scaling,
     services,
     subjects,
+    uploads,
 )
 from gpuyard_protocol.codec import json_schemas
 
@@ -91,6 +92,7 @@ _QUERIES: tuple[tuple[str, type[Any], type[Any], str, str], ...] = (
     ("services", queries.ServicesQuery, queries.ServicesPage, "List services.", "q adm"),
     ("nodes", queries.NodesQuery, queries.NodesPage, "List nodes and their cards.", "q adm"),
     ("logs", queries.LogsQuery, nodes.LogChunk, "A range of output; with `follow`, live pieces on `log.…`.", "q adm"),
+    ("upload", uploads.UploadPiece, uploads.UploadHeld, "A piece of what jobs bring along.", "q"),
     ("stats", queries.StatsQuery, queries.Stats, "The yard in numbers.", "q adm"),
     ("usage", queries.UsageQuery, queries.UsageReport, "What tenants hold, have used, and may have.", "q adm"),
     ("ping", queries.PingQuery, queries.Ok, "Whether somebody answers.", "q adm"),

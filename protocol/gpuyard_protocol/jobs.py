@@ -1,8 +1,8 @@
 """What a tenant submits and is told about a job.
 
 `JobRequest` is what people write (human units, every field the yard will ever honour); `JobSpec` is what it means
-(integers, defaults filled in) and what the journal keeps. `JobRequest.specify()` leads from one to the other, and
-refuses by name what is valid but not honoured yet: nothing is accepted and then ignored.
+(integers, defaults filled in) and what the journal keeps. `JobRequest.specify()` leads from one to the other; nothing
+is accepted and then ignored.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from gpuyard_protocol.names import (
 from gpuyard_protocol.nodes import IdleGpu
 from gpuyard_protocol.resources import GpuLoad, Isolation, ResourceNeed
 from gpuyard_protocol.units import Cpus, Duration, GpuWish, Memory, MigProfile, Moment, Share
+from gpuyard_protocol.uploads import UPLOAD_EXPECTED, is_upload
 
 Preemption: TypeAlias = Literal["never", "requeue", "checkpoint", "suspend"]
 OnNodeLost: TypeAlias = Literal["wait", "restart"]
@@ -159,12 +160,11 @@ class JobRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_
     topology: Literal["node", "rack", "spine"] | None = None
     #: Of a share: only jobs of the tenant that name the same may be on its card; default: all that name none.
     share_domain: str | None = None
-    # Known and not honoured yet: refused by name.
+    #: A directory that was handed in, by its content (`sha256:…`): the job finds what is in it in its own directory.
     upload: str | None = None
 
     def specify(self) -> JobSpec:
         """The job this means, or `Malformed` with the path of the first thing wrong."""
-        self._refuse_unhonoured()
         self._check()
         return JobSpec(
             name=self.name,
@@ -198,6 +198,7 @@ class JobRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_
             total_gpus=self.total_gpus or 0,
             launcher=self.launcher or "",
             secrets=tuple(dict.fromkeys(self.secrets)),
+            upload=self.upload or "",
         )
 
     def _min_replicas(self) -> int:
@@ -249,11 +250,6 @@ class JobRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_
             )
         return msgspec.structs.replace(need, containers=True)
 
-    def _refuse_unhonoured(self) -> None:
-        for field in _NOT_HONOURED:
-            if (value := getattr(self, field)) is not None:
-                raise Malformed(f"$.{field}", repr(value), "no value: this field is not honoured yet")
-
     def _check(self) -> None:
         if self.submission_id is not None and not is_submission_id(self.submission_id):
             raise _malformed("submission_id", self.submission_id, SUBMISSION_EXPECTED)
@@ -303,6 +299,8 @@ class JobRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_
             )
         if self.launcher is not None and not _LAUNCHER.fullmatch(self.launcher):
             raise _malformed("launcher", self.launcher, "'torchrun', or its absolute path")
+        if self.upload is not None and not is_upload(self.upload):
+            raise _malformed("upload", self.upload, UPLOAD_EXPECTED)
         for place, name in enumerate(self.secrets):
             if not _ENV_NAME.fullmatch(name) or _RESERVED_ENV.match(name) or name in self.env:
                 raise Malformed(
@@ -315,9 +313,6 @@ class JobRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_
         if isinstance(self.command, str):
             return ("/bin/sh", "-c", self.command)
         return tuple(self.command or ())
-
-
-_NOT_HONOURED = ("upload",)
 
 
 def _malformed(field: str, found: object, expected: str) -> Malformed:
@@ -488,6 +483,8 @@ class JobSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     launcher: str = ""
     #: Names of secrets that its node is to find.
     secrets: tuple[str, ...] = ()
+    #: What it brings along; "": nothing.
+    upload: str = ""
 
     @property
     def least_replicas(self) -> int:

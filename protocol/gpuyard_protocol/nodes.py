@@ -125,6 +125,8 @@ class Launch(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     launcher: str = ""
     #: Narrows, inside the tenant, with whom it shares cards; "": with whoever names none.
     share_domain: str = ""
+    #: What it brings along, unpacked into its own directory; the daemon brings it (`TakeUpload`). "": nothing.
+    upload: str = ""
     #: Names of secrets of the tenant that the node puts into variables of these names.
     secrets: tuple[str, ...] = ()
 
@@ -276,7 +278,18 @@ class FollowLog(msgspec.Struct, frozen=True, tag="follow-log", kw_only=True, omi
     for_ms: int = 30_000
 
 
-Command: TypeAlias = OrderBatch | Sync | SyncPart | Renew | ReadLog | FollowLog
+class TakeUpload(msgspec.Struct, frozen=True, tag="take-upload", kw_only=True, omit_defaults=True):
+    """A piece of what jobs bring along; answered by `UploadHeld`. Not an order. `size` 0: the head does not have it."""
+
+    tenant: Tenant
+    upload: str
+    #: Of the whole.
+    size: int
+    offset: int = 0
+    data: bytes = b""
+
+
+Command: TypeAlias = OrderBatch | Sync | SyncPart | Renew | ReadLog | FollowLog | TakeUpload
 
 
 class OrderAnswer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

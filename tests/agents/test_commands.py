@@ -14,6 +14,7 @@ from gpuyard_agent.core.events import OrdersReceived, SyncReceived
 from gpuyard_agent.inbox import Inbox
 from gpuyard_agent.logs import Followers, LogStore
 from gpuyard_agent.metrics import Metrics
+from gpuyard_agent.uploads import Uploads
 from gpuyard_protocol.bus.base import Message
 from gpuyard_protocol.bus.memory import MemoryBroker, MemoryBus
 from gpuyard_protocol.codec import decode, encode
@@ -41,6 +42,7 @@ class Desk:
             Followers(self.bus, store),
             self.metrics,
             group.create_task,
+            Uploads(jobs.parent / "uploads"),
             must_be_forwarded=True,
         )
         files = store.files(AssignmentKey(17, 1, 0))

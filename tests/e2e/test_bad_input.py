@@ -52,7 +52,7 @@ MALFORMED = {
     "deep nesting": (b"[" * 50_000, "$", ""),
     "nothing": (b"", "$", "JSON"),
     "fields that exclude each other": (b'{"command": ["true"], "gpus": 1, "gpu": 0.5}', "$.gpu", "exclude"),
-    "a field that is not honoured yet": (b'{"command": ["true"], "upload": "data"}', "$.upload", "not honoured"),
+    "a directory in place of its content": (b'{"command": ["true"], "upload": "data"}', "$.upload", "sha256:"),
 }
 
 

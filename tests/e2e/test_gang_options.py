@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -123,3 +124,27 @@ async def test_shares_of_other_domains_are_on_other_cards(yard: Yard) -> None:
 
 async def is_running(job: gpuyard.Job) -> bool:
     return (await job.view()).state == "running"
+
+
+async def test_a_directory_is_brought_along_to_every_node(yard: Yard, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "large").write_bytes(os.urandom(3_000_000))
+    (tmp_path / "train.sh").write_text("#!/bin/sh\nwc -c < data/large; echo written > own; pwd\n")
+    (tmp_path / "train.sh").chmod(0o755)
+    shown = await asyncio.to_thread(
+        yard.cli, "run", "-q", "--gpus", "4", "--replicas", "2", "--upload", str(tmp_path), "--", "./train.sh"
+    )
+    assert shown.returncode == 0, shown.stderr
+    assert shown.stdout.count("3000000\n") == 2
+    async with yard.connect() as client:
+        name = await client.upload(tmp_path)
+        assert name == await client.upload(tmp_path), "the same content has the same name"
+        again = await client.submit(command=["./train.sh"], upload=name)
+        assert (await again.wait(timeout=30)).state == "succeeded"
+        gone = await client.submit(command=["true"], upload="sha256:" + "0" * 64)
+        view = await gone.wait(timeout=40)
+        assert view.state == "failed"
+        assert view.reason is not None
+        assert (view.reason.code, "hand it in again" in view.reason.text) == ("UploadMissing", True)
+        with pytest.raises(gpuyard.Rejected, match="upload"):
+            await client.submit(command=["true"], upload="data")

@@ -15,7 +15,7 @@ import yaml
 
 from gpuyard_protocol import asyncapi, subjects
 from gpuyard_protocol.codec import Malformed, decode
-from gpuyard_protocol.jobs import JobRequest
+from gpuyard_protocol.services import ServiceRequest
 
 ROOT = Path(__file__).parents[2]
 DOCUMENT = ROOT / "docs" / "asyncapi.yaml"
@@ -76,25 +76,25 @@ def test_the_file_is_plain_yaml_that_says_the_same() -> None:
 
 
 def test_fields_say_what_the_source_says_about_them() -> None:
-    properties = asyncapi.document()["components"]["schemas"]["JobRequest"]["properties"]
-    assert properties["gpus"]["description"] == "Whole cards per replica."
-    assert properties["upload"]["description"] == "Not honoured yet: refused by name."
+    schemas = asyncapi.document()["components"]["schemas"]
+    assert schemas["JobRequest"]["properties"]["gpus"]["description"] == "Whole cards per replica."
+    assert schemas["ServiceRequest"]["properties"]["tiers"]["description"] == "Not honoured yet: refused by name."
 
 
 def test_a_field_marked_as_not_honoured_is_refused_and_no_other() -> None:
-    notes = asyncapi.field_notes(JobRequest)
+    notes = asyncapi.field_notes(ServiceRequest)
     marked = {field for field, note in notes.items() if note.startswith("Not honoured yet")}
-    assert "upload" in marked
+    assert "tiers" in marked
     assert "command" not in marked
     for field in marked:
-        values = ('"1h"', "1", "true", '["x"]')
-        refusals = [_refusal(f'{{"command": "true", "{field}": {value}}}'.encode()) for value in values]
+        values = ('"1h"', "1", "true", '["x"]', '{"x": 1}')
+        refusals = [_refusal(f'{{"name": "x", "command": "y", "{field}": {value}}}'.encode()) for value in values]
         assert any("not honoured yet" in refusal for refusal in refusals), field
 
 
 def _refusal(data: bytes) -> str:
     try:
-        decode(JobRequest, data).specify()
+        decode(ServiceRequest, data).specify()
     except Malformed as error:
         return str(error)
     return ""

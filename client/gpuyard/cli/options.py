@@ -48,6 +48,9 @@ _LAUNCHER = _option("--launcher", metavar="torchrun", text="Starts one process f
 _SECRET = _option("--secret", metavar="NAME", text="A secret that nodes keep, in a variable of that name; repeatable.")
 _TOPOLOGY = _option("--topology", metavar="node|rack|spine", text="Where the replicas must be together.")
 _SHARE_DOMAIN = _option("--share-domain", metavar="NAME", text="Share cards with jobs that say the same alone.")
+_UPLOAD = _option(
+    "--upload", metavar="DIR", text="Bring what is in DIR along (64 MiB at most): the job starts in a copy."
+)
 _CPUS = _option("--cpus", metavar="N", text="CPU cores per replica: 4, 0.5, 500m.")
 _MEMORY = _option("--memory", metavar="SIZE", text="Host memory per replica: 8Gi.")
 _TIME = _option("--time", "-t", metavar="TIME", text="Limit: 90s, 1h30m, 1-12:00:00; a bare number is minutes.")
@@ -96,6 +99,7 @@ class JobOptions:
     secret: Annotated[list[str] | None, _SECRET] = None
     topology: Annotated[str | None, _TOPOLOGY] = None
     share_domain: Annotated[str | None, _SHARE_DOMAIN] = None
+    upload: Annotated[str | None, _UPLOAD] = None
     cpus: Annotated[str | None, _CPUS] = None
     memory: Annotated[str | None, _MEMORY] = None
     time: Annotated[str | None, _TIME] = None
@@ -131,7 +135,10 @@ class JobOptions:
         if self.submission_id is not None and len(items) > 1:
             raise typer.BadParameter(f"names one job, but {self.file} holds {len(items)}", param_hint="--submission-id")
         jobs = [item | flags | _merged_maps(item, flags) for item in items]
-        if self.cwd is None and any("cwd" not in job for job in jobs) and (here := default_cwd()) is not None:
+        if self.upload is not None:
+            # It starts where that is unpacked, unless it says otherwise.
+            jobs = [job | {"upload": self.upload} for job in jobs]
+        elif self.cwd is None and any("cwd" not in job for job in jobs) and (here := default_cwd()) is not None:
             jobs = [{"cwd": here} | job for job in jobs]
         return jobs
 

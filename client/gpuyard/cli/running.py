@@ -17,6 +17,7 @@ import typer
 from gpuyard.cli.options import Command, JobOptions, takes_job_options
 from gpuyard.cli.output import remark
 from gpuyard.cli.session import session_of
+from gpuyard.cli.submitting import hand_in
 from gpuyard.errors import GpuyardError
 from gpuyard_protocol.jobs import JobView
 
@@ -40,7 +41,7 @@ def run(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show the job's output and nothing else.")] = False,
 ) -> None:
     """Run a job attached: its output here, its exit code ours. Ctrl-C detaches."""
-    requests = options.requests(command)
+    requests = hand_in(ctx, options.requests(command))
     if len(requests) != 1:
         raise typer.BadParameter(f"holds {len(requests)} jobs; `run` takes one, `submit` many", param_hint="--file")
     if requests[0].get("array") is not None:

@@ -13,6 +13,7 @@ from gpuyard.cli.session import session_of
 from gpuyard.errors import GpuyardError, Rejected
 from gpuyard.job import Job
 from gpuyard_protocol.queries import DryRun
+from gpuyard_protocol.uploads import is_upload
 
 if TYPE_CHECKING:
     from gpuyard.client import Client
@@ -35,7 +36,7 @@ def submit(
     as_json: AsJson = False,
 ) -> None:
     """Submit a job: gpuyard submit --gpus 2 -- python train.py"""
-    requests = options.requests(command)
+    requests = hand_in(ctx, options.requests(command))
     if dry_run:
         _plan(ctx, requests, as_json=as_json)
         return
@@ -61,6 +62,23 @@ def submit(
         remark(f"gpuyard: job {place + 1} of {options.file}: {outcome}")
     if refused:
         raise GpuyardError(f"{len(refused)} of {len(outcomes)} jobs were rejected; the others are submitted")
+
+
+def hand_in(ctx: typer.Context, requests: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The same jobs, with directories that they bring along handed in and named by their content."""
+    directories = dict.fromkeys([str(each["upload"]) for each in requests if each.get("upload")])
+    directories = {path: path for path in directories if not is_upload(path)}
+    if not directories:
+        return requests
+
+    async def work(yard: Client) -> dict[str, str]:
+        return {path: await yard.upload(path) for path in directories}
+
+    names = session_of(ctx).run(work)
+    return [
+        each | {"upload": names.get(str(each["upload"]), each["upload"])} if each.get("upload") else each
+        for each in requests
+    ]
 
 
 def _plan(ctx: typer.Context, requests: list[dict[str, Any]], *, as_json: bool) -> None:

@@ -122,6 +122,7 @@ def start_order(job: Job, assignment: Assignment) -> Start:
             idle=spec.idle,
             image=spec.image,
             launcher=spec.launcher,
+            upload=spec.upload,
             share_domain=spec.need.share_domain,
             secrets=spec.secrets,
             replicas_min=spec.min_replicas,
