@@ -245,9 +245,7 @@ def _summary_of_state(job: Job) -> str:
             if job.assignments and job.assignments[0].home is None:
                 return f"leaving its card on {where}{reason}"
             if job.held_by:
-                return (
-                    f"suspended on {where}{reason}: held by {job.held_by}, it stays off its card until it is released"
-                )
+                return f"suspended on {where}{reason}: held by {job.held_by}, it stays off its card until it is resumed"
             return f"suspended on {where}{reason}: it goes back to its card when that is free"
         case "stopping":
             left = ", ".join(dict.fromkeys(a.node for a in job.assignments if a.is_live))

@@ -3,7 +3,7 @@
 The node measures, by the times of the job's queue or its own: a warning first, which goes to the job's owner; then the
 word that the job might be suspended; at last it ends the job itself. Here stands what the yard does about the second: a
 job that asked to give way by being suspended leaves its card, whether or not anybody waits for it, and stays off it
-until it is released: halted, it cannot show by itself that it has work again. The time until the end runs on meanwhile,
+until it is resumed: halted, it cannot show by itself that it has work again. The time until the end runs on meanwhile,
 so a job that nobody misses goes, and with it the host's memory that its image takes. Others keep their cards until
 then.
 """
@@ -37,7 +37,7 @@ def take_idle(draft: Draft, report: Idle, assignment: Assignment) -> None:
 
 def end_idle(draft: Draft, job: Job) -> None:
     """Nobody missed it."""
-    why = Why(IDLE_GPU, f"it was suspended for holding its card idle, and nobody released it: {_said(job)}")
+    why = Why(IDLE_GPU, f"it was suspended for holding its card idle, and nobody resumed it: {_said(job)}")
     draft.add(f.JobStopping(job.id, "abort", why, "idle"))
 
 
