@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from gpuyard_daemon.archive import ArchivedRecord
 from gpuyard_daemon.core.scheduler import Scheduler
+from gpuyard_daemon.core.state.inputs import PolicyChanged
 from gpuyard_daemon.core.state.turn import Record
 from gpuyard_daemon.core.tenants.policy import Policy, TenantLimits
 from gpuyard_daemon.sim import commands
@@ -97,6 +98,28 @@ def test_more_nodes_shorten_waits_and_fewer_lengthen_them():
     fewer = Replay(recorded, Changed(without=frozenset({"node-2"}))).go()
     assert _wait_s(more) < _wait_s(as_recorded(recorded)) < _wait_s(fewer)
     assert more.capacity_milli_ms == 2 * as_recorded(recorded).capacity_milli_ms
+
+
+def test_run_times_follow_the_speed_of_the_cards():
+    slow, fast = (msgspec.structs.replace(node_of(name, 1), hostname=name) for name in ("slow", "fast"))
+    slow = msgspec.structs.replace(slow, devices=(msgspec.structs.replace(slow.devices[0], model="T4"),))
+    yard = SimulatedYard([slow, fast], keep_records=True)
+    yard.take([PolicyChanged(policy=Policy(speeds=(("T4", 500),)))])
+    yard.at(BEGIN_MS + 1_000)
+    first, second = yard.submit([("ann", _spec(1)), ("ann", _spec(1))])
+    assert [place.node for job in (first, second) for place in yard.places(job)] == ["fast", "slow"]
+    yard.at(BEGIN_MS + 11_000)
+    yard.end(first)
+    yard.end(second)
+    yard.take([])
+    assert yard.records is not None
+    recorded = _recorded(yard.records)
+    assert [job.attempts[0].run_ms for job in recorded.jobs.values()] == [10_000, 5_000]
+    assert Replay(recorded, Changed()).go().jobs == as_recorded(recorded).jobs
+    one_by_one = Replay(recorded, Changed(without=frozenset({"fast"}))).go()
+    assert [ended - submitted for submitted, _, ended in one_by_one.jobs] == [20_000, 30_000]
+    both_fast = Replay(recorded, Changed(without=frozenset({"slow"}), more={"fast": 1})).go()
+    assert [ended - submitted for submitted, _, ended in both_fast.jobs] == [10_000, 5_000]
 
 
 def _is_too_wide(job: RecordedJob) -> bool:

@@ -24,6 +24,7 @@ from gpuyard_protocol.jobs import JobSpec
 from gpuyard_protocol.names import JobId, NodeId, Tenant, User
 from gpuyard_protocol.nodes import Inventory
 from gpuyard_protocol.services import ServiceSpec
+from gpuyard_protocol.units import MILLI
 
 #: Of jobs that go on where they were when they start anew.
 KEEPS_PROGRESS = frozenset({"checkpoint", "suspend"})
@@ -33,6 +34,7 @@ _TIME_LIMIT = "TimeLimit"
 class Attempt(msgspec.Struct, frozen=True):
     """One run of a job that ended by itself."""
 
+    #: As on the fastest card, where the recorded yard knew how fast its cards were.
     run_ms: int
     exit_code: int = 0
     #: Of the node: why it ended, if that was not the job's own doing.
@@ -98,6 +100,8 @@ class Recorded(msgspec.Struct):
     #: GPU compute held, and there, over the recording: thousandths of a card × ms.
     held_milli_ms: int
     capacity_milli_ms: int
+    #: It was told how fast models of cards are.
+    knows_speeds: bool = False
 
 
 def understand(recording: Recording) -> Recorded:
@@ -118,6 +122,7 @@ def understand(recording: Recording) -> Recorded:
         reader.events,
         after[0] - before[0],
         after[1] - before[1],
+        bool(core.cluster.speeds.named),
     )
 
 
@@ -241,7 +246,9 @@ class _Reader:
         started_ms, end = self._started.pop(fact.job, 0), self._ends.pop(fact.job, (0, ""))
         if job is None:
             return
-        ran_ms = now_ms - started_ms if started_ms else 0
+        known = self._core.cluster.jobs.get(fact.job)
+        speed_milli = known.speed_milli if known is not None else MILLI
+        ran_ms = (now_ms - started_ms) * speed_milli // MILLI if started_ms else 0
         match fact:
             case f.JobRequeued(charged=False):
                 job.preemptions += bool(started_ms)

@@ -35,6 +35,7 @@ from gpuyard_daemon.sim.trace_files import TraceError
 from gpuyard_daemon.sim.trace_jobs import TraceJob
 from gpuyard_protocol.jobs import JobSpec
 from gpuyard_protocol.names import JobId, NodeId
+from gpuyard_protocol.units import MILLI
 
 #: How long after the recording's end a replay goes on for jobs that have not ended.
 _AFTERMATH_MS = 30 * 86_400_000
@@ -57,7 +58,7 @@ class LivedJob:
     """A job in a replay."""
 
     __slots__ = ("attempts_over", "ended_ms", "first_started_ms", "generation", "job", "left_ms", "runs", "since_ms",
-                 "starts")  # fmt: skip
+                 "speed_milli", "starts")  # fmt: skip
 
     def __init__(self, job: RecordedJob) -> None:
         self.job = job
@@ -66,6 +67,8 @@ class LivedJob:
         self.left_ms = job.attempts[0].run_ms if job.attempts else None
         self.runs = False
         self.since_ms = 0
+        #: How fast the cards are that it is on, in thousandths.
+        self.speed_milli = MILLI
         self.starts = 0
         #: An end noted under an older one does not count.
         self.generation = 0
@@ -265,16 +268,20 @@ class Replay:
             self._last_change_ms = yard.now_ms
             if not change.runs:
                 if lived.left_ms is not None and lived.job.spec.preemption in KEEPS_PROGRESS:
-                    lived.left_ms = max(1, lived.left_ms - (yard.now_ms - lived.since_ms))
+                    passed_ms = (yard.now_ms - lived.since_ms) * lived.speed_milli // MILLI
+                    lived.left_ms = max(1, lived.left_ms - passed_ms)
                 lived.runs = False
                 continue
             lived.runs = True
             lived.since_ms = yard.now_ms
+            if self._recorded.knows_speeds:
+                lived.speed_milli = yard.core.cluster.jobs[change.job].speed_milli
             lived.starts += 1
             lived.ended_ms = 0
             lived.first_started_ms = lived.first_started_ms or yard.now_ms
             if lived.left_ms is not None:
-                heapq.heappush(self._ends, (yard.now_ms + lived.left_ms, change.job, lived.generation))
+                takes_ms = -(-lived.left_ms * MILLI // lived.speed_milli)
+                heapq.heappush(self._ends, (yard.now_ms + takes_ms, change.job, lived.generation))
 
 
 def _of_node(event: i.NodeSuspected | i.NodeLost | i.NodeReturned, node: NodeId) -> i.Input:
