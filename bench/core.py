@@ -1,12 +1,14 @@
 """What one decision of the scheduler's core costs in a large yard: nearly full, a long queue, work coming and going.
 
 No daemon, no bus: the production core, inputs made beforehand, the time of `handle` alone; with it the encoding of the
-record, the fork that a snapshot takes (every 20,000 decisions), and whatever the garbage collector does meanwhile.
+record, the fork for a snapshot (every 10,000 decisions; its child writes the state as the daemon's does, while turns go
+on), and whatever the garbage collector does meanwhile.
 
 The yard: `--gpus` cards of a kind that can be cut every way on each of `--nodes` nodes, fourteen shapes of all modes
-(whole cards, gangs, shares by MPS, MIG instances, shares in turns, CPUs alone), fifty tenants, each with a limit, which
-together make up 93 % of the cards. After the fill and `--queued` jobs more, each turn brings one job's end and one new
-job; the queue stays as long as it was.
+(whole cards, gangs, shares by MPS, MIG instances, shares in turns, CPUs alone), fifty tenants. Each has a queue with a
+nominal part, a limit to what it borrows and one to what it lends; ten of them stand under a department's, and those
+under one that is granted 93 % of the cards. After the fill and `--queued` jobs more, each turn brings one job's end and
+one new job; the queue stays as long as it was.
 
 One decision is one start, or the proof with which a turn's round ends: that nothing of all that waits fits (or may
 start) any more, counted once however many queues it took. A turn's time is shared out among its decisions.
@@ -22,7 +24,9 @@ import json
 import os
 import random
 import sys
+import tempfile
 import time
+from pathlib import Path
 from typing import NamedTuple
 
 import psutil
@@ -32,7 +36,8 @@ from gpuyard_daemon.core.scheduler import Scheduler
 from gpuyard_daemon.core.state.facts import JobPlaced
 from gpuyard_daemon.core.state.inputs import Cursors, Input, JobSubmitted, NodeReported, PolicyChanged
 from gpuyard_daemon.core.state.turn import Turn
-from gpuyard_daemon.core.tenants.policy import Policy, TenantLimits
+from gpuyard_daemon.core.tenants.policy import Grant, Policy, QueuePolicy, TenantLimits
+from gpuyard_daemon.snapshots import SnapshotStore, start_child
 from gpuyard_protocol.codec import encode
 from gpuyard_protocol.jobs import JobSpec
 from gpuyard_protocol.names import AssignmentKey
@@ -40,8 +45,14 @@ from gpuyard_protocol.nodes import Ended, Go, Inventory, Joined, Prepared, Repor
 from gpuyard_protocol.resources import Device, ResourceNeed
 
 TENANTS = 50
+DEPARTMENTS = 5
 FULL_MILLI = 930
-SNAPSHOT_EVERY = 20_000
+#: Of its nominal part, in thousandths: what a department may borrow and lends, and what a tenant's queue does.
+DEPARTMENT_LIMITS = (100, 900)
+TENANT_LIMITS = (500, 750)
+SNAPSHOT_EVERY = 10_000
+#: From one turn to the next; rounds of preemption and of fairness come by this clock.
+TICK_MS = 10
 #: As the daemon sets them.
 GC_THRESHOLDS = (50_000, 20, 100)
 
@@ -103,9 +114,7 @@ class World:
         self._count_blocks()
         for number in range(1, nodes + 1):
             self.turn([self._report(f"n-{number}", Joined(inventory=inventory(f"n-{number}", cards)))])
-        limit = TenantLimits(gpus_max_milli=self.capacity_milli * FULL_MILLI // 1000 // TENANTS)
-        policy = Policy(tenants=tuple([(f"t{number:02d}", limit) for number in range(TENANTS)]))
-        self.turn([PolicyChanged(policy=policy)])
+        self.turn([PolicyChanged(policy=queue_policy(self.capacity_milli))])
 
     def _count_blocks(self) -> None:
         """Proofs that something does not fit are decisions, and leave no fact to count them by."""
@@ -125,7 +134,7 @@ class World:
     def turn(self, inputs: list[Input]) -> tuple[Turn, int]:
         """One turn, and the nanoseconds it took with its record's bytes."""
         self._cursor += 1
-        self.now_ms += 2
+        self.now_ms += TICK_MS
         began = time.perf_counter_ns()
         turn = self.core.handle(inputs, self.now_ms, Cursors(self._cursor, self._cursor))
         if turn.record is not None:
@@ -185,6 +194,25 @@ class World:
         return reports
 
 
+def queue_policy(capacity_milli: int) -> Policy:
+    """The tree: all, departments, tenants."""
+    full = capacity_milli * FULL_MILLI // 1000
+    queues = [_queue("all", "", full, (0, 1000))]
+    queues += [_queue(f"d{number}", "all", full // DEPARTMENTS, DEPARTMENT_LIMITS) for number in range(DEPARTMENTS)]
+    queues += [
+        _queue(f"q{number:02d}", f"d{number % DEPARTMENTS}", full // TENANTS, TENANT_LIMITS)
+        for number in range(TENANTS)
+    ]
+    tenants = tuple([(f"t{number:02d}", TenantLimits(queue=f"q{number:02d}")) for number in range(TENANTS)])
+    return Policy(tenants=tenants, queues=tuple(queues))
+
+
+def _queue(name: str, parent: str, nominal: int, limits: tuple[int, int]) -> QueuePolicy:
+    borrow, lend = [nominal * each // 1000 for each in limits]
+    grant = Grant(model="H100", nominal_milli=nominal, borrow_milli=borrow, lend_milli=lend)
+    return QueuePolicy(name=name, parent=parent, grants=(grant,))
+
+
 def inventory(node: str, cards: int) -> Inventory:
     devices = tuple(
         Device(
@@ -214,6 +242,39 @@ def fill(world: World, queued: int) -> None:
         world.turn(world.owed())
 
 
+class Snapshots:
+    """Snapshots as the daemon makes them: a forked child writes, and the turns go on meanwhile."""
+
+    def __init__(self, core: Scheduler, directory: Path) -> None:
+        self._core = core
+        self._store = SnapshotStore(directory, "bench")
+        self._since = 0
+        self._child = 0
+        self.made = 0
+        #: The longest time that the turns stood still for one.
+        self.fork_ns = 0
+
+    def begin_if_due(self, decisions: int) -> int:
+        """Nanoseconds that it took."""
+        self._since += decisions
+        if self._since < SNAPSHOT_EVERY or not self._has_ended():
+            return 0
+        self._since = 0
+        began = time.perf_counter_ns()
+        self._child = start_child(self._store, self._core.turn, self._core.turn, self._core.snapshot)
+        took = time.perf_counter_ns() - began
+        self.fork_ns = max(self.fork_ns, took)
+        self.made += 1
+        return took
+
+    def _has_ended(self) -> bool:
+        return not self._child or os.waitpid(self._child, os.WNOHANG)[0] != 0
+
+    def finish(self) -> None:
+        if self._child:
+            os.waitpid(self._child, 0)
+
+
 def measure(nodes: int, cards: int, queued: int, turns: int, seed: int) -> dict[str, float | int]:
     gc.set_threshold(*GC_THRESHOLDS)
     world = World(nodes, cards, seed)
@@ -222,28 +283,18 @@ def measure(nodes: int, cards: int, queued: int, turns: int, seed: int) -> dict[
         world.turn([*world.owed(), *world.departure(), world.submission()])
     gc.collect()
     gc.freeze()
-    spent = 0
-    samples: list[int] = []
-    since_snapshot = 0
-    for _ in range(turns):
-        before = world.proofs
-        inputs = [*world.owed(), *world.departure(), world.submission()]
-        turn, took = world.turn(inputs)
-        facts = turn.record.facts if turn.record else ()
-        starts = sum(1 for fact in facts if isinstance(fact, JobPlaced))
-        proofs = world.proofs - before
-        made = starts + min(1, proofs)
-        since_snapshot += made
-        if since_snapshot >= SNAPSHOT_EVERY:
-            since_snapshot = 0
-            took += _fork_ns()
-        spent += took
-        if made:
-            samples += [took // made] * made
+    with tempfile.TemporaryDirectory(prefix="gpuyard-core-") as name:
+        snapshots = Snapshots(world.core, Path(name))
+        spent, samples = _turns(world, snapshots, turns)
+        snapshots.finish()
     samples.sort()
     count = len(samples)
     held = world.core.cluster.pool.held_milli
-    print(f"{count} decisions, {held / world.capacity_milli:.1%} held", file=sys.stderr)
+    print(
+        f"{count} decisions, {held / world.capacity_milli:.1%} held, {snapshots.made} snapshots, "
+        f"longest fork {snapshots.fork_ns / 1e6:.1f} ms",
+        file=sys.stderr,
+    )
     return {
         "nodes": nodes,
         "gpus": nodes * cards,
@@ -256,15 +307,21 @@ def measure(nodes: int, cards: int, queued: int, turns: int, seed: int) -> dict[
     }
 
 
-def _fork_ns() -> int:
-    """What the loop loses to a snapshot: the fork. The child ends at once; writing is its own time."""
-    began = time.perf_counter_ns()
-    child = os.fork()
-    if not child:
-        os._exit(0)
-    took = time.perf_counter_ns() - began
-    os.waitpid(child, 0)
-    return took
+def _turns(world: World, snapshots: Snapshots, turns: int) -> tuple[int, list[int]]:
+    """Nanoseconds spent, and those of each decision."""
+    spent = 0
+    samples: list[int] = []
+    for _ in range(turns):
+        before = world.proofs
+        turn, took = world.turn([*world.owed(), *world.departure(), world.submission()])
+        facts = turn.record.facts if turn.record else ()
+        starts = sum(1 for fact in facts if isinstance(fact, JobPlaced))
+        made = starts + min(1, world.proofs - before)
+        took += snapshots.begin_if_due(made)
+        spent += took
+        if made:
+            samples += [took // made] * made
+    return spent, samples
 
 
 def main() -> None:

@@ -282,3 +282,48 @@ def _unlent(tree: QuotaTree, name: str) -> int:
 def test_grants_count_what_they_are_for(model: str, kind: Kind, *, counts: bool) -> None:
     allotment = Allotment(Grant(model=model, kind=kind))
     assert bool(allotment.part_of({("H100", "whole"): 1000})) is counts
+
+
+@settings(max_examples=150)
+@given(
+    trees(),
+    st.lists(st.tuples(st.sampled_from(_NAMES), st.integers(1, 3), st.booleans()), max_size=15),
+    st.sampled_from(_NAMES),
+    st.integers(1, 5),
+)
+def test_a_way_up_answers_as_the_tree_does(
+    queues: tuple[QueuePolicy, ...], moves: list[tuple[str, int, bool]], name: str, milli: int
+) -> None:
+    tree = QuotaTree()
+    tree.set_policy(Policy(queues=queues), {"H100": 12})
+    wanted: Amounts = {CARD: milli}
+    way = tree.way(name, wanted)
+    for queue_name, amount, comes in moves:
+        if comes or tree.obstacle(queue_name, {CARD: amount}) is None:
+            tree.take(queue_name, {CARD: amount})
+        assert way.obstacle() == tree.obstacle(name, wanted)
+        assert way.is_nominal() == tree.within_nominal(name, wanted)
+
+
+def test_an_eased_limit_lets_on_as_many_as_it_has_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many tenants under one limit: what one of them leaves costs one start, and not a question for each."""
+    names = [f"t{number:02d}" for number in range(12)]
+    queues = [queue("all", 4, borrow_milli=0), *[queue(f"q-{name}", 4, parent="all") for name in names]]
+    h = CoreHarness()
+    h.join(node("n-1", 8))
+    h.turn(PolicyChanged(policy=policy(*queues, **{name: f"q-{name}" for name in names})))
+    held = h.submit_many([firm()] * 4, tenant=names[0])
+    waiting = [h.submit(firm(), tenant=name) for name in names]
+    line = h.core._line
+    hold_back, held_back = line.hold_back, []
+
+    def counted(*given: Any, **named: Any) -> None:
+        held_back.append(given)
+        hold_back(*given, **named)
+
+    monkeypatch.setattr(line, "hold_back", counted)
+    for number, follower in zip(held, waiting, strict=False):
+        h.run(number)
+        h.ended(number)
+        assert h.states(follower) == ["starting"]
+    assert len(held_back) <= 2 * len(held)

@@ -89,7 +89,7 @@ def _is_new(cluster: Cluster, fact: f.JobPlaced) -> bool:
 
 def _waiting(line: WaitingLine) -> list[Shape] | None:
     """What those ask for who find no place; None: too many to ask for each."""
-    shapes = [queue.shape for _, queue, _ in line.blocked_heads() if not queue.held_back]
+    shapes = [queue.shape for _, queue, _ in line.blocked_heads() if not line.is_at_limit(queue)]
     return shapes if len(shapes) <= _WAITING_MAX else None
 
 

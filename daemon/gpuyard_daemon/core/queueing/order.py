@@ -3,8 +3,8 @@
 Jobs of equal shape, tenant and user stand in one queue, in buckets of equal level; a bucket is ordered by sequence.
 Queues of all tenants that fit the same nodes form a group. The queue whose head ranks first goes first; when it fits
 nowhere, its group is blocked as a whole, and looked at again only when a node changed, by asking once for all of it; a
-queue that is at a limit is held back until the limit eases. So neither a long queue nor many tenants nor a full yard
-make a turn slow: the work is per shape and changed node, not per waiting job.
+queue that is at a limit is held back by a barrier (`barriers`) until there is room for it. So neither a long queue nor
+many tenants nor a full yard make a turn slow: the work is per shape and changed node, not per waiting job.
 
 What time moves is noted on a wheel: a job that has waited long enough costs one move to the next bucket. What moves a
 whole tenant (its shift, its band) changes one entry per queue of the tenant, because inside a queue it moves everybody
@@ -17,168 +17,33 @@ the outcome: levels, and which queues are blocked, follow from the state and the
 from __future__ import annotations
 
 import heapq
-from bisect import bisect_left, insort
-from collections.abc import Iterator
-from typing import Final, NamedTuple, TypeAlias
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
-from msgspec.structs import replace
-
-from gpuyard_daemon.core.placing.capacity import Pool
-from gpuyard_daemon.core.placing.feasibility import Shape, least_milli
-from gpuyard_daemon.core.placing.gangs import Offers, fits
-from gpuyard_daemon.core.placing.partitions import sample_of
-from gpuyard_daemon.core.placing.placement import Candidates, Finder
-from gpuyard_daemon.core.queueing.ranking import TOP_LEVEL, Rank, number_in, sequence_of
+from gpuyard_daemon.core.placing.placement import Finder
+from gpuyard_daemon.core.queueing.barriers import Barriers
+from gpuyard_daemon.core.queueing.queues import Barrier, Bucket, Group, Source
+from gpuyard_daemon.core.queueing.queues import ShapeQueue as ShapeQueue
+from gpuyard_daemon.core.queueing.ranking import (
+    BORROWING,
+    NOMINAL,
+    SCAVENGING,
+    TOP_LEVEL,
+    Rank,
+    number_in,
+    sequence_of,
+    width_milli,
+)
 from gpuyard_daemon.core.state.cluster import Cluster
 from gpuyard_daemon.core.state.model import Job
 from gpuyard_daemon.core.tenants.holdings import capacity_by_model
-from gpuyard_protocol.names import JobId, Tenant, User
-from gpuyard_protocol.resources import ResourceNeed
+from gpuyard_daemon.core.tenants.quota import Obstacle, Way
+from gpuyard_protocol.names import JobId, Tenant
 
-ShapeKey: TypeAlias = tuple[ResourceNeed, int, Tenant, User]
-
-#: Whose limit a queue is held back by.
-TENANT: Final = "tenant"
-QUOTA: Final = "queue"
 #: Queues kept although empty, with what they learnt about nodes.
 _IDLE_QUEUES_MAX = 256
 #: Jobs that time moves in one turn; more of one moment are moved in the turns that follow.
 _MOVES_PER_TURN = 1000
-#: Numbers at the front of a bucket that are gone, before it is made anew without them.
-_GONE_MAX = 64
-
-
-class Bucket:
-    """Jobs of one level by their sequences, in order."""
-
-    __slots__ = ("_first", "_sequences")
-
-    def __init__(self) -> None:
-        self._sequences: list[int] = []
-        #: Those before this position are gone.
-        self._first = 0
-
-    def __len__(self) -> int:
-        return len(self._sequences) - self._first
-
-    @property
-    def head(self) -> JobId:
-        return number_in(self._sequences[self._first])
-
-    def add(self, sequence: int) -> None:
-        sequences = self._sequences
-        if not sequences or sequences[-1] < sequence:
-            sequences.append(sequence)
-        else:
-            insort(sequences, sequence, self._first)
-
-    def remove(self, sequence: int) -> None:
-        place = bisect_left(self._sequences, sequence, self._first)
-        if place == self._first:
-            self._first += 1
-            if self._first > _GONE_MAX and self._first * 2 > len(self._sequences):
-                del self._sequences[: self._first]
-                self._first = 0
-        else:
-            del self._sequences[place]
-
-    def before(self, sequence: int) -> int:
-        """How many go before a place in the order."""
-        return bisect_left(self._sequences, sequence, self._first) - self._first
-
-    def first(self, most: int) -> list[int]:
-        return self._sequences[self._first : self._first + most]
-
-
-class ShapeQueue:
-    """Waiting jobs of one shape, tenant and user, and the nodes they fit."""
-
-    __slots__ = (
-        "_finder", "_least", "_limited", "apart", "buckets", "candidates", "entry", "group", "held_back",
-        "is_over_quota", "key",
-        "number", "ready_key", "shape", "spanning", "together",
-    )  # fmt: skip
-
-    def __init__(self, key: ShapeKey, number: int, timeslice_milli_max: int, finder: Finder | None = None) -> None:
-        self.key = key
-        #: What it stands under in the line.
-        self.entry: tuple[object, ...] = key
-        self.number = number
-        self.shape = Shape(*key, timeslice_milli_max)
-        self._finder = finder
-        #: The same on some models of card only, where a quota leaves no others.
-        self._limited: dict[tuple[str, ...], ShapeQueue] = {}
-        self.candidates = Candidates(self.shape, finder)
-        #: The same for a member of a gang over several nodes.
-        self.spanning = Candidates(self.shape, finder, spanning=True)
-        #: What nodes could take of a gang, as a whole and in parts.
-        self.together = Offers(self.candidates, spanning=False)
-        self.apart = Offers(self.spanning, spanning=True)
-        #: What a job of this shape counts for at least, against its tenant's limit; for these inventories.
-        self._least: tuple[int, int] = (-1, 0)
-        #: By level, without the tenant's shift; none is empty.
-        self.buckets: dict[int, Bucket] = {}
-        #: Those that fit the same nodes as it does; None: not looked up yet.
-        self.group: Group | None = None
-        #: Its tenant, or its queue of the quota tree, was at its limit when last looked at.
-        self.held_back = False
-        #: With that: a queue of the quota tree is, and not the tenant.
-        self.is_over_quota = False
-        #: Key of the one entry in its group that counts; -1: none does.
-        self.ready_key = -1
-
-    def least_milli(self, pool: Pool) -> int:
-        """What a job of this shape counts for at least, against its tenant's limit, on the cards that there are."""
-        if self._least[0] != pool.inventory_version:
-            least = least_milli(self.shape.need, [sample_of(kind) for kind in pool.card_kinds])
-            self._least = (pool.inventory_version, self.shape.replicas * least)
-        return self._least[1]
-
-    def limited_to(self, models: tuple[str, ...]) -> ShapeQueue:
-        """The same shape on some models of card only; it holds no jobs."""
-        limited = self._limited.get(models)
-        if limited is None:
-            key = (replace(self.shape.need, models=models), *self.key[1:])
-            limited = ShapeQueue(key, self.number, self.shape.timeslice_milli_max, self._finder)
-            self._limited[models] = limited
-        return limited
-
-    @property
-    def blocked(self) -> bool:
-        """It fitted nowhere, or was at a limit, when last looked at."""
-        return self.held_back or (self.group is not None and self.group.blocked)
-
-    def add(self, sequence: int, level: int) -> None:
-        bucket = self.buckets.get(level)
-        if bucket is None:
-            bucket = self.buckets[level] = Bucket()
-        bucket.add(sequence)
-
-    def remove(self, sequence: int, level: int) -> None:
-        bucket = self.buckets[level]
-        bucket.remove(sequence)
-        if not bucket:
-            del self.buckets[level]
-
-    def fits_nowhere(self, pool: Pool) -> bool:
-        """No node takes it; of a gang: the nodes together do not."""
-        if self.shape.replicas > 1:
-            return not fits(pool, self.together, self.apart)
-        return self.candidates.best(pool) is None
-
-
-class Group:
-    """Queues of all tenants that fit the same nodes: when one fits nowhere, none does."""
-
-    __slots__ = ("blocked", "heads", "number", "ready_key")
-
-    def __init__(self, number: int) -> None:
-        self.number = number
-        #: (packed rank of a head, number of its queue), a heap.
-        self.heads: list[tuple[int, int]] = []
-        self.blocked = False
-        #: Key of its one entry in the line that counts; -1: none does.
-        self.ready_key = -1
 
 
 class _Stand(NamedTuple):
@@ -206,16 +71,22 @@ class WaitingLine:
         self._drop_at = _IDLE_QUEUES_MAX
         self._stands: dict[JobId, _Stand] = {}
         self._groups: dict[tuple[object, ...], Group] = {}
-        self._group_by_number: dict[int, Group] = {}
+        #: Groups and barriers.
+        self._sources: dict[int, Source] = {}
         #: Of the pool, when queues were put into groups.
         self._groups_version = -1
-        #: (packed rank of the head, number of the group), of groups that are not blocked, a heap.
+        #: (packed rank of the head, number of the source), of groups that are not blocked and of barriers that were
+        #: open, a heap.
         self._ready: list[tuple[int, int]] = []
         self._blocked: dict[int, Group] = {}
-        #: Queues that are at a limit, by what must ease before they are looked at again: their tenant's or a queue's.
-        self._held_back: dict[tuple[str, str], list[ShapeQueue]] = {}
-        #: Those among them that might count for less on another card: they are looked at when nodes change, too.
+        self._barriers = Barriers(cluster.tenancy)
+        #: Of the quota tree and the pool, when limits were last weighed from scratch.
+        self._limits_version = (-1, -1)
+        #: Queues that are at a limit and might count for less on another card: they are looked at when nodes change.
         self._costly: list[ShapeQueue] = []
+        #: Queues by the name of the quota tree's queue that decides on their band, and those of services' replicas.
+        self._guaranteed: dict[str, dict[int, ShapeQueue]] = {}
+        self._of_services: dict[int, ShapeQueue] = {}
         #: Of the pool, when blocked queues were last looked at.
         self._changes_seen = -1
         #: Jobs by the moment at which time moves them, those moments (a heap), and how many entries that makes.
@@ -236,15 +107,7 @@ class WaitingLine:
             cluster.quota.capacity_version = pool.inventory_version
             cluster.quota.set_capacity(capacity_by_model(pool))
         self._follow(now_ms)
-        everybody, eased = cluster.tenancy.take_eased()
-        keys = {(TENANT, tenant) for tenant in eased}
-        queues_eased = cluster.quota.take_eased()
-        keys.update([(QUOTA, name) for name in queues_eased])
-        for key in sorted(self._held_back if everybody else keys & self._held_back.keys()):
-            self._release(self._held_back.pop(key))
-        if queues_eased or cluster.fairness.changed:
-            cluster.fairness.changed.clear()
-            self._rank_anew()
+        everybody = self._ease()
         changes = pool.changes_made
         if everybody or changes != self._changes_seen:
             costly, self._costly = self._costly, []
@@ -256,6 +119,41 @@ class WaitingLine:
             self._drop_idle()
             # Whoever is left stays for a while: most of many queues have somebody in them.
             self._drop_at = max(_IDLE_QUEUES_MAX, 2 * len(self._queues))
+
+    def _ease(self) -> bool:
+        """Let those on whose limits have room for them now. True: all limits may be others."""
+        cluster, quota = self._cluster, self._cluster.quota
+        everybody, tenants_eased = cluster.tenancy.take_eased()
+        queues_eased = quota.take_eased()
+        shifted = cluster.fairness.changed
+        version = (quota.version, cluster.pool.inventory_version)
+        if everybody or version != self._limits_version:
+            self._limits_version = version
+            shifted.clear()
+            self._release([queue for queue in self._queues.values() if queue.held_back])
+            self._barriers.clear()
+            self._sources = {number: each for number, each in self._sources.items() if isinstance(each, Group)}
+            self._rank_anew(self._queues.values())
+            return True
+        for name in sorted(queues_eased):
+            if any(allotment.idle_reserve_milli for allotment in quota.allotments(name)):
+                self._release_below(name)
+        for barrier in self._barriers.opened(tenants_eased, queues_eased):
+            if barrier.ready_key < 0:
+                self._offer(barrier)
+        if queues_eased or shifted:
+            moved = {number: queue for name in queues_eased for number, queue in self._guaranteed.get(name, {}).items()}
+            moved |= self._of_services if queues_eased else {}
+            if shifted:
+                moved |= {queue.number: queue for queue in self._queues.values() if queue.shape.tenant in shifted}
+                shifted.clear()
+            self._rank_anew(moved.values())
+        return False
+
+    def _release_below(self, name: str) -> None:
+        """A queue of the quota tree keeps places for itself that it does not use: those under it may have them."""
+        below = [queue for queue in self._queues.values() if queue.held_back and queue.is_over_quota]
+        self._release([queue for queue in below if any(name in way.names for way in queue.ways)])
 
     def _follow(self, now_ms: int) -> None:
         """Make the buckets those of the jobs that wait now."""
@@ -297,8 +195,10 @@ class WaitingLine:
         if queue is None:
             self._numbers += 1
             queue = ShapeQueue(key, self._numbers, self._timeslice_milli_max, self._finder)
-            queue.entry = entry
+            queue.entry, queue.asked, queue.service = entry, spec.queue, job.service
             self._queues[entry] = self._by_number[queue.number] = queue
+            if job.service:
+                self._of_services[queue.number] = queue
         return queue
 
     def _enter(self, job: Job, now_ms: int) -> None:
@@ -309,10 +209,9 @@ class WaitingLine:
         self._stands[job.id] = _Stand(queue, sequence, level, moves_ms)
         if moves_ms:
             self._note(moves_ms, job.id)
-        if not queue.held_back:
-            key = self._key(level, job)
-            if queue.ready_key < 0 or key < queue.ready_key:
-                self._make_ready(queue, key)
+        key = self._key(queue, level, job)
+        if queue.ready_key < 0 or key < queue.ready_key:
+            self._make_ready(queue, key)
 
     def _drop(self, number: JobId) -> None:
         stand = self._stands.pop(number, None)
@@ -334,11 +233,47 @@ class WaitingLine:
             if stand.moves_ms:
                 self._note(stand.moves_ms, number)
 
-    def _key(self, level: int, job: Job) -> int:
-        ranking = self._cluster.ranking
+    def _key(self, queue: ShapeQueue, level: int, job: Job) -> int:
         if level != TOP_LEVEL:
-            level += ranking.shift_of(job)
-        return Rank(ranking.band_of(job), level, sequence_of(job)).key
+            level += self._cluster.ranking.shift_of(job)
+        return Rank(self._band(queue, job), level, sequence_of(job)).key
+
+    def _band(self, queue: ShapeQueue, job: Job) -> int:
+        """As `Ranking.band_of`, of a job that waits in a queue."""
+        if queue.service or job.live:
+            return self._cluster.ranking.band_of(job)
+        if self._cluster.quota.is_plain:
+            return NOMINAL
+        ways = self._ways(queue)
+        if queue.is_scavenger:
+            return SCAVENGING
+        for way in ways:
+            if way.is_nominal():
+                return NOMINAL
+        return BORROWING if width_milli(job) else NOMINAL
+
+    # limits
+
+    def _ways(self, queue: ShapeQueue) -> tuple[Way, ...]:
+        cluster, quota = self._cluster, self._cluster.quota
+        version = (quota.version, cluster.pool.inventory_version)
+        if queue.ways_version != version:
+            self._forget_ways(queue)
+            name = quota.queue_name(queue.shape.tenant, queue.asked)
+            wanted = cluster.ranking.wanted_by(queue.shape.need, queue.shape.replicas)
+            queue.ways, queue.ways_version = tuple([quota.way(name, amounts) for amounts in wanted]), version
+            queue.is_scavenger = quota.is_scavenger(name)
+            for way in queue.ways:
+                self._guaranteed.setdefault(way.guaranteed_by, {})[queue.number] = queue
+        return queue.ways
+
+    def _forget_ways(self, queue: ShapeQueue) -> None:
+        for way in queue.ways:
+            self._guaranteed[way.guaranteed_by].pop(queue.number, None)
+
+    def obstacles(self, queue: ShapeQueue) -> list[Obstacle | None]:
+        """What the quota tree says against one more job of a queue, for each model of card that could serve it."""
+        return [way.obstacle() for way in self._ways(queue)]
 
     # groups
 
@@ -351,35 +286,67 @@ class WaitingLine:
             group = self._groups.get(fits_like)
             if group is None:
                 self._numbers += 1
-                group = self._groups[fits_like] = self._group_by_number[self._numbers] = Group(self._numbers)
+                group = self._groups[fits_like] = Group(self._numbers)
+                self._sources[group.number] = group
             queue.group = group
         return queue.group
 
     def _regroup(self) -> None:
         """An inventory changed: who fits the same nodes may be another question now. Nobody is blocked any more."""
         self._groups_version = self._cluster.pool.inventory_version
+        for group in self._groups.values():
+            del self._sources[group.number]
         self._groups.clear()
-        self._group_by_number.clear()
         self._ready.clear()
         self._blocked.clear()
         for queue in self._queues.values():
             queue.group, queue.ready_key = None, -1
-        self._rank_anew()
 
-    def _rank_anew(self) -> None:
-        """Whole tenants moved."""
-        for queue in self._queues.values():
-            head = None if queue.held_back else self._head(queue)
+    def _rank_anew(self, queues: Iterable[ShapeQueue]) -> None:
+        """What decides on the rank of all in these queues moved."""
+        for queue in queues:
+            head = self._head(queue)
             if head is not None and head[0] != queue.ready_key:
                 self._make_ready(queue, head[0])
 
     def _make_ready(self, queue: ShapeQueue, key: int) -> None:
-        group = self._group_of(queue)
         queue.ready_key = key
-        heapq.heappush(group.heads, (key, queue.number))
+        if queue.held_back:
+            for barrier in queue.barriers:
+                self._push(barrier, key, queue.number)
+                if barrier.ready_key >= 0 and key < barrier.ready_key:
+                    self._offer_at(barrier, key)
+            return
+        group = self._group_of(queue)
+        self._push(group, key, queue.number)
         if not group.blocked and (group.ready_key < 0 or key < group.ready_key):
-            group.ready_key = key
-            heapq.heappush(self._ready, (key, group.number))
+            self._offer_at(group, key)
+
+    def _push(self, source: Source, key: int, number: int) -> None:
+        heads = source.heads
+        heapq.heappush(heads, (key, number))
+        if len(heads) > source.keep:
+            kept = {entry for entry in heads if self._counts(source, *entry)}
+            source.heads = sorted(kept)
+            source.keep = 64 + 2 * len(kept)
+
+    def _counts(self, source: Source, key: int, number: int) -> bool:
+        queue = self._by_number.get(number)
+        return queue is not None and queue.ready_key == key and source.has(queue)
+
+    def _offer(self, source: Source) -> None:
+        """The first of a source goes on when it is its turn."""
+        first = self._first(source)
+        source.ready_key = -1
+        if first is not None:
+            self._offer_at(source, first[0])
+        elif isinstance(source, Barrier):
+            source.ceiling.remove(source)
+            del self._sources[source.number]
+
+    def _offer_at(self, source: Source, key: int) -> None:
+        source.ready_key = key
+        heapq.heappush(self._ready, (key, source.number))
 
     def _unblock(self) -> None:
         pool = self._cluster.pool
@@ -390,32 +357,35 @@ class WaitingLine:
             group.blocked = False
             del self._blocked[group.number]
             if first is not None:
-                group.ready_key = first[0]
-                heapq.heappush(self._ready, (first[0], group.number))
+                self._offer_at(group, first[0])
 
-    def _release(self, queues: list[ShapeQueue]) -> None:
+    def _release(self, queues: Iterable[ShapeQueue]) -> None:
         """Let queues that were held back be looked at again."""
         for queue in queues:
-            queue.held_back = False
+            queue.held_back, queue.barriers = False, ()
             if (head := self._head(queue)) is not None:
                 self._make_ready(queue, head[0])
+            else:
+                queue.ready_key = -1
 
-    def _first(self, group: Group) -> tuple[int, ShapeQueue, Job] | None:
-        """The first of a group, with its packed rank."""
-        heads = group.heads
+    def _first(self, source: Source) -> tuple[int, ShapeQueue, Job] | None:
+        """The first of a source, with its packed rank."""
+        heads = source.heads
         while heads:
             key, number = heads[0]
-            queue = self._by_number.get(number)
-            if queue is None or queue.group is not group or queue.ready_key != key or queue.held_back:
+            if not self._counts(source, key, number):
                 heapq.heappop(heads)
                 continue
+            queue = self._by_number[number]
             head = self._head(queue)
             if head is None:
-                queue.ready_key = -1
+                # Nobody is left in it, so nobody is held back.
+                queue.held_back, queue.barriers, queue.ready_key = False, (), -1
                 heapq.heappop(heads)
             elif head[0] != key:
-                queue.ready_key = head[0]
-                heapq.heapreplace(heads, (head[0], number))
+                heapq.heappop(heads)
+                self._make_ready(queue, head[0])
+                heads = source.heads
             else:
                 return key, queue, head[1]
         return None
@@ -428,7 +398,7 @@ class WaitingLine:
             number = queue.buckets[level].head
             job = waiting.get(number)
             if job is not None:
-                return self._key(level, job), job
+                return self._key(queue, level, job), job
             self._drop(number)
         return None
 
@@ -436,20 +406,27 @@ class WaitingLine:
 
     def next(self) -> tuple[ShapeQueue, Job] | None:
         """The first waiting job whose queue is not blocked."""
-        ready = self._ready
-        while ready:
+        while self._ready:
+            ready = self._ready
             key, number = ready[0]
-            group = self._group_by_number.get(number)
-            if group is None or group.ready_key != key:
+            source = self._sources.get(number)
+            if source is None or source.ready_key != key:
                 heapq.heappop(ready)
                 continue
-            first = self._first(group)
-            if first is None:
-                group.ready_key = -1
+            barrier = source if isinstance(source, Barrier) else None
+            if barrier is not None and not barrier.is_open:
+                source.ready_key = -1
                 heapq.heappop(ready)
-            elif first[0] != key:
-                group.ready_key = first[0]
-                heapq.heapreplace(ready, (first[0], number))
+                continue
+            first = self._first(source)
+            if first is None or first[0] != key:
+                heapq.heappop(ready)
+                self._offer(source)
+            elif barrier is not None:
+                # Its limit has room for it: now its place is among those of its group.
+                heapq.heappop(ready)
+                self._release([first[1]])
+                self._offer(barrier)
             else:
                 return first[1], first[2]
         return None
@@ -461,19 +438,29 @@ class WaitingLine:
         group.ready_key = -1
         self._blocked[group.number] = group
 
-    def hold_back(self, queue: ShapeQueue, *, costly: bool = False, over: str | None = None) -> None:
-        """A limit stands in the way: the tenant's, or that of a queue of the quota tree (`over`).
-
-        `costly`: only with the cards that it would get now.
+    def hold_back(self, queue: ShapeQueue, *, over: str | None = None, costly: bool = False) -> None:
+        """A limit stands in the way of the one that `next` named: the tenant's, or that of a queue of the quota tree
+        (`over`). `costly`: only with the cards that it would get now.
         """
-        queue.held_back = True
-        queue.is_over_quota = over is not None
-        queue.ready_key = -1
+        obstacles = [] if over is None else [each for each in self.obstacles(queue) if each is not None]
+        group = self._group_of(queue)
+        if group.heads and group.heads[0] == (queue.ready_key, queue.number):
+            heapq.heappop(group.heads)
+        queue.held_back, queue.is_over_quota = True, bool(obstacles)
         if costly:
             self._costly.append(queue)
+            return
+        number, barriers = self._numbers + 1, self._barriers
+        if obstacles:
+            found = [barriers.of_quota(each, number + place) for place, each in enumerate(obstacles)]
         else:
-            key = (TENANT, queue.shape.tenant) if over is None else (QUOTA, over)
-            self._held_back.setdefault(key, []).append(queue)
+            least = queue.least_milli(self._cluster.pool)
+            found = [barriers.of_tenant(queue.shape.tenant, least, number)]
+        self._numbers += len(found)
+        queue.barriers = tuple(dict.fromkeys(found))
+        for barrier in queue.barriers:
+            self._sources[barrier.number] = barrier
+            self._push(barrier, queue.ready_key, queue.number)
 
     def blocked_heads(self) -> list[tuple[int, ShapeQueue, Job]]:
         """The first of each queue that fits nowhere, or whose quota others have, with its packed rank; best first."""
@@ -506,8 +493,16 @@ class WaitingLine:
     def _lacks_room(self, queue: ShapeQueue) -> bool:
         """It was looked at and others have what it wants: places, or its part of a quota; no limit of its own."""
         if queue.held_back:
-            return queue.is_over_quota
+            tenant = queue.shape.tenant
+            return queue.is_over_quota and self._cluster.tenancy.has_room(tenant, queue.least_milli(self._cluster.pool))
         return queue.group is not None and queue.group.blocked
+
+    def is_at_limit(self, queue: ShapeQueue) -> bool:
+        """Its tenant's limit or the quota tree stands in the way of one more of its jobs."""
+        if not self._cluster.tenancy.has_room(queue.shape.tenant, queue.least_milli(self._cluster.pool)):
+            return True
+        obstacles = self.obstacles(queue) if self._cluster.quota.has_quotas else []
+        return bool(obstacles) and None not in obstacles
 
     def ahead_of(self, job: Job, now_ms: int) -> int:
         """How many of those that wait go before a job, which need not wait itself (or exist)."""
@@ -548,9 +543,11 @@ class WaitingLine:
         for queue in list(self._queues.values()):
             if not queue.held_back and self._head(queue) is None:
                 del self._queues[queue.entry], self._by_number[queue.number]
+                self._of_services.pop(queue.number, None)
+                self._forget_ways(queue)
         if len(self._groups) > _IDLE_QUEUES_MAX:
             kept = {id(queue.group) for queue in self._queues.values()}
             for fits_like, group in list(self._groups.items()):
                 if id(group) not in kept:
-                    del self._groups[fits_like], self._group_by_number[group.number]
+                    del self._groups[fits_like], self._sources[group.number]
                     self._blocked.pop(group.number, None)

@@ -194,11 +194,15 @@ class Ranking:
 
     def wanted(self, job: Job) -> tuple[Amounts, ...]:
         """What a job will count for at least against quotas, for each model of card that could serve it."""
+        return self.wanted_by(job.spec.need, job.spec.least_replicas)
+
+    def wanted_by(self, need: ResourceNeed, replicas: int) -> tuple[Amounts, ...]:
+        """The same for a request."""
         pool = self._cluster.pool
         if self._wants_version != pool.inventory_version or len(self._wants) > _WANTS_MAX:
             self._wants.clear()
             self._wants_version = pool.inventory_version
-        key = (job.spec.need, job.spec.least_replicas)
+        key = (need, replicas)
         found = self._wants.get(key)
         if found is None:
             found = self._wants[key] = wanted_by(pool, *key)

@@ -65,6 +65,11 @@ class Allotment:
         """None: no limit."""
         return None if self.borrow_milli < 0 else self.nominal_milli + self.borrow_milli
 
+    @property
+    def room_milli(self) -> int:
+        """How much more may be held, where there is a limit, beside what queues below keep for themselves."""
+        return self.nominal_milli + self.borrow_milli - self.used_milli - self.unlent_milli
+
 
 class Queue:
     """A queue of the tree."""
@@ -98,16 +103,88 @@ class Obstacle(NamedTuple):
     queue: str
     allotment: Allotment
     wanted_milli: int
+    #: Of that, what the queue below keeps for itself anyway.
+    own_milli: int = 0
+
+
+class _Step(NamedTuple):
+    """A grant on the way up."""
+
+    queue: str
+    allotment: Allotment
+    milli: int
+    #: Grants of the queue below that are for a part of it, each with what it would hold.
+    below: tuple[tuple[Allotment, int], ...]
+
+
+class Way:
+    """From a queue up to the yard, for what one place counts for: the same question asked again and again.
+
+    Good until the policy changes.
+    """
+
+    __slots__ = ("_guarantor", "_steps", "guaranteed_by", "has_quotas", "names")
+
+    def __init__(self, tree: QuotaTree, name: str, amounts: Amounts) -> None:
+        self.has_quotas = tree.has_quotas
+        steps: list[_Step] = []
+        below: list[tuple[Allotment, int]] = []
+        #: All queues on it.
+        self.names = tuple([queue.name for queue in tree.queues[name].upwards()])
+        self._guarantor: list[tuple[Allotment, int]] = []
+        #: The queue whose nominal part says whether the place is borrowed; "": none does.
+        self.guaranteed_by = ""
+        for queue in tree.queues[name].upwards():
+            mine = queue.covering(amounts)
+            if mine and not self._guarantor and queue.name != ROOT:
+                self._guarantor, self.guaranteed_by = mine, queue.name
+            for allotment, milli in mine:
+                inner = tuple([(each, part) for each, part in below if within(each, allotment)])
+                steps.append(_Step(queue.name, allotment, milli, inner))
+            below = mine
+        self._steps = tuple(steps)
+
+    def obstacle(self) -> Obstacle | None:
+        """As `QuotaTree.obstacle`."""
+        for queue, allotment, milli, below in self._steps:
+            if allotment.borrow_milli >= 0:
+                own = 0
+                for each, part in below:
+                    if each.reserve_milli > each.used_milli:
+                        own += min(part, each.reserve_milli - each.used_milli)
+                if milli - own > allotment.room_milli:
+                    return Obstacle(queue, allotment, milli, own)
+        return None
+
+    def is_nominal(self) -> bool:
+        """As `QuotaTree.within_nominal`."""
+        if not self.has_quotas:
+            return True
+        for allotment, milli in self._guarantor:
+            if allotment.used_milli + milli > allotment.nominal_milli:
+                return False
+        return bool(self._guarantor)
 
 
 class QuotaTree:
     """All queues, and what is used of their grants."""
 
-    __slots__ = ("_eased", "_queue_of_tenant", "_root", "capacity_version", "has_quotas", "is_plain", "queues")
+    __slots__ = (
+        "_eased",
+        "_queue_of_tenant",
+        "_root",
+        "capacity_version",
+        "has_quotas",
+        "is_plain",
+        "queues",
+        "version",
+    )
 
     def __init__(self) -> None:
         self.queues: dict[str, Queue] = {}
         self._queue_of_tenant: dict[Tenant, str] = {}
+        #: Grows with each policy.
+        self.version = 0
         self._root = Queue(QueuePolicy(name=ROOT))
         #: Any queue has a grant; no queue has, and none is of scavengers.
         self.has_quotas = False
@@ -120,6 +197,7 @@ class QuotaTree:
 
     def set_policy(self, policy: Policy, capacity: Mapping[str, int]) -> None:
         """Make the tree that a policy says, unused; whoever calls enters what is held. `capacity`: by model."""
+        self.version += 1
         self.queues = {each.name: Queue(each) for each in policy.queues}
         self.queues.setdefault(DEFAULT_QUEUE, Queue(QueuePolicy(name=DEFAULT_QUEUE)))
         self._root = Queue(QueuePolicy(name=ROOT))
@@ -198,6 +276,10 @@ class QuotaTree:
                 if above.model in ("", allotment.model) and above.kind in ("", allotment.kind):
                     above.unlent_milli += change
 
+    def allotments(self, name: str) -> list[Allotment]:
+        """The grants of a queue, or of the yard."""
+        return self.queues[name].allotments if name else self._root.allotments
+
     def take_eased(self) -> set[str]:
         """Queues (and the yard, "") that may have more room than when this was last asked."""
         eased, self._eased = self._eased, set()
@@ -223,7 +305,7 @@ class QuotaTree:
                     own = sum([min(part, each.idle_reserve_milli) for each, part in below if within(each, allotment)])
                     used = allotment.used_milli - sum(map(allotment.part_of, gone))
                     if used + allotment.unlent_milli - own + milli > most:
-                        return Obstacle(queue.name, allotment, milli)
+                        return Obstacle(queue.name, allotment, milli, own)
             below = mine
         return None
 
@@ -237,6 +319,10 @@ class QuotaTree:
                 if queue is not self._root and most is not None and milli > most:
                     return Obstacle(queue.name, allotment, milli)
         return None
+
+    def way(self, name: str, amounts: Amounts) -> Way:
+        """For a question that will be asked often."""
+        return Way(self, name, amounts)
 
     # --- bands -------------------------------------------------------------------------------------------------------
 

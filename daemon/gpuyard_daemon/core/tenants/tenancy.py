@@ -141,6 +141,10 @@ class Tenancy:
         most = self.limits(tenant).gpus_max_milli
         return not most or not milli or self.held_milli.get(tenant, 0) + milli <= most
 
+    def room_milli(self, tenant: Tenant) -> int:
+        """How much more a tenant with a limit may hold."""
+        return self.limits(tenant).gpus_max_milli - self.held_milli.get(tenant, 0)
+
     def take_eased(self) -> tuple[bool, set[Tenant]]:
         """(everybody, tenants) who may have more room than when this was last asked."""
         everybody, eased = self._all_eased, self._eased
