@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -141,6 +142,49 @@ def test_jobs_outlive_daemon_and_server(yard: Machine) -> None:
         "both are back",
     )
     assert int(yard.show(unit(job), "MainPID")) == pid
+    cancel(yard, job)
+
+
+#: Requests that nobody can read, large, until the stream has to begin a file that it cannot make.
+SEND_UNTIL_NOTHING_IS_STORED = """
+import asyncio
+import gpuyard
+from gpuyard_protocol.bus.base import BusError
+from gpuyard_protocol.bus.nats import connect
+
+async def main():
+    found = gpuyard.load_context()
+    bus = await connect(found.url, name="flood", inbox_prefix=f"_INBOX.{found.user}", seed=found.key)
+    for _ in range(200):
+        try:
+            await bus.stream_publish(f"sub.{found.tenant}.{found.user}.submit", b"x" * 250_000, timeout=3.0)
+        except BusError:
+            break
+    else:
+        raise SystemExit("everything is stored")
+    await bus.close()
+
+asyncio.run(main())
+"""
+
+
+def test_a_server_that_stores_nothing_is_started_again_while_jobs_go_on(yard: Machine) -> None:
+    """The watch and the server are two units; what a failed write does to a stream only a new process undoes."""
+    yard.systemctl("start", "gpuyard-nats-watch")
+    until(lambda: yard.show("gpuyard-nats-watch", "ActiveState") == "active", "the watch runs")
+    job, pid = running(yard, "exec sleep 1000")
+    before = yard.show("gpuyard-nats", "MainPID")
+    (blocks,) = (yard.state / "nats" / "store").rglob("streams/SUB_main/msgs")
+    shutil.rmtree(blocks)
+
+    yard.run(PYTHON, "-c", SEND_UNTIL_NOTHING_IS_STORED, env=CONTEXT)
+    until(lambda: yard.show("gpuyard-nats", "MainPID") not in (before, "0"), "systemd has started the server again")
+    assert "stores nothing" in yard.journal("gpuyard-nats-watch")
+    until(lambda: "running" in state_of(yard, job), "the daemon answers again")
+    assert int(yard.show(unit(job), "MainPID")) == pid
+    done = submit(yard, "echo done")
+    until(lambda: output(yard, done) == "done\n", "work goes on")
+    yard.systemctl("stop", "gpuyard-nats-watch")
     cancel(yard, job)
 
 

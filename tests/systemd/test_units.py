@@ -18,7 +18,7 @@ UNITS = sorted(FOLDER.glob("*.service"))
 #: systemd's measure of exposure, in tenths: 100 is a plain root service. The agent's work is done as root on devices.
 EXPOSURE_MAX = {
     "gpuyard-nats.service": 15,
-    "gpuyard-nats-watch.service": 15,
+    "gpuyard-nats-watch.service": 16,
     "gpuyard-daemon.service": 15,
     "gpuyard-agent.service": 90,
 }
