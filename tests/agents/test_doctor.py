@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,8 @@ from gpuyard_agent.devices.base import NoDriver
 from gpuyard_agent.devices.simulated import SimulatedBackend
 from gpuyard_agent.doctor import checks
 from gpuyard_agent.doctor.commands import register
+from gpuyard_agent.launch.base import Account
+from gpuyard_agent.launch.containers import Engine
 from gpuyard_agent.launch.limits import Enforceable
 
 LIMITLESS = Enforceable(
@@ -104,3 +107,15 @@ def test_wrong_settings_are_named(tmp_path: Path, text: str) -> None:
     code, output = run("--config", str(settings))
     assert code == 1
     assert "agent.toml" in output
+
+
+@pytest.mark.parametrize(("says", "state"), [("exit 0", "yes"), ("echo no subuid ranges; exit 125", "no")])
+async def test_an_engine_is_tried_for_the_accounts_that_jobs_run_as(tmp_path: Path, says: str, state: str) -> None:
+    podman = tmp_path / "podman"
+    podman.write_text(f"#!/bin/sh\n{says}\n")
+    podman.chmod(0o755)
+    us = Account(name="us", uid=os.geteuid(), gid=os.getegid(), home=str(tmp_path))
+    found = await checks.containers(Engine(name="podman", path=str(podman)), [us])
+    assert (found.state, "newuidmap" in found.remedy) == (state, state == "no")
+    nothing = await checks.containers(Engine(problem="podman is not installed"), [us])
+    assert (nothing.state, "podman is not installed" in nothing.detail) == ("no", True)

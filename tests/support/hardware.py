@@ -80,7 +80,7 @@ async def program(
     """Runs on this card, whatever others there are."""
     chosen = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": device.uuid}
     process = await asyncio.create_subprocess_exec(
-        sys.executable, str(Path(__file__).with_name(PROGRAMS[name])), *arguments,
+        sys.executable, "-P", str(Path(__file__).with_name(PROGRAMS[name])), *arguments,
         stdout=PIPE, env={**os.environ, **chosen, **(env or {})},
     )  # fmt: skip
     try:

@@ -11,7 +11,7 @@ import asyncio
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Literal, TypeAlias
 from urllib.parse import urlsplit
@@ -26,8 +26,9 @@ from gpuyard_agent.devices.capabilities import Capability, State, probe
 from gpuyard_agent.devices.nvml import NvmlBackend
 from gpuyard_agent.devices.simulated import SimulatedBackend, parse_cards
 from gpuyard_agent.launch.accounts import AccountPolicy
+from gpuyard_agent.launch.base import Account
 from gpuyard_agent.launch.choose import systemd_is_there
-from gpuyard_agent.launch.containers import Engine, find_engine
+from gpuyard_agent.launch.containers import Containers, Engine, NotContained, find_engine
 from gpuyard_agent.launch.limits import Enforceable, probe_supervisor, probe_systemd
 
 Area: TypeAlias = Literal["cards", "processes", "accounts", "network", "disk"]
@@ -56,7 +57,9 @@ async def examine(config: AgentConfig) -> tuple[Finding, ...]:
     return (
         *await cards(_backend(config)),
         *processes(probe_systemd() if _uses_systemd(config) else probe_supervisor()),
-        containers(await find_engine(config.containers)),
+        await containers(
+            await find_engine(config.containers), AccountPolicy(config.run_as, config.run_shares_as).accounts()
+        ),
         *accounts(config),
         *await reach(config),
         *disk(config.state_directory),
@@ -120,10 +123,21 @@ def processes(found: Enforceable) -> Iterator[Finding]:
     yield _yes_or_no("processes", "device-isolation", found.devices, detail, "systemd as PID 1, the agent run as root")
 
 
-def containers(engine: Engine) -> Finding:
-    detail = f"container images run by {engine.path}" if engine.path else f"no container images: {engine.problem}"
-    remedy = "install podman, and for cards NVIDIA's container toolkit with its CDI names"
-    return _yes_or_no("processes", "containers", bool(engine.path), detail, remedy)
+async def containers(engine: Engine, accounts: Iterable[Account]) -> Finding:
+    """`accounts`: those that jobs run as, as far as they are named."""
+    if not engine.path:
+        remedy = "install podman, and for cards NVIDIA's container toolkit with its CDI names"
+        return _yes_or_no("processes", "containers", False, f"no container images: {engine.problem}", remedy)
+    made = Containers(engine, "doctor")
+    problems = []
+    for account in accounts:
+        try:
+            await made.wake(account)
+        except NotContained as problem:
+            problems.append(str(problem))
+    detail = "; ".join(problems) or f"container images run by {engine.path}"
+    remedy = "install newuidmap (Debian: uidmap), and give the account a range in /etc/subuid and /etc/subgid"
+    return _yes_or_no("processes", "containers", not problems, detail, remedy)
 
 
 def accounts(config: AgentConfig) -> Iterator[Finding]:

@@ -71,6 +71,12 @@ class AccountPolicy:
         """For whom there is an account here, as `tenant/user` patterns; a rule to be filled in counts as holding."""
         return tuple(pattern for pattern, template in sorted(self._rules.items()) if self._holds(template))
 
+    def accounts(self) -> tuple[Account, ...]:
+        """Those that rules name outright and that exist, by name."""
+        templates = sorted({*self._rules.values(), *self._share_rules.values()})
+        named = [template for template in templates if "{" not in template and self._holds(template)]
+        return tuple([self._look_up(name, "anybody") for name in named])
+
     def _holds(self, template: str) -> bool:
         if "{" in template:
             return True
