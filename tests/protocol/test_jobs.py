@@ -194,6 +194,7 @@ def test_no_field_is_accepted_and_then_ignored() -> None:
     beside["topology"] = {"replicas": 4}
     beside["share_domain"] = {"gpu": 0.3}
     samples |= {
+        "upload": "sha256:" + "0" * 64,
         "share_domain": "team",
         "topology": "rack",
         "total_gpus": 12,

@@ -8,14 +8,19 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command and exit."""
     from gpuyard.cli.app import build_app
     from gpuyard.errors import GpuyardError
+    from gpuyard.slurm import NAMES, run_as
 
     try:
+        if arguments is None and (name := Path(sys.argv[0]).name) in NAMES:
+            run_as(name, sys.argv[1:])
+            return
         build_app()(args=None if arguments is None else list(arguments), prog_name="gpuyard")
     except GpuyardError as error:
         fail(str(error))

@@ -64,7 +64,7 @@ def jobs(
             limit=limit + 1 if limit else 0,
         )
         found = [view async for view in rows]
-        return found, {} if as_json else await _reasons(yard, found)
+        return found, {} if as_json else await reasons_of(yard, found)
 
     found, reasons = session_of(ctx).run(work)
     shown = found[:limit] if limit else found
@@ -90,7 +90,7 @@ def _checked_states(given: list[str]) -> list[str]:
     return states
 
 
-async def _reasons(yard: Client, found: list[JobView]) -> dict[int, str]:
+async def reasons_of(yard: Client, found: list[JobView]) -> dict[int, str]:
     """Why the longest waiting of the jobs wait, for those whose view does not say."""
     waiting = [view.job for view in found if view.state == "pending" and view.reason is None][-EXPLAINED_ROWS:]
     answers = await asyncio.gather(*(yard.why(job, brief=True) for job in waiting), return_exceptions=True)

@@ -10,13 +10,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import sys
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from gpuyard.cli.options import Command, JobOptions, takes_job_options
 from gpuyard.cli.output import remark
-from gpuyard.cli.session import session_of
+from gpuyard.cli.session import Session, session_of
 from gpuyard.cli.submitting import hand_in
 from gpuyard.errors import GpuyardError
 from gpuyard_protocol.jobs import JobView
@@ -46,9 +46,14 @@ def run(
         raise typer.BadParameter(f"holds {len(requests)} jobs; `run` takes one, `submit` many", param_hint="--file")
     if requests[0].get("array") is not None:
         raise typer.BadParameter("is for `submit`: `run` shows one job", param_hint="--array")
-    attached = _Attached(requests[0], quiet=quiet)
+    run_request(session_of(ctx), requests[0], quiet=quiet)
+
+
+def run_request(session: Session, request: dict[str, Any], *, quiet: bool) -> None:
+    """Submit a job, show its output, and end as it ends."""
+    attached = _Attached(request, quiet=quiet)
     try:
-        view = session_of(ctx).run(attached.run)
+        view = session.run(attached.run)
     except KeyboardInterrupt:
         if attached.number:
             remark(
