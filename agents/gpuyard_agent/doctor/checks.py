@@ -136,7 +136,7 @@ async def containers(engine: Engine, accounts: Iterable[Account]) -> Finding:
         except NotContained as problem:
             problems.append(str(problem))
     detail = "; ".join(problems) or f"container images run by {engine.path}"
-    remedy = "install newuidmap (Debian: uidmap), and give the account a range in /etc/subuid and /etc/subgid"
+    remedy = "give the account a home and a range in /etc/subuid and /etc/subgid; install newuidmap (Debian: uidmap)"
     return _yes_or_no("processes", "containers", not problems, detail, remedy)
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from gpuyard_daemon.core.placing.capacity import ClaimedPlace, NodeSpace, Pool
-from gpuyard_daemon.core.placing.partitions import Card, amounts_on, mode_of, slices_at
+from gpuyard_daemon.core.placing.partitions import Card, amounts_on, slices_at
 from gpuyard_daemon.core.state.arrays import LIVE_STATES
 from gpuyard_daemon.core.state.cluster import Cluster
 from gpuyard_daemon.core.state.facts import PATIENT_CLAIMS
@@ -22,7 +22,7 @@ from gpuyard_daemon.core.tenants.quota import QuotaTree
 from gpuyard_daemon.core.tenants.tenancy import held_by
 from gpuyard_protocol.jobs import PRIORITY_MIN
 from gpuyard_protocol.names import AssignmentKey
-from gpuyard_protocol.resources import MigInstance, MpsShare, Partition, devices_of
+from gpuyard_protocol.resources import MigInstance, MpsShare, Partition, devices_of, mode_of
 from gpuyard_protocol.units import MILLI
 
 

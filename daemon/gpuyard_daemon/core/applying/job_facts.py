@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from gpuyard_daemon.core.applying import lost_facts, node_facts, suspend_facts
-from gpuyard_daemon.core.placing.partitions import mode_of
 from gpuyard_daemon.core.queueing import learning
 from gpuyard_daemon.core.queueing.ranking import BORROWING
 from gpuyard_daemon.core.state import facts as f
@@ -19,6 +18,7 @@ from gpuyard_daemon.core.state.states import InvariantViolated
 from gpuyard_daemon.core.state.timers import Timer
 from gpuyard_daemon.core.tenants import holdings
 from gpuyard_protocol.names import AssignmentKey
+from gpuyard_protocol.resources import mode_of
 
 if TYPE_CHECKING:
     from gpuyard_daemon.core.state.cluster import Cluster

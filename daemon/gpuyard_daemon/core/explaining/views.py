@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from gpuyard_daemon.core.placing.capacity import NodeSpace
-from gpuyard_daemon.core.placing.partitions import Card, amounts_on, mode_of
+from gpuyard_daemon.core.placing.partitions import Card, amounts_on
 from gpuyard_daemon.core.state.cluster import Cluster, ServiceKey
 from gpuyard_daemon.core.state.model import Assignment, Job, Node, Service
 from gpuyard_daemon.core.tenants.limits import over_quota
@@ -27,6 +27,7 @@ from gpuyard_protocol.resources import (
     TimeSliceShare,
     WholeCards,
     devices_of,
+    mode_of,
 )
 from gpuyard_protocol.services import ServiceView
 from gpuyard_protocol.units import format_mib, format_milli, format_ms

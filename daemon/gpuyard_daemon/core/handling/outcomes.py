@@ -19,7 +19,6 @@ from __future__ import annotations
 from gpuyard_daemon.core.applying.lost_facts import is_given_up
 from gpuyard_daemon.core.handling.idleness import take_idle
 from gpuyard_daemon.core.handling.services import replica_ended
-from gpuyard_daemon.core.placing.partitions import mode_of
 from gpuyard_daemon.core.preempting.suspension import take_report
 from gpuyard_daemon.core.state import facts as f
 from gpuyard_daemon.core.state.draft import Draft
@@ -40,6 +39,7 @@ from gpuyard_protocol.nodes import (
     Suspended,
     SuspendFailed,
 )
+from gpuyard_protocol.resources import mode_of
 
 TIME_LIMIT = "TimeLimit"
 #: What is kept of a node's own words: they are repeated in reasons, stories and views.

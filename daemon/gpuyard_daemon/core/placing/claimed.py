@@ -5,9 +5,9 @@ Works on copies of cards alone; who claims what is known to the node's space.
 
 from __future__ import annotations
 
-from gpuyard_daemon.core.placing.partitions import Card, amounts_on, mode_of, slices_at
+from gpuyard_daemon.core.placing.partitions import Card, amounts_on, slices_at
 from gpuyard_protocol.names import AssignmentKey, Tenant
-from gpuyard_protocol.resources import Device, MigInstance, MpsShare, Partition
+from gpuyard_protocol.resources import Device, MigInstance, MpsShare, Partition, mode_of
 
 
 class Freed:

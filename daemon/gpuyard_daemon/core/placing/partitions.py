@@ -37,6 +37,7 @@ from gpuyard_protocol.resources import (
     ResourceNeed,
     TimeSliceShare,
     WholeCards,
+    mode_of,
     share_of,
 )
 from gpuyard_protocol.units import MILLI
@@ -411,20 +412,6 @@ class Card:
         if not self.held:
             self.mode, self.domain = self._unused_mode, ""
             self.profile_counts = {}
-
-
-def mode_of(partition: Partition) -> Mode:
-    match partition:
-        case WholeCards():
-            return "whole"
-        case MpsShare():
-            return "mps"
-        case MigInstance():
-            return "mig"
-        case TimeSliceShare():
-            return "timeslice"
-        case NoGpu():
-            return "idle"
 
 
 def amounts_on(device: Device, partition: Partition) -> tuple[int, int]:
