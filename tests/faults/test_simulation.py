@@ -13,6 +13,7 @@ import pytest
 
 from faults.host import LedgerFile
 from faults.long_run import Sample, growth
+from faults.network import FaultyBroker
 from faults.simulate import SimulationFailed, simulate, simulate_hours
 from faults.world import Kind
 from gpuyard_agent.core.book import Counters
@@ -38,6 +39,20 @@ def test_hosts_that_are_cut_off_for_long_keep_every_promise_too(seed: int) -> No
     """Leases run out, jobs start elsewhere, and hosts come back with what was given up."""
     played = simulate(seed, kind="partitions")
     assert played.records > 0
+
+
+@pytest.mark.parametrize("seed", range(1, 7))
+def test_a_neighbour_in_version_says_more_than_is_understood_and_all_is_done(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Orders, heartbeats, reports and answers each carry a field of a later version, in both directions."""
+
+    def later(self: FaultyBroker, subject: str, data: bytes) -> bytes:
+        between = subject.startswith(("cmd.", "hb.", "rep."))
+        return b'{"later":{"x":[1]},' + data[1:] if between and data.startswith(b'{"') else data
+
+    monkeypatch.setattr(FaultyBroker, "rewrite", later)
+    assert simulate(seed).processes > 0
 
 
 def test_an_hour_of_a_larger_yard_keeps_every_promise_and_nothing_that_is_over() -> None:
