@@ -27,8 +27,12 @@ if TYPE_CHECKING:
 def amounts_of(space: NodeSpace, partition: Partition) -> Amounts:
     """Compute that a place counts for, by model of card and kind of sharing."""
     kind: Kind = "whole" if isinstance(partition, WholeCards) else "shared"
+    devices = devices_of(partition)
+    if len(devices) == 1:
+        device = space.by_uuid[devices[0]].device
+        return {(_short(device.model), kind): amounts_on(device, partition)[0]}
     found: Amounts = {}
-    for uuid in devices_of(partition):
+    for uuid in devices:
         device = space.by_uuid[uuid].device
         key = (model_of(device), kind)
         found[key] = found.get(key, 0) + amounts_on(device, partition)[0]

@@ -74,7 +74,7 @@ class Allotment:
 class Queue:
     """A queue of the tree."""
 
-    __slots__ = ("allotments", "idle", "is_scavenger", "name", "parent", "weight")
+    __slots__ = ("_covering", "allotments", "idle", "is_scavenger", "name", "parent", "weight")
 
     def __init__(self, policy: QueuePolicy) -> None:
         self.name = policy.name
@@ -83,6 +83,8 @@ class Queue:
         self.is_scavenger = policy.scavenger
         self.idle = policy.idle
         self.allotments = [Allotment(grant) for grant in policy.grants]
+        #: Which of them are for such cards. A memo.
+        self._covering: dict[tuple[str, Kind], list[Allotment]] = {}
 
     def upwards(self) -> Iterator[Queue]:
         """It and all above it."""
@@ -93,6 +95,12 @@ class Queue:
 
     def covering(self, amounts: Amounts) -> list[tuple[Allotment, int]]:
         """Its grants that such a place counts towards, and with how much."""
+        if len(amounts) == 1:
+            [(key, milli)] = amounts.items()
+            known = self._covering.get(key)
+            if known is None:
+                known = self._covering[key] = [each for each in self.allotments if each.covers(*key)]
+            return [(allotment, milli) for allotment in known] if milli else []
         found = [(allotment, allotment.part_of(amounts)) for allotment in self.allotments]
         return [(allotment, milli) for allotment, milli in found if milli]
 
@@ -173,6 +181,7 @@ class QuotaTree:
         "_eased",
         "_queue_of_tenant",
         "_root",
+        "_scavengers",
         "capacity_version",
         "has_quotas",
         "is_plain",
@@ -208,7 +217,9 @@ class QuotaTree:
         self._queue_of_tenant = {name: limits.queue for name, limits in policy.tenants if limits.queue}
         self._queue_of_tenant[""] = policy.default.queue or DEFAULT_QUEUE
         self.has_quotas = any(queue.allotments for queue in self.queues.values())
-        self.is_plain = not self.has_quotas and not any(queue.is_scavenger for queue in self.queues.values())
+        above = {name: list(queue.upwards()) for name, queue in self.queues.items()}
+        self._scavengers = {name for name, queues in above.items() if any(queue.is_scavenger for queue in queues)}
+        self.is_plain = not self.has_quotas and not self._scavengers
         self._eased.update(self.queues)
         models = {allotment.model for queue in self.queues.values() for allotment in queue.allotments}
         self._root.allotments = [Allotment(Grant(model=model, borrow_milli=0)) for model in sorted(models)]
@@ -327,16 +338,17 @@ class QuotaTree:
     # --- bands -------------------------------------------------------------------------------------------------------
 
     def is_scavenger(self, name: str) -> bool:
-        return any(queue.is_scavenger for queue in self.queues[name].upwards())
+        return name in self._scavengers
 
     def within_nominal(self, name: str, amounts: Amounts, *, held: bool = False) -> bool:
         """Whether a place stays within nominal at the queue that guarantees it. `held`: it is counted already."""
         if not self.has_quotas:
             return True
         guaranteed = self._guarantor(name, amounts)
-        return bool(guaranteed) and all(
-            allotment.used_milli + (0 if held else milli) <= allotment.nominal_milli for allotment, milli in guaranteed
-        )
+        for allotment, milli in guaranteed:
+            if allotment.used_milli + (0 if held else milli) > allotment.nominal_milli:
+                return False
+        return bool(guaranteed)
 
     def guaranteed_milli(self, name: str, amounts: Amounts, otherwise: int) -> int:
         """What a queue is guaranteed of such cards, by itself or those above; `otherwise`, where nobody has a quota."""
