@@ -161,7 +161,7 @@ class CoreHarness:
         self._instances: dict[str, int] = {}
         self._submissions = 0
         self._cursors = Cursors()
-        #: Replace the core by its restored snapshot after so many turns; 0: never.
+        #: Replace the core by its restored snapshot after so many records; 0: never.
         self._restart_every = restart_every
 
     # --- turns ---
@@ -184,7 +184,7 @@ class CoreHarness:
                     self.answers.append(answer)
                 case JobNotice(event=event):
                     self.events.append(event)
-        if self._restart_every and len(self.records) % self._restart_every == 0:
+        if turn.record is not None and self._restart_every and len(self.records) % self._restart_every == 0:
             self.restart()
         return turn
 

@@ -98,12 +98,10 @@ class Scheduler:
         dependencies.end_doomed(draft)
         learning.read_ranks(draft)
         fairness.refresh(draft, self.now_ms)
-        resume_waiting(draft, self._line, first=True)
         self._rounds.give_up(draft, self._line, self.now_ms)
         serve_claims(draft)
-        unfinished = place_waiting(draft, self._line)
         decided = len(draft.facts)
-        resume_waiting(draft, self._line, first=False)
+        unfinished = place_waiting(draft, self._line, lambda rank: resume_waiting(draft, rank))
         services.make_room_for_new(draft)
         self._rounds.hold(draft, self._line, self.now_ms)
         # What is no longer kept for somebody is there for whoever fits it: the next turn, at once, looks who does.

@@ -29,7 +29,7 @@ def suspend(cluster: Cluster, job: Job, why: Why, now_ms: int, effects: Effects)
     """Tell a running job of one replica to leave its card."""
     (assignment,) = job.assignments
     cluster.move_assignment(job, assignment, "suspending")
-    cluster.pool.leaving(cluster.pool.spaces[assignment.node])
+    cluster.pool.touch(cluster.pool.spaces[assignment.node])
     job.why = why
     cluster.move_job(job, "suspended")
     cluster.leaving[job.id] = job

@@ -32,7 +32,7 @@ def take_cordon(draft: Draft, given: i.NodeCordonAsked | i.NodeUncordonAsked) ->
 
 def _empty(draft: Draft, node: Node, text: str) -> None:
     jobs = draft.cluster.jobs
-    there = dict.fromkeys([key.job for key in draft.cluster.pool.spaces[node.id].assignments])
+    there = dict.fromkeys([key.job for key in sorted(draft.cluster.pool.spaces[node.id].assignments)])
     for number in there:
         job = jobs[number]
         if job.verdict is None and job.spec.preemption != "never":

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 
 from gpuyard_daemon.core.placing.trial import PoolTrial
 from gpuyard_daemon.core.preempting.claims import takes
+from gpuyard_daemon.core.preempting.suspension import resume_before
 from gpuyard_daemon.core.state import facts as f
 from gpuyard_daemon.core.state.cluster import Cluster
 from gpuyard_daemon.core.state.draft import Draft
@@ -24,6 +25,10 @@ def serve_claims(draft: Draft) -> None:
     if cluster.draining:
         return
     for claim in list(cluster.claims):
+        if claim.kind in f.PATIENT_CLAIMS:
+            resume_before(draft, claim)
+            if claim.job not in cluster.claims:
+                continue
         job = cluster.jobs[claim.job]
         gone = _gone(cluster, claim)
         if claim.kind == "resize" and gone is None and job.id not in cluster.waiting:

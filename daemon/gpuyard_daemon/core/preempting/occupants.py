@@ -51,12 +51,12 @@ def occupants(cluster: Cluster, settings: CoreSettings, at_ms: int, most: int) -
     """The largest of the running jobs, at most so many."""
     found = []
     for job, _ in zip(cluster.running.largest_first(at_ms), range(most), strict=False):
-        if job.verdict is None and job.started_ms and at_ms - job.started_ms >= 0:
-            found.append(_occupant(cluster, settings, job, at_ms))
+        if job.verdict is None and 0 < job.started_ms < at_ms:
+            found.append(occupant_of(cluster, settings, job, at_ms))
     return found
 
 
-def _occupant(cluster: Cluster, settings: CoreSettings, job: Job, at_ms: int) -> Occupant:
+def occupant_of(cluster: Cluster, settings: CoreSettings, job: Job, at_ms: int) -> Occupant:
     ranking = cluster.ranking
     this_run_ms = at_ms - max(job.started_ms, job.runs_since_ms)
     kind = kind_of(cluster, job)

@@ -15,11 +15,11 @@ from collections.abc import Iterable
 from typing import Final, TypeAlias
 
 from gpuyard_daemon.core.placing.capacity import NodeSpace
-from gpuyard_daemon.core.queueing.order import WaitingLine
+from gpuyard_daemon.core.queueing.ranking import Rank
 from gpuyard_daemon.core.state import facts as f
 from gpuyard_daemon.core.state.cluster import Cluster
 from gpuyard_daemon.core.state.draft import Draft
-from gpuyard_daemon.core.state.model import Assignment, Job
+from gpuyard_daemon.core.state.model import Assignment, Claim, Job
 from gpuyard_daemon.core.tenants.limits import may_hold
 from gpuyard_protocol.jobs import Why
 from gpuyard_protocol.nodes import Resumed, ResumeFailed, Suspended, SuspendFailed
@@ -53,19 +53,30 @@ def _why(code: str, detail: str, text: str) -> Why:
     return Why(code[:64] or "Refused", f"{text}: {(detail or code)[:300]}")
 
 
-def resume_waiting(draft: Draft, line: WaitingLine, *, first: bool) -> None:
-    """Let suspended jobs go back to their cards. `first`: only those that go before everybody in line."""
-    cluster = draft.cluster
+def resume_waiting(draft: Draft, before: Rank | None) -> None:
+    """Let suspended jobs go back to their cards, best first; those only that go before somebody in line."""
+    cluster, now_ms = draft.cluster, draft.now_ms
     if not cluster.suspended or cluster.draining:
         return
-    ranking, now_ms = cluster.ranking, draft.now_ms
-    line.catch_up(now_ms)
-    head = line.next() if first else None
-    best = ranking.rank_of(head[1], now_ms) if head is not None else None
-    for job in sorted(cluster.suspended.values(), key=lambda each: ranking.rank_of(each, now_ms)):
-        if best is not None and ranking.rank_of(job, now_ms) > best:
+    ranked = [(cluster.ranking.rank_of(each, now_ms), each) for each in cluster.suspended.values()]
+    for rank, job in sorted(ranked, key=lambda entry: entry[0]):
+        if before is not None and rank > before:
             return
         if job.resume_after_ms <= now_ms:
+            _resume(draft, job)
+
+
+def resume_before(draft: Draft, claim: Claim) -> None:
+    """Let suspended jobs go back to cards that are kept for somebody who goes after them."""
+    cluster, now_ms = draft.cluster, draft.now_ms
+    if not cluster.suspended:
+        return
+    kept = {uuid for placement in claim.placements for uuid in devices_of(placement.partition)}
+    rank = cluster.ranking.rank_of(cluster.jobs[claim.job], now_ms)
+    ranked = [(cluster.ranking.rank_of(each, now_ms), each) for each in cluster.suspended.values()]
+    for mine, job in sorted(ranked, key=lambda entry: entry[0]):
+        home = job.assignments[0].home
+        if mine < rank and job.resume_after_ms <= now_ms and home is not None and kept & set(devices_of(home)):
             _resume(draft, job)
 
 

@@ -492,9 +492,11 @@ class WaitingLine:
 
     def _lacks_room(self, queue: ShapeQueue) -> bool:
         """It was looked at and others have what it wants: places, or its part of a quota; no limit of its own."""
+        if not self._cluster.tenancy.has_room(queue.shape.tenant, queue.least_milli(self._cluster.pool)):
+            # Also where it fitted nowhere when it was looked at, and has reached its limit since.
+            return False
         if queue.held_back:
-            tenant = queue.shape.tenant
-            return queue.is_over_quota and self._cluster.tenancy.has_room(tenant, queue.least_milli(self._cluster.pool))
+            return queue.is_over_quota
         return queue.group is not None and queue.group.blocked
 
     def is_at_limit(self, queue: ShapeQueue) -> bool:

@@ -7,10 +7,13 @@ those above; where a quota leaves some models of card only, the job is placed on
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from gpuyard_daemon.core.placing.affinity import NONE, Wishes, wishes_of
 from gpuyard_daemon.core.placing.capacity import Pool
 from gpuyard_daemon.core.placing.gangs import plan_gang
 from gpuyard_daemon.core.queueing.order import ShapeQueue, WaitingLine
+from gpuyard_daemon.core.queueing.ranking import Rank
 from gpuyard_daemon.core.state.draft import Draft
 from gpuyard_daemon.core.state.facts import JobPlaced, Placement
 from gpuyard_daemon.core.tenants.limits import counts_for as counts_for
@@ -19,8 +22,12 @@ from gpuyard_daemon.core.tenants.limits import within_quota
 from gpuyard_daemon.core.tenants.quota import Obstacle
 
 
-def place_waiting(draft: Draft, line: WaitingLine) -> bool:
-    """Place waiting jobs; True if the bound stopped it and more may fit."""
+def place_waiting(draft: Draft, line: WaitingLine, let_back: Callable[[Rank | None], None]) -> bool:
+    """Place waiting jobs; True if the bound stopped it and more may fit.
+
+    `let_back`: lets suspended jobs go back to their cards, those that go before a rank; None: all of them. Asked for
+    each job that is looked at, so that it does not matter who of those in line was found to fit nowhere before.
+    """
     cluster = draft.cluster
     if cluster.draining:
         return False
@@ -30,6 +37,8 @@ def place_waiting(draft: Draft, line: WaitingLine) -> bool:
     tenancy = cluster.tenancy
     while (head := line.next()) is not None:
         queue, job = head
+        if cluster.suspended:
+            let_back(cluster.ranking.rank_of(job, draft.now_ms))
         if started and started + job.spec.least_replicas > most:
             return True
         if not tenancy.has_room(job.tenant, queue.least_milli(cluster.pool)):
@@ -56,6 +65,7 @@ def place_waiting(draft: Draft, line: WaitingLine) -> bool:
         if was_kept:
             # What was kept for it elsewhere is there for others now.
             line.catch_up(draft.now_ms)
+    let_back(None)
     return False
 
 

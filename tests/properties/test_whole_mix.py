@@ -1,0 +1,72 @@
+"""Long stories of the yard in which everything happens: equal under every hash seed, across restarts, to the byte.
+
+The stories are made from seeds, so that thousands can be told outside the suite:
+`PYTHONPATH=tests:protocol:client:daemon python -m support.mixed_yard SEED STEPS` prints one's fingerprint.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections import Counter
+
+import pytest
+
+from gpuyard_daemon.core.scheduler import Scheduler
+from gpuyard_daemon.core.state.inputs import Input
+from gpuyard_daemon.core.state.turn import Turn
+from support.builders import CoreHarness
+from support.judge import JudgedHarness
+from support.mixed_yard import MixedYard, story
+
+STEPS = 100
+
+
+@pytest.mark.parametrize("seed", [11, 12])
+def test_two_hash_seeds_tell_the_same_story(seed: int) -> None:
+    prints = []
+    for hash_seed in ("1", "4711"):
+        environment = {**os.environ, "PYTHONHASHSEED": hash_seed, "PYTHONPATH": os.pathsep.join(sys.path)}
+        command = [sys.executable, "-m", "support.mixed_yard", str(seed), str(STEPS)]
+        told = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+        assert told.returncode == 0, told.stderr
+        prints.append(told.stdout.strip())
+    assert prints[0] == prints[1]
+
+
+class RestoredHarness(CoreHarness):
+    """Before each turn a second core is made of the first one's snapshot; both must decide the same."""
+
+    def turn(self, *inputs: Input, after_ms: int = 0) -> Turn:
+        before = self.core.snapshot()
+        turn = super().turn(*inputs, after_ms=after_ms)
+        other = Scheduler.restore(before, self.settings)
+        assert other.handle(inputs, self.now_ms, self._cursors) == turn
+        assert other.digest() == self.core.digest()
+        return turn
+
+
+@pytest.mark.parametrize("seed", [21, 23, 30, 40, 41, 51, 52, 55, 62])
+def test_a_restored_core_decides_as_the_one_that_went_on(seed: int) -> None:
+    """What is derived is derived anew each time, and no decision rests on how it came about."""
+    yard = MixedYard(RestoredHarness())
+    for move in story(seed, STEPS):
+        yard.play(*move)
+
+
+def test_the_judge_is_asked_about_every_kind_of_decision() -> None:
+    """A judge of nothing would be content with everything."""
+    judged: Counter[str] = Counter()
+    for seed in (1, 2, 3, 5, 7, 45, 4007):
+        harness = JudgedHarness()
+        yard = MixedYard(harness)
+        for name, a, b in story(seed, 80):
+            yard.play(name, a, b)
+        yard.heal()
+        judged.update(harness.twin.judged)
+    asked = {
+        "free place", "kept place", "resumption", "reserve", "guest", "eviction by suspend", "eviction by checkpoint",
+        "eviction by requeue",
+    }  # fmt: skip
+    assert asked <= judged.keys(), judged
