@@ -1,6 +1,6 @@
 """Pods arrive and depart on a cluster kept near its load: GPU demand that has to wait for a place.
 
-python -m bench.churn --policy gpuyard --load 0.97 --json
+python -m bench.churn --policy gpuyard --load 0.97 [--preemption checkpoint] --json
 """
 
 from __future__ import annotations
@@ -15,13 +15,20 @@ def main() -> None:
     add_openb(parser)
     parser.add_argument("--policy", choices=PLACEMENT_POLICIES, default="gpuyard")
     parser.add_argument("--load", type=float, default=0.97)
+    parser.add_argument(
+        "--preemption",
+        choices=("never", "requeue", "checkpoint"),
+        default="never",
+        help="what the pods allow: nothing takes them off their hosts, or they start anew, or go on where they were",
+    )
     options = parser.parse_args()
     answer(
         options,
         lambda find: run_churn(
-            find(options.nodes, "openb"), find(options.pods, "openb"), options.policy, options.load, options.seed_base
+            find(options.nodes, "openb"), find(options.pods, "openb"), options.policy, options.load,
+            options.seed_base, options.preemption,
         ),
-    )
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

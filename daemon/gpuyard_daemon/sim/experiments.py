@@ -66,10 +66,13 @@ def run_fill(nodes: Path, pods: Path, policy: str, seeds: int, seed_base: int = 
     }
 
 
-def run_churn(nodes: Path, pods: Path, policy: str, load: float, seed: int = 0) -> Measures:
+def run_churn(
+    nodes: Path, pods: Path, policy: str, load: float, seed: int = 0, preemption: Preemption = "never"
+) -> Measures:
+    """`preemption`: of all pods; it matters to the core alone, since no baseline takes pods off their hosts."""
     hosts, asks = read_hosts(nodes), read_asks(pods)
     typical = TypicalTasks(asks)
-    result = Churn(pods_under(policy, hosts, typical, seed, "never"), asks, load, seed).run(typical)
+    result = Churn(pods_under(policy, hosts, typical, seed, preemption), asks, load, seed).run(typical)
     return {
         "policy": policy,
         "load": load,
