@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import shutil
+import subprocess
 import tarfile
 from collections.abc import Iterator
 
@@ -85,6 +86,8 @@ def image() -> bytes:
     """The root of an image: busybox under the names that the jobs use."""
     program = shutil.which("busybox")
     assert program is not None, "needs busybox, statically linked (Debian package busybox-static)"
+    is_dynamic = subprocess.run(["ldd", program], capture_output=True, check=False).returncode == 0
+    assert not is_dynamic, f"{program} is not linked statically (Debian package busybox-static)"
     packed = io.BytesIO()
     with tarfile.open(fileobj=packed, mode="w") as tar:
         tar.add(program, "bin/busybox")
