@@ -300,3 +300,47 @@ def test_a_job_some_of_whose_replicas_have_done_their_work_keeps_its_size() -> N
     facts = [fact for record in h.records for fact in record.facts]
     kinds = {eviction.kind for fact in facts if isinstance(fact, ClaimMade) for eviction in fact.evictions}
     assert "shrink" not in kinds
+
+
+# --- limits ----------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_lent_under_a_limit_goes_to_the_tenants_other_jobs() -> None:
+    h = harness(8)
+    h.limit("acme", gpus_milli=6000)
+    number = h.submit(elastic(2, 8))
+    h.run(number)
+    assert size(h, number) == 6
+    waiting = h.submit(job(gpus=3))
+    other = h.submit(job(gpus=1), tenant="umbrella")
+    assert h.states(number, waiting, other) == ["running", "pending", "starting"]
+    h.settle(most_ms=140_000)
+    assert h.state(number) == "stopping"
+    h.stopped(number)
+    assert h.states(number, waiting) == ["starting", "starting"]
+    assert size(h, number) == 2
+    why = h.core.cluster.jobs[number].story
+    assert any("waits for the limit of tenant acme" in text for _, text in why)
+
+
+def test_it_gives_nothing_back_where_that_would_let_nobody_in() -> None:
+    h = harness(8)
+    h.limit("acme", gpus_milli=6000)
+    number = h.submit(elastic(4, 8))
+    h.run(number)
+    h.submit(job(gpus=3))
+    h.settle(most_ms=600_000)
+    assert (h.state(number), size(h, number)) == ("running", 6)
+
+
+def test_it_does_not_grow_while_its_tenants_limit_keeps_others_out() -> None:
+    h = harness(8)
+    h.limit("acme", gpus_milli=4000)
+    blocker = h.submit(job(gpus=6), tenant="umbrella")
+    h.run(blocker)
+    number = h.submit(elastic(2, 8))
+    h.run(number)
+    waiting = h.submit(job(gpus=3))
+    h.ended(blocker)
+    h.settle(most_ms=3_600_000)
+    assert (size(h, number), h.state(waiting)) == (2, "pending")

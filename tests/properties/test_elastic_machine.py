@@ -50,13 +50,21 @@ class JudgedHarness(CoreHarness):
         changed = cluster.jobs[fact.job]
         before = [f.Placement(each.node, each.partition) for each in changed.assignments]
         if len(fact.placements) < len(before):
-            assert list(fact.placements) == before[: len(fact.placements)], "its owner wants fewer"
+            assert list(fact.placements) == before[: len(fact.placements)]
+            if "waits for the limit" in fact.why.text:
+                assert len(fact.placements) == changed.spec.least_replicas
+                assert changed.spec.preemption != "never"
+                assert self.now_ms - changed.started_ms >= exchange.least_run_ms(_RESTART_MS, changed.resizes - 1)
             return
         assert list(fact.placements[: len(before)]) == before
         assert len(fact.placements) <= changed.most_replicas
         nodes = {place.node for place in fact.placements[len(before) :]}
         for waiting in cluster.waiting.values():
             if waiting.id in cluster.claims and cluster.claims.records[waiting.id].kind == "resize":
+                continue
+            if not cluster.tenancy.has_room(
+                waiting.tenant, 1000 * waiting.spec.least_replicas * waiting.spec.need.gpus
+            ):
                 continue
             shape = Shape(waiting.spec.need, 1, waiting.tenant, waiting.user)
             wanted = [name for name in nodes if shape.eligible(cluster.pool.spaces[name])[0] is None]
@@ -113,10 +121,14 @@ class ElasticMachine(RuleBasedStateMachine):
     def some_run(self, wanted: list[JobSpec]) -> None:
         self.submit(wanted)
 
-    @rule(wanted=st.lists(specs, min_size=1, max_size=2))
-    def submit(self, wanted: list[JobSpec]) -> None:
-        self.harness.submit_many(wanted)
+    @rule(wanted=st.lists(specs, min_size=1, max_size=2), who=st.sampled_from(("acme", "acme", "umbrella")))
+    def submit(self, wanted: list[JobSpec], who: str = "acme") -> None:
+        self.harness.submit_many(wanted, tenant=who)
         self.nodes_obey()
+
+    @rule(gpus=st.sampled_from((0, 3, 6)))
+    def the_operator_limits_a_tenant(self, gpus: int) -> None:
+        self.harness.limit("acme", gpus_milli=gpus * 1000)
 
     @rule()
     def nodes_obey(self) -> None:
@@ -168,6 +180,7 @@ class ElasticMachine(RuleBasedStateMachine):
         self.harness.turn()
 
     def teardown(self) -> None:
+        self.harness.limit("acme")
         self.world.heal()
         self.world.finish()
         cluster = self.harness.core.cluster

@@ -10,6 +10,9 @@ of them a restart, so it must be worth it, and cannot happen often:
   late; and one that saves nothing (`requeue`, `suspend`) never grows by itself, for a restart would cost it everything.
 - One that is never to be preempted keeps the size that it began with.
 
+Under a limit of its tenant's, what is lent to a job keeps the tenant's other jobs out: while any of those wait for the
+limit no job of the tenant gets more, and one that has more goes back to its least, if that lets one of them start.
+
 Its owner's word (`scale`) is carried out at once, down always and up as far as there is room, without these tests.
 
 Who must give back what is above the least, and for whom, is `preemption`'s to say.
@@ -17,6 +20,7 @@ Who must give back what is above the least, and for whom, is `preemption`'s to s
 
 from __future__ import annotations
 
+from itertools import islice
 from typing import Final
 
 from gpuyard_daemon.core.placing.feasibility import Shape
@@ -29,12 +33,15 @@ from gpuyard_daemon.core.state.cluster import Cluster
 from gpuyard_daemon.core.state.draft import Draft
 from gpuyard_daemon.core.state.model import Job
 from gpuyard_daemon.core.state.settings import CoreSettings
-from gpuyard_daemon.core.tenants.limits import may_hold
+from gpuyard_daemon.core.tenants.limits import counts_for, may_hold
 from gpuyard_protocol.jobs import Why
+from gpuyard_protocol.names import Tenant
 
 RESIZED: Final = "Resized"
 #: More kinds of waiting jobs than this, and the yard is too full to ask for each which nodes it has a use for.
 _WAITING_MAX: Final = 64
+#: Waiting jobs that are asked whether their tenant's limit keeps them out.
+_WAITERS_MAX: Final = 1000
 #: Jobs that are looked at in one turn.
 _JOBS_MAX: Final = 64
 
@@ -56,7 +63,7 @@ class Growing:
         placed = [fact.job for fact in draft.facts if isinstance(fact, f.JobPlaced) and _is_new(cluster, fact)]
         asked = [fact.job for fact in draft.facts if isinstance(fact, f.JobScaled)]
         period_ms = draft.now_ms - draft.now_ms % draft.settings.preempt_every_ms
-        is_due = period_ms > last_record_ms and bool(cluster.growing)
+        is_due = period_ms > last_record_ms and bool(cluster.growing or cluster.wide)
         if not placed and not asked and not is_due:
             return
         waiting = _waiting(line)
@@ -70,11 +77,12 @@ class Growing:
         )
         moments = [_look_at(draft, line, job, waiting) for job in looked_at[:_JOBS_MAX]]
         if is_due:
+            moments += _give_back(draft, line)
             self._next_ms = min([moment for moment in moments if moment], default=0)
 
     def next_ms(self, cluster: Cluster, settings: CoreSettings, now_ms: int) -> int | None:
         """When a turn is due for it; None: nobody could grow by time alone."""
-        if cluster.draining or not cluster.growing or self._next_ms == 0:
+        if cluster.draining or not (cluster.growing or cluster.wide) or self._next_ms == 0:
             return None
         every_ms = settings.preempt_every_ms
         following_ms = now_ms - now_ms % every_ms + every_ms
@@ -98,6 +106,8 @@ def _places(draft: Draft, line: WaitingLine, job: Job, waiting: list[Shape] | No
     cluster = draft.cluster
     if waiting is None or job.id in cluster.claims:
         return ()
+    if cluster.tenancy.is_limited(job.tenant) and _kept_out(cluster, line, job.tenant) is not None:
+        return ()
     reserved = [each.assignments[0].node for each in cluster.suspended.values()]
     spanning = line.queue_of(job).spanning
     at_most = job.most_replicas - len(job.assignments)
@@ -105,6 +115,37 @@ def _places(draft: Draft, line: WaitingLine, job: Job, waiting: list[Shape] | No
     while found and not may_hold(cluster, job, found):
         found = found[:-1]
     return found
+
+
+def _kept_out(cluster: Cluster, line: WaitingLine, tenant: Tenant) -> Job | None:
+    """The first of a tenant's waiting jobs that its limit alone keeps out; of those that came first."""
+    for job in islice(cluster.waiting.values(), _WAITERS_MAX):
+        if job.tenant == tenant and not cluster.tenancy.has_room(tenant, line.queue_of(job).least_milli(cluster.pool)):
+            return job
+    return None
+
+
+def _give_back(draft: Draft, line: WaitingLine) -> list[int]:
+    """Jobs under a limit go back to their least for others under it; when time alone lets the next do so."""
+    cluster, moments = draft.cluster, []
+    for job in sorted(cluster.wide.values(), key=lambda each: each.id)[:_JOBS_MAX]:
+        if not cluster.tenancy.is_limited(job.tenant) or not job.is_resizable or job.spec.preemption == "never":
+            continue
+        out = _kept_out(cluster, line, job.tenant)
+        lent = [f.Placement(each.node, each.partition) for each in job.assignments[job.spec.least_replicas :]]
+        back_milli = counts_for(cluster.pool, tuple(lent))
+        if out is None or not cluster.tenancy.has_room(
+            job.tenant, max(0, line.queue_of(out).least_milli(cluster.pool) - back_milli)
+        ):
+            continue
+        ripe_ms = job.started_ms + exchange.least_run_ms(restart_of(cluster, draft.settings, job), job.resizes)
+        if draft.now_ms < ripe_ms:
+            moments.append(ripe_ms)
+            continue
+        least = job.spec.least_replicas
+        text = f"goes on with {least} replicas: job {out.id} waits for the limit of tenant {job.tenant}"
+        shrink_to(draft, job, least, Why(RESIZED, text))
+    return moments
 
 
 def _widen(draft: Draft, line: WaitingLine, job: Job, waiting: list[Shape] | None) -> None:
