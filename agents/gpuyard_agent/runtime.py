@@ -29,7 +29,6 @@ from gpuyard_agent.checkpoint_dirs import CheckpointDirectories
 from gpuyard_agent.commands import CommandDoor
 from gpuyard_agent.core import AgentCore
 from gpuyard_agent.core.events import InventoryRead, ProcessesListed, ReportsDelivered, TimeHalted, TimePassed
-from gpuyard_agent.core.model import State
 from gpuyard_agent.declared_use import DeclaredUse
 from gpuyard_agent.devices.base import DeviceBackend, DeviceTrouble
 from gpuyard_agent.drill import FaultDrill
@@ -64,9 +63,6 @@ TICK_S = 1.0
 CONNECT_PAUSE_S = 1.0
 #: Between two looks for output to rotate or remove.
 TIDY_S = 60.0
-
-#: States in which nothing is to be taken over on the cards.
-_WITHOUT_PARTITION: frozenset[State] = frozenset({"suspended", "resuming", "ending"})
 
 _log = structlog.get_logger("gpuyard_agent")
 
@@ -238,7 +234,7 @@ class Runtime:
         self._inbox.put(ProcessesListed(found, at_start=True))
         held = [assignment for assignment in self._core.live.values() if assignment.boot_id == self._boot_id]
         for assignment in held:
-            if assignment.state not in _WITHOUT_PARTITION:
+            if assignment.is_on_cards:
                 self._inbox.put(await self._hands.adopt(assignment))
         try:
             for removed in await self._partitions.sweep():

@@ -268,6 +268,25 @@ def test_a_stop_forbids_every_later_step(suspended: CoreHarness) -> None:
     assert suspended.order(up(2)).others == []
 
 
+def test_an_agent_that_starts_anew_takes_over_no_card_of_one_that_left_it_and_is_being_ended(
+    core: CoreHarness,
+) -> None:
+    """Somebody else may hold that card by now."""
+    assert core.core.live[KEY].is_on_cards
+    core.order(down(1))
+    assert core.core.live[KEY].is_on_cards, "as long as it may still be there"
+    core.tell(DOWN)
+    core.order(Stop(key=KEY))
+    assert (core.state(KEY), core.core.live[KEY].is_on_cards) == ("stopping", False)
+
+
+def test_one_that_is_back_on_its_card_is_taken_over_there(suspended: CoreHarness) -> None:
+    suspended.order(up(2))
+    assert not suspended.core.live[KEY].is_on_cards
+    suspended.tell(UP)
+    assert suspended.core.live[KEY].is_on_cards
+
+
 @pytest.mark.parametrize("is_coming_back", [False, True])
 def test_what_the_driver_broke_is_killed_and_lost(core: CoreHarness, is_coming_back: bool) -> None:
     core.order(down(1))

@@ -65,8 +65,6 @@ from gpuyard_protocol.resources import Partition
 #: nobody of, with an end that it has seen and not written down, with a partition undone, with a process halted or going
 #: on again that it has told nobody of.
 POINTS = ("decided", "committed", "partition-made", "launched", "end-seen", "undone", "off-card", "on-card")
-#: States in which a process has no partition, as for the agent's own shell.
-WITHOUT_PARTITION = ("suspended", "resuming", "ending")
 #: How often the host refuses what it is asked, in a bad hour.
 TROUBLE = 0.04
 _COMMAND = cast("type[Command]", Command)
@@ -138,7 +136,7 @@ class AgentProcess(Party):
         self._inbox.put(ProcessesListed(host.list_processes(), at_start=True))
         await self._pause(0.001, 0.05)
         for key, assignment in list(core.live.items()):
-            if assignment.boot_id == host.boot_id and assignment.state not in WITHOUT_PARTITION:
+            if assignment.boot_id == host.boot_id and assignment.is_on_cards:
                 host.make(key, assignment.start.partition)
                 self._inbox.put(PartitionReady(key))
         for key in [key for key in host.made if key not in core.live]:

@@ -52,6 +52,6 @@ def large(nodes: int) -> Scale:
         open_jobs_max=5 * nodes,
         program_s=(10.0, 1800.0),
         healed_max_s=4 * 3600.0,
-        own_ids=10,
+        own_ids=0,
         forgets=True,
     )

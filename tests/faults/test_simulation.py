@@ -45,7 +45,7 @@ def test_hosts_that_are_cut_off_for_long_keep_every_promise_too(seed: int) -> No
 def test_a_neighbour_in_version_says_more_than_is_understood_and_all_is_done(
     seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Orders, heartbeats, reports and answers each carry a field of a later version, in both directions."""
+    """Orders, heartbeats and reports each carry a field of a later version."""
 
     def later(self: FaultyBroker, subject: str, data: bytes) -> bytes:
         between = subject.startswith(("cmd.", "hb.", "rep."))

@@ -44,6 +44,9 @@ TRANSITIONS: dict[State, frozenset[State]] = {
 #: States in which a process is known to be there.
 WITH_PROCESS: frozenset[State] = frozenset({"running", "suspending", "suspended", "resuming", "stopping"})
 
+#: States in which nothing is held on the cards, or nobody knows whether.
+WITHOUT_PARTITION: frozenset[State] = frozenset({"suspended", "resuming", "ending"})
+
 Outcome: TypeAlias = Literal["exited", "signalled", "stopped", "refused", "lost"]
 
 
@@ -119,6 +122,13 @@ class Assignment(msgspec.Struct, kw_only=True, omit_defaults=True):
     def may_start(self) -> bool:
         """Nothing but its partition and port keep it from starting."""
         return self.verdict is None and (not self.start.hold or self.go is not None)
+
+    @property
+    def is_on_cards(self) -> bool:
+        """A new agent has its partition to take over: others may have the place of one that left it to be suspended,
+        also while that one is ended.
+        """
+        return self.state not in WITHOUT_PARTITION and not self.off_card_ms
 
     @property
     def is_ready(self) -> bool:
