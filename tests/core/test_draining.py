@@ -48,7 +48,7 @@ def test_the_slices_beside_those_who_end_soonest_are_kept_for_a_whole_card() -> 
     whole = h.submit(fixed(gpus=1))
     h.settle(most_ms=PATIENCE_MS // 2)
     assert drains(h) == []
-    h.settle(most_ms=PATIENCE_MS)
+    h.settle(most_ms=2 * PATIENCE_MS)
     (claim,) = drains(h)
     assert claim.job == whole
     assert isinstance(claim.placements[0].partition, WholeCards)

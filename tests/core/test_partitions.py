@@ -254,3 +254,14 @@ def test_an_instance_serves_its_part_of_the_processes_that_the_card_serves(clien
     card = Card(msgspec.structs.replace(gpu(), mps_clients_max=clients_max), 0)
     assert take(card, need(mig="2g.20gb", mps=True, gpu_processes=processes)) is None
     assert take(card, need(mig="2g.20gb")) is not None
+
+
+def test_a_kept_place_waits_for_media_engines_that_somebody_else_has() -> None:
+    """They exist once on a card, wherever the instances with them stand."""
+    card = Card(gpu(), 0)
+    first = MigInstance("GPU-n-1-0", "1g.10gb+me", 6, 1, 9_984, 1)
+    second = MigInstance("GPU-n-1-0", "1g.10gb+me", 0, 1, 9_984, 1)
+    card.take(AssignmentKey(1, 1, 0), first, "acme")
+    assert not card.could_take(second, "acme")
+    card.give(AssignmentKey(1, 1, 0))
+    assert card.could_take(second, "acme")

@@ -7,9 +7,11 @@ is judged again from what was seen from outside.
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import msgspec
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
@@ -38,6 +40,51 @@ def inventory(name: str) -> Inventory:
         for index in range(len(SWITCH_MS))
     ]
     return node(name, devices=devices)
+
+
+def let_pass(harness: CoreHarness, ms: int) -> None:
+    """Like `settle`, and as the daemon does: a turn that says so is followed by the next at once."""
+    end_ms = harness.now_ms + ms
+    while True:
+        while harness.last.unfinished:
+            harness.turn()
+        due_ms = harness.core.next_deadline_ms()
+        if due_ms is None or due_ms > end_ms:
+            break
+        harness.turn(after_ms=max(0, due_ms - harness.now_ms))
+    harness.now_ms = end_ms
+
+
+def story(seed: int, restart_every: int) -> list[bytes]:
+    """What a core wrote down about a yard in pieces; `restart_every`: it was restored after so many turns."""
+    dice = random.Random(seed)
+    harness = CoreHarness(restart_every=restart_every)
+    world = World(harness, [inventory(name) for name in NODES])
+    for target in world.nodes.values():
+        world.join(target)
+    for _ in range(40):
+        wanted = [
+            msgspec.structs.replace(
+                job(**dice.choice(WANTS)), preemption="never", estimate_ms=dice.choice((0, 1, 9)) * 60_000
+            )
+            for _ in range(dice.randrange(5))
+        ]
+        if wanted:
+            harness.submit_many(wanted)
+        for target in world.nodes.values():
+            world.sync(target)
+            world.deliver(target)
+            live = target.live("running")
+            for key in dice.sample(live, dice.randrange(len(live) + 1) // 3):
+                world.end(target, key, "exited")
+            world.deliver(target)
+        let_pass(harness, dice.choice((1, 10, 30, 70, 400)) * 1000)
+    return [msgspec.json.encode(record) for record in harness.records]
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_a_core_that_is_restored_after_every_turn_decides_the_same(seed: int) -> None:
+    assert story(seed, 0) == story(seed, 1)
 
 
 class JudgedHarness(CoreHarness):

@@ -393,7 +393,18 @@ class Card:
         over_memory = mode != "mig" and self.memory_mib + memory > self.device.memory_mib
         if over_memory or (mode != "timeslice" and self.milli + milli > MILLI):
             return False
-        return not (isinstance(partition, MigInstance) and self.mask & slices_at(partition.start, partition.size))
+        if not isinstance(partition, MigInstance):
+            return True
+        profile = self.geometry.profiles.get(partition.profile)
+        is_taken = self.mask & slices_at(partition.start, partition.size)
+        return not is_taken and (profile is None or self.allows_one_more(profile))
+
+    def allows_one_more(self, profile: MigProfileFacts) -> bool:
+        """Whether the card may have another instance of a profile, wherever that would be."""
+        if self.profile_counts.get(profile.name, 0) >= profile.count_max:
+            return False
+        # The media engines exist once: at most one instance of all profiles that bring them.
+        return "+me" not in profile.name or not any("+me" in name and n for name, n in self.profile_counts.items())
 
     def give(self, key: AssignmentKey) -> None:
         """Take a partition out again."""
@@ -505,15 +516,10 @@ def profile_for(card: Card, need: ResourceNeed) -> MigProfileFacts | None:
 
 
 def _has_place(card: Card, profile: MigProfileFacts) -> bool:
-    if card.geometry.free_start(card.mask, profile) < 0:
-        return False
-    if card.profile_counts.get(profile.name, 0) >= profile.count_max:
+    if card.geometry.free_start(card.mask, profile) < 0 or not card.allows_one_more(profile):
         return False
     milli = profile.compute_slices * MILLI // max(1, card.device.mig_compute_slices)
-    if card.milli + milli > MILLI:
-        return False
-    # The media engines exist once: at most one instance of all profiles that bring them.
-    return "+me" not in profile.name or not any("+me" in name and n for name, n in card.profile_counts.items())
+    return card.milli + milli <= MILLI
 
 
 def cut(card: Card, need: ResourceNeed, modes: tuple[Mode, ...]) -> Partition:

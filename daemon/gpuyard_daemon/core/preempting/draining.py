@@ -22,16 +22,16 @@ card in a hundred is kept at once. Durable as claims; when a card was kept last 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Final, NamedTuple
 
 from gpuyard_daemon.core.placing.capacity import NodeSpace, Pool
-from gpuyard_daemon.core.placing.feasibility import Reason, Shape, could_go, judge
+from gpuyard_daemon.core.placing.feasibility import Reason, Shape, carve, could_go, judge
 from gpuyard_daemon.core.placing.partitions import Card, profile_for, slices_at
 from gpuyard_daemon.core.preempting.consolidation import HORIZON_MS
 from gpuyard_daemon.core.preempting.reservations import left_ms
 from gpuyard_daemon.core.queueing.order import ShapeQueue, WaitingLine
-from gpuyard_daemon.core.queueing.ranking import Rank, outlives_ms, ran_ms, width_milli
+from gpuyard_daemon.core.queueing.ranking import outlives_ms, ran_ms, width_milli
 from gpuyard_daemon.core.state import facts as f
 from gpuyard_daemon.core.state.cluster import Cluster
 from gpuyard_daemon.core.state.draft import Draft
@@ -44,6 +44,9 @@ from gpuyard_protocol.units import MILLI
 
 #: A job stands in line for so long before a place is kept for it: what passes by itself is not worth idle slices.
 PATIENCE_MS: Final = 60_000
+#: Whether a place should be kept is asked in the first round after each multiple of this: as the ends of others come
+#: nearer it becomes worth it by time alone, and a core that was restored must find the same in the same round.
+LOOK_MS: Final = 60_000
 #: A card is left alone for so long after it was last kept free.
 REST_MS: Final = 600_000
 #: One card in so many is kept free at once, and at least one.
@@ -52,6 +55,8 @@ CARDS_PER_DRAIN: Final = 100
 _RESHAPE_MS: Final = 10_000
 #: Jobs of a queue that are counted as blocked demand.
 _BLOCKED_MAX: Final = 32
+#: Of those before the owner of a place in line, so many are asked whether they could use it.
+_AHEAD_MAX: Final = 32
 
 
 class Place(NamedTuple):
@@ -100,8 +105,8 @@ def is_of_mig(job: Job) -> bool:
 
 
 def patient_from_ms(job: Job) -> int:
-    """From when on a place may be kept for a job; 0: never."""
-    return job.waits_since_ms + PATIENCE_MS if job.waits_since_ms and is_of_mig(job) else 0
+    """From when on a place may be kept for a job that stands in line."""
+    return job.waits_since_ms + PATIENCE_MS
 
 
 def keep_free(
@@ -109,7 +114,7 @@ def keep_free(
 ) -> int:
     """Keep the best place for a job, if one is worth it; how many looks are left."""
     cluster = draft.cluster
-    if looks <= 0 or not is_of_mig(job) or at_ms < patient_from_ms(job) or cluster.claims.of(job.id) is not None:
+    if looks <= 0 or cluster.claims.of(job.id) is not None:
         return looks
     allowed = max(1, cluster.pool.capacity_milli // MILLI // CARDS_PER_DRAIN) - _kept_cards(cluster)
     if allowed <= 0:
@@ -266,12 +271,12 @@ def _left_ms(cluster: Cluster, key: AssignmentKey, at_ms: int) -> int | None:
 # --- the places that are kept ----------------------------------------------------------------------------------------
 
 
-def review(draft: Draft, line: WaitingLine, heads: Iterable[ShapeQueue], at_ms: int) -> None:
+def review(draft: Draft, line: WaitingLine, at_ms: int) -> None:
     """Give up what is no longer worth it, or what somebody who goes first could use as it is."""
     cluster = draft.cluster
     for claim in [claim for claim in cluster.claims if claim.kind == "drain"]:
         job = cluster.jobs[claim.job]
-        first = _goes_first(draft, line, heads, claim, job)
+        first = _goes_first(draft, line, claim, job)
         if first is not None:
             why = Why("DrainOvertaken", f"nothing is kept free for it any more: job {first.id} goes first there")
             draft.add(f.ClaimDropped(job.id, why))
@@ -282,15 +287,22 @@ def review(draft: Draft, line: WaitingLine, heads: Iterable[ShapeQueue], at_ms: 
             draft.add(f.ClaimDropped(job.id, Why("DrainTooDear", text)))
 
 
-def _goes_first(draft: Draft, line: WaitingLine, heads: Iterable[ShapeQueue], claim: Claim, job: Job) -> Job | None:
-    cluster, now_ms = draft.cluster, draft.now_ms
+def _goes_first(draft: Draft, line: WaitingLine, claim: Claim, job: Job) -> Job | None:
+    """Somebody before the owner in line who finds no other place than what is kept free for that, and may have it.
+
+    From the state alone: which queues were found blocked is not known to a core that was just restored.
+    """
+    cluster = draft.cluster
     space = cluster.pool.spaces[claim.placements[0].node]
-    rank: Rank = cluster.ranking.rank_of(job, now_ms)
-    for queue in heads:
-        for other in line.first_of(queue, 1):
-            may_go = other.spec.replicas == 1 and cluster.ranking.rank_of(other, now_ms) < rank
-            if may_go and not isinstance(judge(space, queue.shape, owner=job.id), Reason):
-                return other
+    for other in line.those_ahead(job, draft.now_ms, _AHEAD_MAX):
+        queue = line.queue_of(other)
+        if other.is_gang or other.id in cluster.claims:
+            continue
+        if isinstance(judge(space, queue.shape, owner=job.id), Reason) or not queue.fits_nowhere(cluster.pool):
+            continue
+        placement = f.Placement(space.node.id, carve(space, queue.shape, owner=job.id))
+        if may_hold(cluster, other, (placement,)):
+            return other
     return None
 
 

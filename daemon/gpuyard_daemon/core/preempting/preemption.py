@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from gpuyard_daemon.core.preempting import draining, exchange, homing, reservations, shrinking
 from gpuyard_daemon.core.preempting.consolidation import could_be_made, make_room
 from gpuyard_daemon.core.preempting.draining import CutNodes
-from gpuyard_daemon.core.preempting.occupants import Occupant, occupants
+from gpuyard_daemon.core.preempting.occupants import Occupant, kind_of, occupant_of, occupants
 from gpuyard_daemon.core.preempting.reclaim import Reclaiming
 from gpuyard_daemon.core.preempting.suspension import can_be_suspended
 from gpuyard_daemon.core.preempting.victims import Plan, Search
@@ -41,8 +41,8 @@ from gpuyard_protocol.units import MILLI, format_ms
 PREEMPTED = "Preempted"
 #: Facts after which a job may stand in line that did not before.
 _ARRIVALS = (f.JobAccepted, f.ReplicaWanted, f.JobRequeued, f.JobWoken, f.JobReleased)
-#: Facts that move the levels of those who run.
-_LEVELS_MOVED = (f.TenantsShifted, f.SizesLearnt, f.PolicySet)
+#: Facts that move the levels of those who run, or after which somebody runs who did for long before.
+_LEVELS_MOVED = (f.TenantsShifted, f.SizesLearnt, f.PolicySet, f.SuspensionFailed, f.ReplicaResumed)
 #: Plans made for one claimant before it has to wait for the next round.
 _PLANS_MAX = 4
 #: Jobs of one queue that a round looks at.
@@ -62,6 +62,8 @@ class Rounds:
         #: The occupants at the beginning of a period, and which period. Who starts in it is none of them yet; that
         #: tenants' levels moved is seen from the facts; the rest is looked at when it is used.
         self._occupants: tuple[int, list[Occupant]] = (-1, [])
+        #: Versions of their nodes when those who can be suspended were last asked whether they still can.
+        self._kinds_at: dict[JobId, int] = {}
         #: Where cards are cut by MIG; made when first asked for.
         self._cut_nodes: CutNodes | None = None
 
@@ -69,8 +71,7 @@ class Rounds:
         """Before anybody is placed: give up places in pieces that are no longer worth keeping free."""
         period_ms = draft.now_ms - draft.now_ms % draft.settings.preempt_every_ms
         if period_ms > last_record_ms and any(claim.kind == "drain" for claim in draft.cluster.claims):
-            heads = [queue for _, queue, _ in line.blocked_heads()[: draft.settings.preempt_heads]]
-            draining.review(draft, line, heads, period_ms)
+            draining.review(draft, line, period_ms)
 
     def hold(self, draft: Draft, line: WaitingLine, last_record_ms: int) -> None:
         """Let those take others' places who may."""
@@ -101,6 +102,8 @@ class Rounds:
         if self._occupants[0] != period_ms:
             running = occupants(cluster, settings, period_ms, settings.preempt_occupants)
             self._occupants = (period_ms, running + shrinking.lent(cluster, settings, period_ms))
+            self._kinds_at.clear()
+        self._renew_kinds(cluster, settings)
         there = [each for each in self._occupants[1] if not each.goes or each.job.is_resizable]
         if cluster.quota.is_plain and not cluster.services:
             # Everybody is in one band.
@@ -111,6 +114,17 @@ class Rounds:
             for occupant in there
             if (job := occupant.job).state == "running" and job.attempt == occupant.attempt
         ]
+
+    def _renew_kinds(self, cluster: Cluster, settings: CoreSettings) -> None:
+        """Whether somebody can be suspended depends on its node's memory, and so on who came and went there."""
+        at_ms, there = self._occupants
+        for place, each in enumerate(there):
+            if each.job.spec.preemption == "suspend" and not each.goes and each.job.state == "running":
+                version = cluster.pool.spaces[each.job.assignments[0].node].version
+                if self._kinds_at.get(each.job.id) != version:
+                    self._kinds_at[each.job.id] = version
+                    if kind_of(cluster, each.job) != each.kind:
+                        there[place] = occupant_of(cluster, settings, each.job, at_ms)
 
     def next_ms(self, cluster: Cluster, settings: CoreSettings, now_ms: int) -> int | None:
         """When a turn is due for a round; None: there is nobody who could gain by it."""
@@ -164,8 +178,8 @@ class _Round:
         self._heads: Sequence[ShapeQueue] = ()
         #: Claimants for whom it may yet be asked whether work could move aside, or a card be kept free.
         self._rooms_left = self._drains_left = _ROOMS_MAX
-        #: When a card may be kept free for those who have not waited long enough for it; 0: there are none.
-        self._patient_from_ms = 0
+        #: When it is asked next whether a card should be kept free for somebody; 0: never.
+        self._drain_from_ms = 0
         self._cut_nodes, self._cut_looks = cut_nodes, draft.settings.preempt_nodes
         cluster = draft.cluster
         moving = [cluster.leaving.get(number) for claim in cluster.claims for number in claim.evicted]
@@ -179,8 +193,8 @@ class _Round:
             moments.append(self._at_ms - self._at_ms % reservations.REPLAN_MS + reservations.REPLAN_MS)
         if any(claim.kind == "drain" for claim in self._draft.cluster.claims):
             moments.append(self._at_ms + 1)
-        if self._patient_from_ms:
-            moments.append(self._patient_from_ms)
+        if self._drain_from_ms:
+            moments.append(self._drain_from_ms)
         # Whoever waits is lifted by waiting, and may take then what it could not before.
         cluster, now_ms = self._draft.cluster, self._draft.now_ms
         waiting = [job for queue in self._heads for job in self._line.first_of(queue, 1)]
@@ -217,6 +231,9 @@ class _Round:
         """Whoever has a set of places kept takes places after all, once it may: those who hold them have run long
         enough by now, or it has waited beyond all patience for borrowers that nobody may preempt."""
         cluster, now_ms = self._draft.cluster, self._draft.now_ms
+        if self._at_ms % reservations.REPLAN_MS >= self._draft.settings.preempt_every_ms:
+            # Time alone makes the difference, so it is asked at moments that every core keeps.
+            return
         for claim in [claim for claim in cluster.claims if claim.kind == "reserve"]:
             job = cluster.jobs[claim.job]
             rank = cluster.ranking.rank_of(job, now_ms)
@@ -272,15 +289,20 @@ class _Round:
 
     def _drain(self, queue: ShapeQueue, job: Job) -> bool:
         """Whether a card that is cut in pieces is kept free for a job from now on."""
-        patient_from_ms = draining.patient_from_ms(job)
-        if patient_from_ms > self._at_ms and not 0 < self._patient_from_ms <= patient_from_ms:
-            self._patient_from_ms = patient_from_ms
-        if not 0 < patient_from_ms <= self._at_ms or not self._drains_left:
+        cluster, at_ms = self._draft.cluster, self._at_ms
+        if not draining.is_of_mig(job) or not self._cut_nodes.in_order():
             return False
-        self._drains_left -= 1
-        nodes, looks = self._cut_nodes, self._cut_looks
-        self._cut_looks = draining.keep_free(self._draft, self._line, nodes, queue, job, self._at_ms, looks)
-        return job.id in self._draft.cluster.claims
+        is_time = at_ms % draining.LOOK_MS < self._draft.settings.preempt_every_ms
+        if is_time and at_ms >= draining.patient_from_ms(job) and self._drains_left:
+            self._drains_left -= 1
+            nodes, looks = self._cut_nodes, self._cut_looks
+            self._cut_looks = draining.keep_free(self._draft, self._line, nodes, queue, job, at_ms, looks)
+            if job.id in cluster.claims:
+                return True
+        following_ms = max(at_ms + 1, draining.patient_from_ms(job))
+        following_ms = -(-following_ms // draining.LOOK_MS) * draining.LOOK_MS
+        self._drain_from_ms = min(self._drain_from_ms or following_ms, following_ms)
+        return False
 
     def _plan(self, queue: ShapeQueue | None, job: Job, rank: Rank) -> Plan | None:
         """The cheapest plan whose victims the claimant is entitled to one after the other.
