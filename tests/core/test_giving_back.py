@@ -62,11 +62,11 @@ def test_the_borrower_has_some_minutes_before_it_must_leave() -> None:
     h = shared_yard()
     run_some(h, 8, "umbrella", minutes=5)
     mine = h.submit(gives(gpus=1), tenant="acme")
-    assert h.facts(ClaimMade) == []
     h.settle(most_ms=4 * MINUTE)
-    assert h.facts(ClaimMade) == []
+    # A place may be kept for it by then, and nobody was told to leave.
+    assert [claim for claim in h.facts(ClaimMade) if claim.evictions] == []
     h.settle(most_ms=2 * MINUTE)
-    assert [claim.job for claim in h.facts(ClaimMade)] == [mine]
+    assert [claim.job for claim in h.facts(ClaimMade) if claim.evictions] == [mine]
 
 
 def test_a_borrower_that_is_never_to_be_preempted_stays() -> None:

@@ -27,7 +27,7 @@ from typing import Final, NamedTuple
 
 from gpuyard_daemon.core.placing.capacity import NodeSpace, Pool
 from gpuyard_daemon.core.placing.feasibility import Reason, Shape, carve, could_go, judge
-from gpuyard_daemon.core.placing.partitions import Card, profile_for, slices_at
+from gpuyard_daemon.core.placing.partitions import Card, profile_for, sample_of, slices_at
 from gpuyard_daemon.core.preempting.consolidation import HORIZON_MS
 from gpuyard_daemon.core.preempting.reservations import left_ms
 from gpuyard_daemon.core.queueing.order import ShapeQueue, WaitingLine
@@ -85,13 +85,20 @@ class CutNodes:
         self._read_to = -1
         self._spaces: dict[int, NodeSpace] = {}
 
+    @property
+    def may_be(self) -> bool:
+        """Whether any card of the yard can be cut by MIG."""
+        return any(sample_of(kind).mig_profiles for kind in self._pool.card_kinds)
+
     def in_order(self) -> list[NodeSpace]:
         """The node known longest first."""
         pool = self._pool
         changed = pool.changes.since(self._read_to) if self._read_to >= 0 else None
         for space in pool.by_number if changed is None else changed:
-            if any(card.mode == "mig" and card.held for card in space.cards):
-                self._spaces[space.node.number] = space
+            for card in space.cards:
+                if card.mode == "mig" and card.held:
+                    self._spaces[space.node.number] = space
+                    break
             else:
                 self._spaces.pop(space.node.number, None)
         self._read_to = pool.changes.made

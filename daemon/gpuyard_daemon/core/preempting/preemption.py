@@ -290,7 +290,7 @@ class _Round:
     def _drain(self, queue: ShapeQueue, job: Job) -> bool:
         """Whether a card that is cut in pieces is kept free for a job from now on."""
         cluster, at_ms = self._draft.cluster, self._at_ms
-        if not draining.is_of_mig(job) or not self._cut_nodes.in_order():
+        if not draining.is_of_mig(job) or not self._cut_nodes.may_be:
             return False
         is_time = at_ms % draining.LOOK_MS < self._draft.settings.preempt_every_ms
         if is_time and at_ms >= draining.patient_from_ms(job) and self._drains_left:
