@@ -30,6 +30,9 @@ class Barriers:
 
     def clear(self) -> None:
         """Nobody waits, and the limits may be others."""
+        for ceiling in (*self._of_tenants.values(), *self._of_allotments.values()):
+            # Else each would keep the other until the next full collection, which a large yard puts off.
+            ceiling.barriers.clear()
         self._of_tenants.clear()
         self._of_allotments.clear()
         self._of_queues.clear()
