@@ -213,6 +213,7 @@ class Daemon:
 
     def _lost(self, why: str) -> None:
         self.dispatcher.stop()
+        self.courier.stop()
         if not self._is_leaving:
             self._base.fate.seal(EXIT_TEMPORARY, f"the journal is no longer ours: {why}")
 
@@ -297,6 +298,7 @@ class Daemon:
         if self._turns is not None:
             await asyncio.wait([self._turns], timeout=STOP_TURN_S)
         self.dispatcher.stop()
+        self.courier.stop()
         try:
             successor = await presence.hand_over(self.journal.epoch, self.journal.last_sequence)
         except BusError as error:
@@ -320,6 +322,7 @@ class Daemon:
         self._base.presence.close()
         self._base.health.is_serving = False
         self.dispatcher.stop()
+        self.courier.stop()
         self.runtime.stop()
         if is_orderly:
             await self.api.finish()
