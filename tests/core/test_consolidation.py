@@ -7,6 +7,7 @@ from typing import Any
 import msgspec
 
 from gpuyard_daemon.core.state.facts import ClaimMade
+from gpuyard_daemon.core.state.settings import CoreSettings
 from gpuyard_protocol.jobs import JobSpec, Preemption
 from support.builders import CoreHarness, job, node
 
@@ -17,9 +18,9 @@ def gives(kind: Preemption = "checkpoint", *, restart_ms: int = 200_000, **field
     return msgspec.structs.replace(job(**fields), preemption=kind, restart_ms=restart_ms)
 
 
-def seasoned(*gpus: int) -> CoreHarness:
+def seasoned(*gpus: int, settings: CoreSettings | None = None) -> CoreHarness:
     """A yard that has worked enough for a move."""
-    h = CoreHarness()
+    h = CoreHarness(settings)
     h.join(*[node(f"n-{number}", count) for number, count in enumerate(gpus, 1)])
     work = h.submit(job(gpus=1))
     h.run(work)
@@ -56,6 +57,15 @@ def test_a_job_moves_when_that_frees_a_whole_node() -> None:
     assert h.states(free, wide) == ["starting", "starting"]
     assert h.nodes_of(wide) == left
     assert h.nodes_of(free) == h.nodes_of(bound)
+
+
+def test_whoever_is_near_moves_though_a_round_looks_at_few() -> None:
+    h = seasoned(4, 4, settings=CoreSettings(preempt_occupants=1))
+    # Of two that are as large, the one that was last is looked at, and has nowhere to go.
+    free, bound = one_on_each(h)
+    wide = h.submit(job(gpus=4))
+    h.settle(most_ms=20_000)
+    assert h.states(free, bound, wide) == ["stopping", "running", "pending"]
 
 
 def test_nobody_moves_who_has_nowhere_to_go() -> None:

@@ -9,16 +9,22 @@ for as long again as it ran, and no yard looks the same after some hours. It is 
 Two things bound it: all moves together may cost one part in a hundred of the GPU time that work has held, and each
 counts against the credit of the job that moves, as a preemption does. A bound by starts (one move in a hundred) left
 whole nodes' worth of cards idle in pieces while jobs of eight cards waited for days; they were half of all queueing.
+
+A round looks at so many occupants only, the largest of the yard. Where more run, nodes are seldom covered whole by
+those, so the nodes that come nearest to what is asked are looked at first, with everybody on them.
 """
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Iterable
 from typing import Final
 
+from gpuyard_daemon.core.placing.capacity import NodeSpace, Pool
+from gpuyard_daemon.core.placing.feasibility import Shape
 from gpuyard_daemon.core.placing.trial import PoolTrial
 from gpuyard_daemon.core.preempting import exchange
-from gpuyard_daemon.core.preempting.occupants import Occupant
+from gpuyard_daemon.core.preempting.occupants import Occupant, occupant_of
 from gpuyard_daemon.core.preempting.reservations import left_ms
 from gpuyard_daemon.core.preempting.victims import Plan, Search
 from gpuyard_daemon.core.queueing.order import ShapeQueue, WaitingLine
@@ -41,6 +47,9 @@ MOVERS_MAX: Final = 8
 _PLANS_MAX: Final = 2
 #: Nodes tried for a mover.
 _NODES_MAX: Final = 16
+#: Nodes that are looked at whole for one claimant, and plans made with those on them.
+_NEAR_MAX: Final = 16
+_NEAR_PLANS_MAX: Final = 4
 #: What a claimant would hold in this time at least stands against what the moves cost, and in this time at most.
 HORIZON_MS: Final = 600_000
 HORIZON_MAX_MS: Final = 4 * 3_600_000
@@ -69,7 +78,16 @@ def make_room(
         return looks
     horizon_ms = max(HORIZON_MS, min(HORIZON_MAX_MS, left_ms(job, draft.now_ms)))
     worth = width_milli(job) * horizon_ms // (exchange.COST_WEIGHT * MILLI)
-    movable = [
+    near = _near(draft, queue.shape)
+    if near:
+        looks = _make_room_among(draft, line, queue, job, _worth_moving(near, worth), worth, looks, _NEAR_PLANS_MAX)
+        if job.id in cluster.claims:
+            return looks
+    return _make_room_among(draft, line, queue, job, _worth_moving(occupants, worth), worth, looks, _PLANS_MAX)
+
+
+def _worth_moving(occupants: Iterable[Occupant], worth: int) -> list[Occupant]:
+    return [
         each
         for each in occupants
         if each.preemptible
@@ -78,9 +96,17 @@ def make_room(
         and each.cost < worth
         and not each.job.is_gang
     ]
-    if not movable:
-        return looks
-    for _ in range(_PLANS_MAX):
+
+
+def _make_room_among(
+    draft: Draft, line: WaitingLine, queue: ShapeQueue, job: Job, movable: list[Occupant], worth: int, looks: int,
+    plans: int,
+) -> int:  # fmt: skip
+    """The same by moving some of these."""
+    cluster = draft.cluster
+    for _ in range(plans):
+        if not movable or looks <= 0:
+            return looks
         search = Search(cluster.pool, queue.shape, job, movable, cluster.leaving.values(), looks)
         if queue.shape.replicas == 1:
             plan = search.single()
@@ -96,6 +122,35 @@ def make_room(
             return looks
         movable = [each for each in movable if each is not stuck]
     return looks
+
+
+def _near(draft: Draft, shape: Shape) -> list[Occupant]:
+    """Everybody on the nodes that lack the fewest cards for a job, where a round does not look at all who run."""
+    cluster, settings = draft.cluster, draft.settings
+    if len(cluster.running) <= settings.preempt_occupants or not shape.need.gpus or shape.replicas > 1:
+        return []
+    at_ms = draft.now_ms - draft.now_ms % settings.preempt_every_ms
+    found: dict[int, Occupant] = {}
+    for space in _nearest(cluster.pool, shape):
+        for key in sorted(space.assignments):
+            other = cluster.jobs[key.job]
+            if other.state == "running" and other.verdict is None and 0 < other.started_ms < at_ms:
+                found[other.id] = occupant_of(cluster, settings, other, at_ms)
+    return list(found.values())
+
+
+def _nearest(pool: Pool, shape: Shape) -> list[NodeSpace]:
+    """Nodes with idle cards that lack the fewest for one replica, and of equals hold the fewest."""
+    wanted = shape.need.gpus
+    found: list[tuple[int, int, int]] = []
+    for number, space in enumerate(pool.by_number):
+        held = len(space.assignments)
+        if not space.idle_cards or held > MOVERS_MAX or space.claims:
+            continue
+        reason, positions = shape.eligible(space)
+        if reason is None and len(positions) >= wanted:
+            found.append((max(0, wanted - space.idle_cards), held, number))
+    return [pool.by_number[number] for _, _, number in heapq.nsmallest(_NEAR_MAX, found)]
 
 
 def _move(draft: Draft, job: Job, plan: Plan) -> None:
