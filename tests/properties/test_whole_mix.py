@@ -23,7 +23,7 @@ from support.mixed_yard import MixedYard, story
 STEPS = 100
 
 
-@pytest.mark.parametrize("seed", [11, 12])
+@pytest.mark.parametrize("seed", [11])
 def test_two_hash_seeds_tell_the_same_story(seed: int) -> None:
     prints = []
     for hash_seed in ("1", "4711"):
@@ -47,12 +47,21 @@ class RestoredHarness(CoreHarness):
         return turn
 
 
-@pytest.mark.parametrize("seed", [21, 23, 30, 40, 41, 51, 52, 55, 62])
+@pytest.mark.parametrize("seed", [21, 30, 40, 51])
 def test_a_restored_core_decides_as_the_one_that_went_on(seed: int) -> None:
     """What is derived is derived anew each time, and no decision rests on how it came about."""
     yard = MixedYard(RestoredHarness())
     for move in story(seed, STEPS):
         yard.play(*move)
+
+
+@pytest.mark.parametrize("seed", [6, 97, 134, 144, 162, 2118, 3243])
+def test_a_story_is_well_judged_and_ends_well(seed: int) -> None:
+    """Among them those in which something was found once."""
+    yard = MixedYard(JudgedHarness())
+    for move in story(seed, 80):
+        yard.play(*move)
+    yard.heal()
 
 
 def test_the_judge_is_asked_about_every_kind_of_decision() -> None:
