@@ -78,12 +78,16 @@ def make_room(
         return looks
     horizon_ms = max(HORIZON_MS, min(HORIZON_MAX_MS, left_ms(job, draft.now_ms)))
     worth = width_milli(job) * horizon_ms // (exchange.COST_WEIGHT * MILLI)
-    near = _near(draft, queue.shape)
+    movable = _worth_moving(occupants, worth)
+    if not movable:
+        # Then those on the nearest nodes hardly are of a kind that moves either; they are dear to look at.
+        return looks
+    near = _worth_moving(_near(draft, queue.shape), worth)
     if near:
-        looks = _make_room_among(draft, line, queue, job, _worth_moving(near, worth), worth, looks, _NEAR_PLANS_MAX)
+        looks = _make_room_among(draft, line, queue, job, near, worth, looks, _NEAR_PLANS_MAX)
         if job.id in cluster.claims:
             return looks
-    return _make_room_among(draft, line, queue, job, _worth_moving(occupants, worth), worth, looks, _PLANS_MAX)
+    return _make_room_among(draft, line, queue, job, movable, worth, looks, _PLANS_MAX)
 
 
 def _worth_moving(occupants: Iterable[Occupant], worth: int) -> list[Occupant]:
