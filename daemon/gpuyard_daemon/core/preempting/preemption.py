@@ -99,14 +99,14 @@ class Rounds:
     def _present(self, draft: Draft, period_ms: int) -> list[Occupant]:
         """Who of a period's occupants is still there, in the band that it is in now."""
         cluster, settings = draft.cluster, draft.settings
-        if self._occupants[0] != period_ms:
+        if is_new := self._occupants[0] != period_ms:
             running = occupants(cluster, settings, period_ms, settings.preempt_occupants)
             self._occupants = (period_ms, running + shrinking.lent(cluster, settings, period_ms))
             self._kinds_at.clear()
         self._renew_kinds(cluster, settings)
         there = [each for each in self._occupants[1] if not each.goes or each.job.is_resizable]
-        if cluster.quota.is_plain and not cluster.services:
-            # Everybody is in one band.
+        if is_new or (cluster.quota.is_plain and not cluster.services):
+            # Their bands were just asked for, or everybody is in one.
             return [each for each in there if each.job.state == "running" and each.job.attempt == each.attempt]
         band_of = cluster.ranking.band_of
         return [
