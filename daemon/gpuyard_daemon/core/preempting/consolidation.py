@@ -2,9 +2,9 @@
 slices are free, the small jobs off a node that others have room for.
 
 Not a preemption: whoever moves has room elsewhere right away, whatever its level. So it is not the exchange that
-counts, but the cost: what the moves cost, four times over, is less than what the claimant would hold of idle cards
-until the place would have come about by itself. Nobody knows when; sizes having heavy tails, a job is expected to go on
-for as long again as it ran, and no yard looks the same after some hours. It is asked before anybody is preempted.
+counts, but the cost: what the moves cost, four times over, is less than what the claimant would hold in ten minutes. A
+longer time was worse where restarts are dear: who moved cannot be preempted for long. It is asked before anybody is
+preempted.
 
 Two things bound it: all moves together may cost one part in a hundred of the GPU time that work has held, and each
 counts against the credit of the job that moves, as a preemption does. A bound by starts (one move in a hundred) left
@@ -25,7 +25,6 @@ from gpuyard_daemon.core.placing.feasibility import Shape
 from gpuyard_daemon.core.placing.trial import PoolTrial
 from gpuyard_daemon.core.preempting import exchange
 from gpuyard_daemon.core.preempting.occupants import Occupant, occupant_of
-from gpuyard_daemon.core.preempting.reservations import left_ms
 from gpuyard_daemon.core.preempting.victims import Plan, Search
 from gpuyard_daemon.core.queueing.order import ShapeQueue, WaitingLine
 from gpuyard_daemon.core.queueing.ranking import width_milli
@@ -50,9 +49,8 @@ _NODES_MAX: Final = 16
 #: Nodes that are looked at whole for one claimant, and plans made with those on them.
 _NEAR_MAX: Final = 16
 _NEAR_PLANS_MAX: Final = 4
-#: What a claimant would hold in this time at least stands against what the moves cost, and in this time at most.
+#: What a claimant would hold in this time stands against what the moves cost.
 HORIZON_MS: Final = 600_000
-HORIZON_MAX_MS: Final = 4 * 3_600_000
 
 
 def could_be_made(cluster: Cluster, job: Job) -> bool:
@@ -76,8 +74,7 @@ def make_room(
     cluster = draft.cluster
     if looks <= 0:
         return looks
-    horizon_ms = max(HORIZON_MS, min(HORIZON_MAX_MS, left_ms(job, draft.now_ms)))
-    worth = width_milli(job) * horizon_ms // (exchange.COST_WEIGHT * MILLI)
+    worth = width_milli(job) * HORIZON_MS // (exchange.COST_WEIGHT * MILLI)
     movable = _worth_moving(occupants, worth)
     if not movable:
         # Then those on the nearest nodes hardly are of a kind that moves either; they are dear to look at.
