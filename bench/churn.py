@@ -1,6 +1,6 @@
 """Pods arrive and depart on a cluster kept near its load: GPU demand that has to wait for a place.
 
-python -m bench.churn --policy gpuyard --load 0.97 [--preemption checkpoint] --json
+python -m bench.churn --policy gpuyard --load 0.97 [--preemption never] --json
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ def main() -> None:
     parser.add_argument("--load", type=float, default=0.97)
     parser.add_argument(
         "--preemption",
-        choices=("never", "requeue", "checkpoint"),
-        default="never",
-        help="what the pods allow: nothing takes them off their hosts, or they start anew, or go on where they were",
+        choices=("never", "checkpoint"),
+        default="checkpoint",
+        help="what the pods allow: nothing takes them off their hosts, or they may be moved and lose a minute",
     )
     options = parser.parse_args()
     answer(

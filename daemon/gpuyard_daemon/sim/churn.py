@@ -20,6 +20,8 @@ from gpuyard_daemon.sim.typical import TypicalTasks
 LIFETIME_S = 3600.0
 WARM_UP_S = 3600.0
 MEASURED_S = 3 * 3600.0
+#: What a pod has longer to live after each time it was taken off its host: a checkpoint is written and read.
+RESTART_S = 60.0
 
 
 class ChurnResult(msgspec.Struct, frozen=True):
@@ -130,7 +132,7 @@ class Churn:
             self._running_milli += change
             self._waiting_milli -= change
             if not runs:
-                pod.left_s, pod.ends_s = pod.ends_s - self.now_s, -1.0
+                pod.left_s, pod.ends_s = pod.ends_s - self.now_s + RESTART_S, -1.0
                 self._moves += counts
                 continue
             pod.ends_s = self.now_s + pod.left_s

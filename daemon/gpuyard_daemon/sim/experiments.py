@@ -67,7 +67,7 @@ def run_fill(nodes: Path, pods: Path, policy: str, seeds: int, seed_base: int = 
 
 
 def run_churn(
-    nodes: Path, pods: Path, policy: str, load: float, seed: int = 0, preemption: Preemption = "never"
+    nodes: Path, pods: Path, policy: str, load: float, seed: int = 0, preemption: Preemption = "checkpoint"
 ) -> Measures:
     """`preemption`: of all pods; it matters to the core alone, since no baseline takes pods off their hosts."""
     hosts, asks = read_hosts(nodes), read_asks(pods)
