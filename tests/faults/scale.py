@@ -30,6 +30,8 @@ class Scale:
     program_s: tuple[float, float] = (0.0, 20.0)
     #: After the faults, everything must come to its end within this much simulated time.
     healed_max_s: float = 3600.0
+    #: Leases that jobs ask for: several heartbeats long, as any that is to be renewed.
+    leases: tuple[str, ...] = ("10s", "45s", "60s")
     #: Submissions under an id of the tenant's own, of a hundred: their answers are kept for a week.
     own_ids: int = 100
     #: Finished jobs that leave the core are counted, not kept, and so is what the bench itself knows of them.
@@ -52,6 +54,7 @@ def large(nodes: int) -> Scale:
         open_jobs_max=5 * nodes,
         program_s=(10.0, 1800.0),
         healed_max_s=4 * 3600.0,
+        leases=("100s", "450s", "600s"),
         own_ids=0,
         forgets=True,
     )

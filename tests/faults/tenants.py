@@ -94,7 +94,7 @@ class Tenants(Party):
         if rng.random() < 0.2:
             job["time_limit"] = "8s"
         if rng.random() < 0.4:
-            job["lease"] = rng.choice(("10s", "45s", "60s"))
+            job["lease"] = rng.choice(self._scale.leases)
             job["command"][1] = str(round(rng.uniform(0.0, 120.0), 1))
         kept = Submission(tenant, "", sent_s=asyncio.get_running_loop().time())
         self.submissions.append(kept)

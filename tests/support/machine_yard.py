@@ -45,11 +45,11 @@ def yard_inside(
         yield made
 
 
-def until(condition: Callable[[], bool], what: str) -> None:
+def until(condition: Callable[[], bool], what: str, within_s: float = DEADLINE_S) -> None:
     """Waits for something inside the machine that tells nobody outside when it happens."""
-    end = time.monotonic() + DEADLINE_S
+    end = time.monotonic() + within_s
     while not condition():
-        assert time.monotonic() < end, f"not within {DEADLINE_S:.0f} s: {what}"
+        assert time.monotonic() < end, f"not within {within_s:.0f} s: {what}"
         time.sleep(0.05)
 
 
