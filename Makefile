@@ -80,6 +80,7 @@ SOAK_HOURS ?= 24
 SOAK_NODES ?= 200
 SOAK_CUTS ?= 10
 SOAK_EXAMPLES ?= 2000
+SOAK_FUZZ_S ?= 300
 SOAK_RUNS ?= 1
 soak: export PYTHONPATH := tests
 soak: $(READY)
@@ -94,6 +95,10 @@ soak: $(READY)
 	@$(BIN)/python -m bench.kills --kills $$(($(SOAK_KILLS) / 4)) --seed $(SOAK_SEED) --standby
 	@echo "== every decoder, $(SOAK_EXAMPLES) examples each"
 	@FUZZ_EXAMPLES=$(SOAK_EXAMPLES) $(BIN)/python -m pytest -q tests/faults/test_fuzz.py
+	@echo "== every decoder, led by coverage, $(SOAK_FUZZ_S) s"
+	@if $(BIN)/pip install --quiet --disable-pip-version-check -c requirements-dev.lock --only-binary :all: atheris; \
+	  then $(BIN)/python -m soak.coverage_fuzz --seconds $(SOAK_FUZZ_S) --seed $(SOAK_SEED); \
+	  else echo "NOT RUN: no wheel of atheris for this Python"; fi
 	@echo "== $(SOAK_CUTS) power cuts, seed $(SOAK_SEED); a full disk (both as root)"
 	@$(BIN)/python -m soak.power_loss --rounds $(SOAK_CUTS) --seed $(SOAK_SEED)
 	@$(BIN)/python -m soak.full_disk
