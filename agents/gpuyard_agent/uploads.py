@@ -3,9 +3,8 @@
     <state>/uploads/<tenant>/<sha256>, .part      as the daemon brings them, piece by piece
     <jobs>/<job>/<attempt>/<replica>/             where a replica finds what is in it
 
-A replica that needs one waits for it. A tar file is somebody's input: only plain files, directories and links that stay
-inside are unpacked (`tarfile`'s filter `data`), up to a bound; they become the account's, and nothing in it says who
-owns what.
+A replica that needs one waits for it. A tar file is somebody's input (`unpacking`): what is in it becomes the
+account's, and nothing in it says who owns what.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ from pathlib import Path
 
 from gpuyard_agent.directories import make_passage
 from gpuyard_agent.launch.base import Account
+from gpuyard_agent.unpacking import unpack
 from gpuyard_protocol.names import Tenant
 from gpuyard_protocol.nodes import TakeUpload
 from gpuyard_protocol.uploads import UPLOAD_BYTES_MAX, UploadHeld, is_upload
@@ -129,10 +129,7 @@ def _unpack(archive: Path, job_dir: Path, account: Account) -> None:
     make_passage_above(job_dir)
     shutil.rmtree(job_dir, ignore_errors=True)
     job_dir.mkdir(_MODE)
-    with tarfile.open(archive, "r:") as tar:
-        if sum(member.size for member in tar) > UNPACKED_BYTES_MAX:
-            raise tarfile.TarError(f"it holds more than {UNPACKED_BYTES_MAX} bytes")
-        tar.extractall(job_dir, filter="data")
+    unpack(archive, job_dir, UNPACKED_BYTES_MAX)
     if os.geteuid() == 0:
         for _, directories, files, descriptor in os.fwalk(job_dir, follow_symlinks=False):
             for name in (*directories, *files):

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from gpuyard_agent.launch.base import Account
+from gpuyard_agent.unpacking import unpack
 from gpuyard_agent.uploads import UploadMissing, Uploads
 from gpuyard_protocol.nodes import TakeUpload
 
@@ -112,6 +113,50 @@ async def test_links_that_lead_out_are_refused(tmp_path: Path) -> None:
     assert await give(uploads, data)
     with pytest.raises(UploadMissing):
         await uploads.unpack("acme", name_of(data), job_dir(tmp_path), ME)
+
+
+def hostile(tmp_path: Path, *members: tuple[str, bytes, str]) -> Path:
+    """An archive of (name, tarfile's type, where it leads)."""
+    path = tmp_path / "hostile.tar"
+    with tarfile.open(path, "w") as tar:
+        for name, kind, target in members:
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname, member.mode = kind, target, 0o6777
+            tar.addfile(member, io.BytesIO())
+    return path
+
+
+@pytest.mark.parametrize(
+    "members",
+    [
+        [("d", tarfile.DIRTYPE, ""), ("a", tarfile.SYMTYPE, "d"), ("a/own", tarfile.REGTYPE, "")],
+        [("a", tarfile.SYMTYPE, "."), ("b", tarfile.SYMTYPE, "a/.."), ("c", tarfile.LNKTYPE, "b/secret")],
+        [("a", tarfile.SYMTYPE, "."), ("x", tarfile.SYMTYPE, "a/../secret"), ("x", tarfile.REGTYPE, "")],
+        [("c", tarfile.LNKTYPE, "../secret")],
+        [("c", tarfile.LNKTYPE, "/etc/passwd")],
+        [("d/e", tarfile.SYMTYPE, "../../secret")],
+        [("disk", tarfile.BLKTYPE, "")],
+        [("pipe", tarfile.FIFOTYPE, "")],
+    ],
+)
+def test_nothing_is_written_or_named_through_links(tmp_path: Path, members: list[tuple[str, bytes, str]]) -> None:
+    (tmp_path / "secret").write_text("of somebody else")
+    root = tmp_path / "root"
+    root.mkdir()
+    with pytest.raises(tarfile.TarError):
+        unpack(hostile(tmp_path, *members), root, 1000)
+    assert (tmp_path / "secret").stat().st_nlink == 1
+    assert not (root / "d" / "own").exists()
+
+
+def test_links_inside_are_kept_and_rights_are_cut(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    root.mkdir()
+    members = [("d/f", tarfile.REGTYPE, ""), ("d/s", tarfile.SYMTYPE, "f"), ("h", tarfile.LNKTYPE, "d/f")]
+    unpack(hostile(tmp_path, *members), root, 1000)
+    assert os.readlink(root / "d" / "s") == "f"
+    assert (root / "h").samefile(root / "d" / "f")
+    assert (root / "h").stat().st_mode & 0o7777 == 0o755
 
 
 async def test_no_archive_is_no_upload(tmp_path: Path) -> None:
