@@ -16,9 +16,9 @@ from gpuyard_agent.checkpoint_worker import CheckpointWorker
 
 
 def workers() -> list[psutil.Process]:
-    return [
-        child for child in psutil.Process().children() if "gpuyard_agent.cuda_checkpoint" in " ".join(child.cmdline())
-    ]
+    """Alive: children that other tests have not waited for yet are none."""
+    alive = [child for child in psutil.Process().children() if child.status() != psutil.STATUS_ZOMBIE]
+    return [child for child in alive if "gpuyard_agent.cuda_checkpoint" in " ".join(child.cmdline())]
 
 
 @pytest.fixture
