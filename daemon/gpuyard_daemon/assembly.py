@@ -25,7 +25,7 @@ from gpuyard_daemon.api import Api
 from gpuyard_daemon.archive import Archive
 from gpuyard_daemon.audit import AuditLog, open_audit
 from gpuyard_daemon.clock import YardClock, open_clock, write_mark
-from gpuyard_daemon.config import DaemonConfig
+from gpuyard_daemon.config import EXIT_BAD_CONFIG, DaemonConfig
 from gpuyard_daemon.core.scheduler import Scheduler
 from gpuyard_daemon.core.state.facts import JobRetired, NodeJoined
 from gpuyard_daemon.core.state.inputs import NodeIncompatible, PolicyChanged, YardStarted
@@ -115,7 +115,7 @@ class Daemon:
         self.measures = Measures()
         config, bus = base.config, base.bus
         self.runtime = Runtime(core, journal, clock, base.fate, base.health, self.measures, core.cursors)
-        self.ingress = Ingress(bus, config.yard, self.runtime.inbox)
+        self.ingress = Ingress(bus, config.yard, self.runtime.inbox, replicas=config.replicas)
         self.announcer = Announcer(bus)
         self.uploads = UploadStore(config.state_directory / "uploads")
         self.courier = Courier(bus, self.uploads)
@@ -149,7 +149,7 @@ class Daemon:
             LogForwarder(bus, core),
             yard=config.yard,
             now_ms=clock.now_ms,
-            is_settled=lambda: self.runtime.is_settled,
+            is_settled=lambda: self.runtime.is_settled and self.ingress.is_verified,
             add_fact=self.runtime.inbox.add_fact,
             audit=self.audit,
             hand_over=self.hand_over,
@@ -197,8 +197,13 @@ class Daemon:
     def _settled(self) -> None:
         self.dispatcher.settled(())
         self.node_verbs.settled()
-        self.api.settled()
+        if self.ingress.is_verified:
+            self.api.settled()
         self.upkeep.settled()
+
+    def _verified(self) -> None:
+        if self.runtime.is_settled:
+            self.api.settled()
 
     def _node_is_ahead(self, node: NodeId, detail: str) -> None:
         """A node has orders of a newer leader: either we are deposed (the journal will say so) or it is not ours."""
@@ -231,6 +236,8 @@ class Daemon:
         await self.announcer.retell(stream_name("EVT", base.config.yard), self._untold)
         await self.monitor.open(base.bus)
         await self.loads.open(base.bus)
+        self.ingress.on_verified = self._verified
+        self.ingress.on_set_back = lambda why: base.fate.seal(EXIT_BAD_CONFIG, why)
         await self.ingress.open()
         self._turns = self._spawn("turns", runtime.run())
         self.dispatcher.sync_all()

@@ -6,12 +6,19 @@ ours, a report that is not its node's) is poison: counted, logged, dropped, and 
 read from the subject alone.
 
 Nothing in here decides about a request; nothing in here can raise on account of its bytes.
+
+A place in a stream means something only while the stream goes on from there. A server that lost a stream's files goes
+on from 1, and acknowledges new requests under numbers that were given before: they would be passed over here, and
+whoever asks for one would be told of an old one. So after each reconnect nothing is purged and nobody is answered
+before both streams are known to be as long as they were; one that is not ends the daemon, as it would at a start.
 """
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections import Counter
+from collections.abc import Callable
 
 import msgspec
 import structlog
@@ -36,7 +43,7 @@ from gpuyard_daemon.core.state.inputs import (
 )
 from gpuyard_daemon.inbox import Inbox, Line, Waiting
 from gpuyard_daemon.rates import Rates
-from gpuyard_protocol.bus.base import Bus, BusError, StoredMessage, StreamReader
+from gpuyard_protocol.bus.base import Bus, BusError, StoredMessage, StreamReader, StreamUnavailable
 from gpuyard_protocol.codec import MAX_BATCH_BYTES, MAX_REQUEST_BYTES, Malformed, RequestVersion, decode
 from gpuyard_protocol.directives import CancelRequest, HoldRequest, RequeueRequest
 from gpuyard_protocol.jobs import JobRequest, Why
@@ -63,6 +70,14 @@ from gpuyard_protocol.units import format_ms
 
 log = structlog.get_logger("ingress")
 
+#: How long a stream may look shorter than it was where several servers keep it: one that has just been elected may not
+#: have applied yet what it has. Where one server keeps it, the first look counts.
+ELECTED_LATELY_S = 5.0
+#: How long it may be unknown to a server that has just started.
+STARTED_LATELY_S = 10.0
+LOOK_AGAIN_S = 0.1
+ERROR_NO_STREAM = "JetStream error 10059"
+
 #: Jobs in one `submit-many`.
 BATCH_JOBS_MAX = 1000
 #: What an element of an array counts for in a turn: two of the longest arrays do not go into one.
@@ -88,15 +103,22 @@ class _Identified(msgspec.Struct):
 class Ingress:
     """Readers of SUB and REP that fill the inbox, and the purge of what the journal has taken in."""
 
-    def __init__(self, bus: Bus, yard: str, inbox: Inbox, rates: Rates | None = None) -> None:
+    def __init__(self, bus: Bus, yard: str, inbox: Inbox, rates: Rates | None = None, *, replicas: int = 1) -> None:
         self._bus = bus
         self._inbox = inbox
         self.rates = rates or Rates()
+        self._patience_s = 0.0 if replicas == 1 else ELECTED_LATELY_S
         self._submissions = stream_name("SUB", yard)
         self._reports = stream_name("REP", yard)
         self._readers: list[StreamReader] = []
         #: Up to where each stream was purged by this process.
         self._purged = {self._submissions: 0, self._reports: 0}
+        #: Both streams are known to go on where they were left; False from a disconnect until it was looked at.
+        self.is_verified = True
+        self.on_verified: Callable[[], None] = lambda: None
+        #: Called with what happened when a stream was set back.
+        self.on_set_back: Callable[[str], None] = lambda why: None
+        self._verifying: asyncio.Task[None] | None = None
         #: Messages by what was wrong with them: `poison_submission`, `poison_report`, `malformed`.
         self.counts: Counter[str] = Counter()
 
@@ -109,13 +131,19 @@ class Ingress:
         ]
         for reader, line in zip(self._readers, (self._inbox.submissions, self._inbox.reports), strict=True):
             _connect_flow(reader, line)
+        self._bus.on_disconnect(self._disconnected)
+        self._bus.on_reconnect(self._reconnected)
 
     async def close(self) -> None:
+        if self._verifying is not None:
+            self._verifying.cancel()
         for reader in self._readers:
             await reader.close()
 
     async def purge(self, submissions: int, reports: int) -> None:
         """Drop what the journal has taken in. A failure is nothing: the next second does it."""
+        if not self.is_verified:
+            return
         for stream, up_to in ((self._submissions, submissions), (self._reports, reports)):
             if up_to <= self._purged[stream] or not self._bus.is_connected:
                 continue
@@ -124,6 +152,52 @@ class Ingress:
                 self._purged[stream] = up_to
             except BusError as error:
                 log.warning("purge.failed", stream=stream, error=str(error))
+
+    # -- the streams' ends ------------------------------------------------------------------------------------------
+
+    def _disconnected(self) -> None:
+        self.is_verified = False
+        if self._verifying is not None:
+            self._verifying.cancel()
+
+    def _reconnected(self) -> None:
+        self._verifying = asyncio.get_running_loop().create_task(self._verify(), name="verify the streams")
+
+    async def _verify(self) -> None:
+        now = asyncio.get_running_loop().time
+        began = now()
+        while self._bus.is_connected:
+            try:
+                why, patience_s = await self._set_back()
+            except BusError as error:
+                log.warning("streams.unverified", error=str(error))
+            else:
+                if not why:
+                    self.is_verified = True
+                    self.on_verified()
+                    return
+                if now() - began >= patience_s:
+                    self.on_set_back(why)
+                    return
+            await asyncio.sleep(LOOK_AGAIN_S)
+
+    async def _set_back(self) -> tuple[str, float]:
+        """What is wrong with where the streams end, and how long that may be a server's first moments; "": nothing."""
+        patience_s = self._patience_s
+        for reader, stream in zip(self._readers, (self._submissions, self._reports), strict=True):
+            read = reader.position
+            try:
+                end = (await self._bus.stream_state(stream)).last_sequence
+            except StreamUnavailable as error:
+                if ERROR_NO_STREAM not in str(error):
+                    raise
+                end, patience_s = 0, STARTED_LATELY_S
+            if end < read:
+                return (
+                    f"the stream {stream} ends at {end}, and was read up to {read}: the NATS server lost its files. "
+                    "What it acknowledged since, and what was in it unread, may be lost. Restore the NATS store"
+                ), patience_s
+        return "", 0.0
 
     # -- what arrives ----------------------------------------------------------------------------------------------
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import shutil
 import socket
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
@@ -33,6 +34,8 @@ from gpuyard_protocol.queries import (
     ShutdownRequest,
     Stats,
     StatsQuery,
+    SubmissionQuery,
+    SubmissionStatus,
     WhyAnswer,
 )
 from support.daemon import DaemonProcess, Tenant, until
@@ -176,6 +179,30 @@ async def test_while_the_server_is_away_the_daemon_lives_and_is_not_ready(
 
     await until(is_ready, "readiness")
     assert (await tenant.answer(await tenant.submit(JOB))).accepted
+
+
+async def test_a_stream_that_lost_its_files_ends_the_daemon_before_it_answers_with_old_jobs(
+    tenant: Tenant, daemon: DaemonProcess, nats_process: NatsProcess
+) -> None:
+    """The server goes on from 1, and would acknowledge a new request under the number of the first."""
+    first = await tenant.submit(JOB)
+    assert (await tenant.answer(first)).job == 1
+    await tenant.answer(await tenant.submit(JOB))
+    await asyncio.to_thread(nats_process.kill)
+    (blocks,) = (nats_process.directory / "store").rglob("streams/SUB_main/msgs")
+    shutil.rmtree(blocks)
+    await asyncio.to_thread(nats_process.start)
+
+    async def again() -> str:
+        return await tenant.submit(JOB)
+
+    assert await until(again, "a submission") == first
+    with pytest.raises(BusError):
+        await tenant.ask("submission", SubmissionQuery(submission_id=first), SubmissionStatus)
+    assert await asyncio.to_thread(daemon.wait) == EXIT_BAD_CONFIG
+    assert "the stream SUB_main ends at" in daemon.log
+    daemon.spawn()
+    assert await asyncio.to_thread(daemon.wait) == EXIT_BAD_CONFIG
 
 
 async def test_told_to_stop_it_ends_and_the_next_one_goes_on(bus: Bus, tenant: Tenant, daemon: DaemonProcess) -> None:
