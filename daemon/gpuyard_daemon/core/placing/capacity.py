@@ -32,6 +32,8 @@ ANY_MODE: tuple[Mode, ...] = ("idle", *MODES)
 Groups: TypeAlias = np.ndarray[tuple[int], np.dtype[np.int64]]
 #: Kind, free CPU and memory, modes, looks of the cards.
 Condition: TypeAlias = tuple[int, int, int, tuple[Mode, ...], tuple[Look, ...]]
+#: What a demand mix makes of a node: room on each card, idle compute, what each demand could use of it, and the waste.
+Measure: TypeAlias = tuple[list[int], int, Sequence[int], int]
 #: Kinds of node met so far: numbers that mean nothing but equality.
 _KINDS: dict[tuple[object, ...], int] = {}
 
@@ -66,6 +68,7 @@ class NodeSpace:
         "inventory_version",
         "is_imagined",
         "kind",
+        "measured",
         "memory_free_mib",
         "modes",
         "node",
@@ -94,6 +97,8 @@ class NodeSpace:
         self.claims: list[ClaimedPlace] = []
         #: The last answer of `beside_claims`: (version, for whom, the twin).
         self._beside: tuple[int, JobId, NodeSpace] | None = None
+        #: What `scoring` last found out about it: (the mix, version, the rest).
+        self.measured: tuple[object, int, Measure] | None = None
         #: How its cards are linked, where that differs between them.
         self.wiring: Wiring | None = None
         #: The pool's number of the space's condition; below 0: to be found.
@@ -113,8 +118,8 @@ class NodeSpace:
         `with_holders`: who holds what comes along, so that it can be given back in the trial.
         """
         twin = NodeSpace.__new__(NodeSpace)
-        twin.node, twin.version, twin.inventory_version, twin._beside = (
-            self.node, self.version, self.inventory_version, None,
+        twin.node, twin.version, twin.inventory_version, twin._beside, twin.measured = (
+            self.node, self.version, self.inventory_version, None, None,
         )  # fmt: skip
         twin.assignments = dict(self.assignments) if with_holders else {}
         twin.amounts = dict(self.amounts) if with_holders else {}
@@ -181,7 +186,7 @@ class NodeSpace:
 
     def take(self, key: AssignmentKey, partition: Partition, tenant: Tenant, cpu_milli: int, memory_mib: int) -> None:
         self.amounts[key] = (cpu_milli, memory_mib)
-        self._beside = None
+        self._beside = self.measured = None
         self.cpu_free_milli -= cpu_milli
         self.memory_free_mib -= memory_mib
         for uuid in devices_of(partition):
@@ -192,7 +197,7 @@ class NodeSpace:
 
     def give(self, key: AssignmentKey, partition: Partition) -> None:
         cpu_milli, memory_mib = self.amounts.pop(key)
-        self._beside = None
+        self._beside = self.measured = None
         self.cpu_free_milli += cpu_milli
         self.memory_free_mib += memory_mib
         for uuid in devices_of(partition):

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from enum import StrEnum
+from typing import TYPE_CHECKING
 
 from gpuyard_daemon.core.placing.capacity import ANY_MODE, NodeSpace
-from gpuyard_daemon.core.placing.partitions import Card, cut, fit, geometry_of, mode_for
+from gpuyard_daemon.core.placing.partitions import Card, Look, cut, fit, geometry_of, mode_for
 from gpuyard_daemon.core.state.states import InvariantViolated
 from gpuyard_protocol.names import JobId, Tenant, User
 from gpuyard_protocol.nodes import Inventory
@@ -26,6 +27,9 @@ from gpuyard_protocol.resources import (
     share_of,
 )
 from gpuyard_protocol.units import MILLI
+
+if TYPE_CHECKING:
+    from gpuyard_daemon.core.placing.scoring import Way
 
 
 class Reason(StrEnum):
@@ -87,7 +91,9 @@ _BY_STATE = {
 class Shape:
     """What equal jobs have in common: if one does not fit, none does."""
 
-    __slots__ = ("_eligible", "domain", "need", "open_to_all", "replicas", "tenant", "timeslice_milli_max", "user")
+    __slots__ = (
+        "_eligible", "_ways", "domain", "need", "open_to_all", "replicas", "tenant", "timeslice_milli_max", "user",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -112,10 +118,19 @@ class Shape:
         #: By kind of node (of a shape that names nodes, by number and inventory version): what the node as such says,
         #: and positions of the cards in question.
         self._eligible: dict[int | tuple[int, int], tuple[Reason | None, tuple[int, ...]]] = {}
+        #: By the modes that a node may be asked for: how a card that looks so would serve it. A memo of `scoring`.
+        self._ways: dict[tuple[Mode, ...], dict[Look, Way | None]] = {}
 
     def learn_with(self, other: Shape) -> None:
-        """Share what is found out about inventories with a shape of the same need and owner."""
-        self._eligible = other._eligible
+        """Share what is found out about inventories and cards with a shape of the same need and owner."""
+        self._eligible, self._ways = other._eligible, other._ways
+
+    def ways_on(self, modes: tuple[Mode, ...]) -> dict[Look, Way | None]:
+        """What is known of cards, by their looks."""
+        known = self._ways.get(modes)
+        if known is None:
+            known = self._ways[modes] = {}
+        return known
 
     def eligible(self, space: NodeSpace) -> tuple[Reason | None, tuple[int, ...]]:
         """What the node's inventory says: a lasting reason, or the cards that the shape could use."""

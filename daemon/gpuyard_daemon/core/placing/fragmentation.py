@@ -141,6 +141,12 @@ class DemandMix:
         """What work loses on a card of a kind, in thousandths of it; 0: nobody said. `own`: a job's own figures."""
         return self._speeds.loss(sample_of(kind).model, own)
 
+    def slowest(self, kinds: Iterable[int], own: Named = ()) -> int:
+        """The same of several cards together."""
+        if not own and not self._speeds.named:
+            return 0
+        return max([self.slowness(kind, own) for kind in kinds], default=0)
+
     def gap_loss(self, free_milli: int, milli: int) -> int:
         """What taking a share out of a gap destroys beyond the share's own price; 0 where it fits perfectly."""
         gaps = self._gaps

@@ -120,15 +120,21 @@ class Finder:
                 del self._tables[next(iter(self._tables))]
             if len(self._shape_of) >= _TABLES_MAX:
                 self._shape_of.clear()
-            tenant, user = key.who or ("", "")
-            domain = key.domain or ""
-            most = key.timeslice_milli_max
-            shape = Shape(key.need, 1, tenant, user, most, domain=domain, open_to_all=not key.who)
-            # Whose shared cards count makes no difference to what inventories say.
-            shape.learn_with(self._shape_of.setdefault((key.need, key.who), shape))
-            table = Table(self, shape, spanning=key.spanning, of_domain=key.domain)
+            table = Table(self, self._shape(key, key.domain or ""), spanning=key.spanning, of_domain=key.domain)
         self._tables[key] = table
         return table
+
+    def taught(self, shape: Shape, key: TableKey) -> Shape:
+        """The same for its share domain, with what is known of inventories for requests with such a key."""
+        return self._shape(key, shape.domain)
+
+    def _shape(self, key: TableKey, domain: Tenant) -> Shape:
+        tenant, user = key.who or ("", "")
+        most = key.timeslice_milli_max
+        shape = Shape(key.need, 1, tenant, user, most, domain=domain, open_to_all=not key.who)
+        # Whose shared cards count makes no difference to what inventories say.
+        shape.learn_with(self._shape_of.setdefault((key.need, key.who), shape))
+        return shape
 
 
 class Table:
@@ -229,7 +235,7 @@ class Table:
 class Candidates:
     """The nodes that one shape fits now, best first."""
 
-    __slots__ = ("_common", "_keys_version", "_own", "finder", "shape", "spanning")
+    __slots__ = ("_carver", "_common", "_keys_version", "_own", "finder", "shape", "spanning")
 
     def __init__(self, shape: Shape, finder: Finder | None = None, *, spanning: bool = False) -> None:
         self.shape = shape
@@ -239,6 +245,8 @@ class Candidates:
         self._common: TableKey | None = None
         #: Of the share domain's own cards, for shares that may join others.
         self._own: TableKey | None = None
+        #: The same shape, that knows what the tables found out about inventories; for these keys.
+        self._carver: Shape | None = None
 
     def group(self, pool: Pool) -> tuple[TableKey, TableKey | None]:
         """Equal for shapes that fit the same nodes now and later, until an inventory changes."""
@@ -249,6 +257,7 @@ class Candidates:
             self._common = TableKey(shape.need, self.spanning, shape.timeslice_milli_max, None, who)
             joins = shape.need.is_share and shape.need.isolation != "hard"
             self._own = self._common._replace(domain=shape.domain) if joins else None
+            self._carver = None
         return self._common, self._own
 
     def best(self, pool: Pool, wishes: Wishes = NONE) -> NodeSpace | None:
@@ -286,7 +295,12 @@ class Candidates:
 
     def carve(self, space: NodeSpace) -> Partition:
         """The partition on a node that `best` named."""
-        return carve_best(self.finder.mix, space, self.shape, spanning=self.spanning)
+        if self._carver is None:
+            shape = self.shape
+            if self._common is None:
+                return carve_best(self.finder.mix, space, shape, spanning=self.spanning)
+            self._carver = self.finder.taught(shape, self._common)
+        return carve_best(self.finder.mix, space, self._carver, spanning=self.spanning)
 
     def scores(self, pool: Pool) -> Scores:
         """The score of every node, by number less one."""

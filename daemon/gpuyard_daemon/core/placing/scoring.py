@@ -23,10 +23,10 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from typing import Final, NamedTuple
 
-from gpuyard_daemon.core.placing.capacity import NodeSpace
+from gpuyard_daemon.core.placing.capacity import Measure, NodeSpace
 from gpuyard_daemon.core.placing.feasibility import Reason, Shape, could_go, judge, modes_for, whole_cards
 from gpuyard_daemon.core.placing.fragmentation import ONE, DemandMix, free_of
-from gpuyard_daemon.core.placing.partitions import NO_ROOM, Card, fit, mode_for, profile_for, slices_at
+from gpuyard_daemon.core.placing.partitions import NO_ROOM, Card, Look, fit, mode_for, profile_for, slices_at
 from gpuyard_protocol.resources import GPU_LOADS, GpuLoad, Mode, share_of
 from gpuyard_protocol.units import MILLI
 
@@ -52,6 +52,10 @@ _BELOW_GROWTH: Final = 36
 _WARM_WORTH: Final = 8
 
 
+#: Looks of cards that a shape remembers its ways for.
+_LOOKS_MAX: Final = 4096
+
+
 class Choice(NamedTuple):
     """The best way to serve a replica on one node."""
 
@@ -61,7 +65,7 @@ class Choice(NamedTuple):
     cards: tuple[int, ...]
 
 
-class _Way(NamedTuple):
+class Way(NamedTuple):
     """One way to serve it: what it costs beyond growth, and the room it leaves."""
 
     tier: int
@@ -72,13 +76,15 @@ class _Way(NamedTuple):
     #: Taken of what is free on the cards, and left on the chosen one.
     taken: int
     card_left: int
-    cards: tuple[int, ...]
-    #: What each of these cards is then.
+    #: What each of the cards is then.
     room_after: int
     #: 0: it is no MIG instance; else what the card was before.
     of_mig: int = 0
     #: What a switch of MIG mode costs, in thousandths of a card.
     switch: int = 0
+
+
+_WITHOUT_CARDS: Final = Way(0, False, 0, 0, 0, 0, NO_ROOM)
 
 
 def choose(mix: DemandMix, space: NodeSpace, shape: Shape, *, spanning: bool = False, owner: int = 0) -> Choice | None:
@@ -92,22 +98,19 @@ def choose(mix: DemandMix, space: NodeSpace, shape: Shape, *, spanning: bool = F
         return None
     if space.claims:
         space = space.beside_claims(owner)
-    cpu, memory = space.cpu_free_milli, space.memory_free_mib
-    rooms = [card.room for card in space.cards]
     ways = _ways(space, shape, spanning)
     if not ways:
         return None
-    idle = sum(map(free_of, rooms))
-    usable = mix.usable(rooms)
-    before = mix.waste(cpu, memory, usable, idle)
+    cpu, memory = space.cpu_free_milli, space.memory_free_mib
+    rooms, idle, usable, before = _measured(mix, space)
     inventory = space.node.inventory
     cpu_left = (cpu - need.cpu_milli) * (MILLI - 1) // inventory.cpu_milli if inventory and inventory.cpu_milli else 0
-    best: Choice | None = None
-    for way in ways:
+    best: tuple[int, tuple[int, ...]] | None = None
+    for way, cards in ways:
         left = idle - way.taken
-        then = _usable_after(mix, usable, rooms, way) if way.cards else usable
+        then = _usable_after(mix, usable, rooms, way.room_after, cards) if cards else usable
         gain = before - mix.waste(cpu - need.cpu_milli, memory - need.memory_mib, then, left)
-        slow = max([mix.slowness(space.cards[position].kind, need.speeds) for position in way.cards], default=0)
+        slow = mix.slowest([space.cards[position].kind for position in cards], need.speeds) if cards else 0
         gain -= (slow * way.taken // MILLI + way.strife + way.switch) * ONE
         growth = _growth_of_instance(gain, way) if way.of_mig else _growth(gain)
         loss = min(_LOSS_MAX, (mix.gap_loss(way.loss >> 16, way.loss & 0xFFFF) if way.loss else 0) // _LOSS_QUANTUM)
@@ -115,29 +118,42 @@ def choose(mix: DemandMix, space: NodeSpace, shape: Shape, *, spanning: bool = F
         score = (score << 6 | loss) << 7 | growth
         score = score << 16 | min(_LEFT_MAX, left + way.switch)
         score = (score << 10 | min(1023, way.card_left)) << 10 | max(0, min(1023, cpu_left))
-        if best is None or score < best.score:
-            best = Choice(score, way.cards)
-    return best
+        if best is None or score < best[0]:
+            best = score, cards
+    return Choice(*best) if best is not None else None
+
+
+def _measured(mix: DemandMix, space: NodeSpace) -> Measure:
+    """What the mix makes of a node as it is: asked for by every kind of request that is scored there."""
+    known = space.measured
+    if known is None or known[0] is not mix or known[1] != space.version:
+        rooms = [card.room for card in space.cards]
+        idle, usable = sum(map(free_of, rooms)), mix.usable(rooms)
+        before = mix.waste(space.cpu_free_milli, space.memory_free_mib, usable, idle)
+        known = space.measured = (mix, space.version, (rooms, idle, usable, before))
+    return known[2]
 
 
 def _growth(gain: int) -> int:
     return _GROWTH_MAX - bisect_right(_CURVE, gain)
 
 
-def _growth_of_instance(gain: int, way: _Way) -> int:
+def _growth_of_instance(gain: int, way: Way) -> int:
     """The same for a MIG instance, in even steps, with a price for cutting one more card and for what is left on it."""
     fresh = _CUT_PRICE if way.of_mig == _FRESH_CARD else 0
     cost = fresh + _LEFT_PRICE * way.card_left // MILLI - gain // ONE
     return max(0, min(_GROWTH_MAX, _GROWTH_MAX // 2 + cost // _INSTANCE_STEP))
 
 
-def _usable_after(mix: DemandMix, usable: Sequence[int], rooms: list[int], way: _Way) -> list[int]:
-    """What each wish could use once the way is taken."""
+def _usable_after(
+    mix: DemandMix, usable: Sequence[int], rooms: list[int], room_after: int, cards: tuple[int, ...]
+) -> Sequence[int]:
+    """What each wish could use once these cards have so much room left."""
     found: Sequence[int] = usable
-    after = mix.usable_on(way.room_after)
-    for position in way.cards:
+    after = mix.usable_on(room_after)
+    for position in cards:
         found = [each - old + new for each, old, new in zip(found, mix.usable_on(rooms[position]), after, strict=True)]
-    return list(found)
+    return found
 
 
 def about_as_good(score: int, best: int) -> bool:
@@ -145,21 +161,23 @@ def about_as_good(score: int, best: int) -> bool:
     return (score >> _BELOW_GROWTH) - (best >> _BELOW_GROWTH) <= _WARM_WORTH
 
 
-def _ways(space: NodeSpace, shape: Shape, spanning: bool) -> list[_Way]:
-    """Ways to serve a replica, one for each state of the node that they lead to."""
+def _ways(space: NodeSpace, shape: Shape, spanning: bool) -> list[tuple[Way, tuple[int, ...]]]:
+    """Ways to serve a replica, one for each state of the node that they lead to, each with its cards by position."""
     need = shape.need
     if not need.wants_gpu:
-        return [_Way(0, False, 0, 0, 0, 0, (), NO_ROOM)]
+        return [(_WITHOUT_CARDS, ())]
     _, positions = shape.eligible(space)
     if need.gpus:
         kinds = {space.cards[position].kind for position in positions}
         of_kinds = [tuple([p for p in positions if space.cards[p].kind == kind]) for kind in sorted(kinds)]
         some = [positions, *of_kinds] if len(kinds) > 1 else [positions]
-        return [way for each in some if (way := _whole_on(space, each, need.gpus)) is not None]
+        return [whole for each in some if (whole := _whole_on(space, each, need.gpus)) is not None]
     modes = modes_for(space, spanning=spanning)
-    ways: list[_Way] = []
-    seen: set[object] = set()
+    ways: list[tuple[Way, tuple[int, ...]]] = []
+    seen: set[Look] = set()
     cards_there, domain = space.cards, shape.domain
+    # Cards that look alike serve alike, so what was found out about one is good for all.
+    known = shape.ways_on(modes)
     for position in positions:
         card = cards_there[position]
         if card.mode == "whole" or (card.domain and card.domain != domain):
@@ -168,22 +186,27 @@ def _ways(space: NodeSpace, shape: Shape, spanning: bool) -> list[_Way]:
         if look in seen:
             continue
         seen.add(look)
-        way = _way_on(card, shape, modes)
+        if look in known and not card.keeps_mode:
+            way = known[look]
+        else:
+            if len(known) >= _LOOKS_MAX:
+                known.clear()
+            way = known[look] = _way_on(card, shape, modes)
         if way is not None:
-            ways.append(way)
+            ways.append((way, (position,)))
     return ways
 
 
-def _whole_on(space: NodeSpace, positions: tuple[int, ...], count: int) -> _Way | None:
+def _whole_on(space: NodeSpace, positions: tuple[int, ...], count: int) -> tuple[Way, tuple[int, ...]] | None:
     """So many of these cards whole; None if they are too few."""
     if sum([1 for p in positions if space.cards[p].mode == "idle" and space.cards[p].takes_work]) < count:
         return None
     cards, linked = whole_cards(space, positions, count)
     switch = sum([space.cards[position].switch_milli("whole") for position in cards])
-    return _Way(0, not linked, 0, 0, count * MILLI, 0, cards, NO_ROOM, switch=switch)
+    return Way(0, not linked, 0, 0, count * MILLI, 0, NO_ROOM, switch=switch), cards
 
 
-def _way_on(card: Card, shape: Shape, modes: tuple[Mode, ...]) -> _Way | None:
+def _way_on(card: Card, shape: Shape, modes: tuple[Mode, ...]) -> Way | None:
     """Serving a share or MIG instance on one card; None if it has no room."""
     need = shape.need
     if fit(card, need, shape.domain, modes, shape.timeslice_milli_max) < 0:
@@ -213,7 +236,7 @@ def _way_on(card: Card, shape: Shape, modes: tuple[Mode, ...]) -> _Way | None:
             strife = _strife(card, need.gpu_load) if need.gpu_load else 0
     left = free_of(after)
     switch = card.switch_milli(mode) if mode is not None else 0
-    return _Way(tier, False, loss, strife, free_of(card.room) - left, left, (card.position,), after, of_mig, switch)
+    return Way(tier, False, loss, strife, free_of(card.room) - left, left, after, of_mig, switch)
 
 
 def _strife(card: Card, load: GpuLoad) -> int:

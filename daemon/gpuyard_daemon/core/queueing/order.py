@@ -30,9 +30,10 @@ from gpuyard_daemon.core.queueing.ranking import (
     SCAVENGING,
     TOP_LEVEL,
     Rank,
+    band_in,
     number_in,
+    packed,
     sequence_of,
-    width_milli,
 )
 from gpuyard_daemon.core.state.cluster import Cluster
 from gpuyard_daemon.core.state.model import Job
@@ -142,7 +143,10 @@ class WaitingLine:
             if barrier.ready_key < 0:
                 self._offer(barrier)
         if queues_eased or shifted:
-            moved = {number: queue for name in queues_eased for number, queue in self._guaranteed.get(name, {}).items()}
+            guaranteed = [self._guaranteed[name] for name in queues_eased if name in self._guaranteed]
+            moved = {
+                number: queue for each in guaranteed for number, queue in list(each.items()) if self._is_moved(queue)
+            }
             moved |= self._of_services if queues_eased else {}
             if shifted:
                 moved |= {queue.number: queue for queue in self._queues.values() if queue.shape.tenant in shifted}
@@ -209,9 +213,11 @@ class WaitingLine:
         self._stands[job.id] = _Stand(queue, sequence, level, moves_ms)
         if moves_ms:
             self._note(moves_ms, job.id)
-        key = self._key(queue, level, job)
+        key = self._key(queue, level, sequence, job)
         if queue.ready_key < 0 or key < queue.ready_key:
-            self._make_ready(queue, key)
+            # It is the head now, or all of the queue stands in a better band than it is known by.
+            head = self._head(queue)
+            self._make_ready(queue, head[0] if head is not None else key)
 
     def _drop(self, number: JobId) -> None:
         stand = self._stands.pop(number, None)
@@ -233,15 +239,14 @@ class WaitingLine:
             if stand.moves_ms:
                 self._note(stand.moves_ms, number)
 
-    def _key(self, queue: ShapeQueue, level: int, job: Job) -> int:
+    def _key(self, queue: ShapeQueue, level: int, sequence: int, job: Job) -> int:
         if level != TOP_LEVEL:
-            level += self._cluster.ranking.shift_of(job)
-        return Rank(self._band(queue, job), level, sequence_of(job)).key
+            level += self._cluster.fairness.shift(job.tenant)
+        band = self._cluster.ranking.band_of(job) if queue.service or job.live else self._band(queue)
+        return packed(band, level, sequence)
 
-    def _band(self, queue: ShapeQueue, job: Job) -> int:
-        """As `Ranking.band_of`, of a job that waits in a queue."""
-        if queue.service or job.live:
-            return self._cluster.ranking.band_of(job)
+    def _band(self, queue: ShapeQueue) -> int:
+        """As `Ranking.band_of`, of those who wait in a queue and are no replicas of a service."""
         if self._cluster.quota.is_plain:
             return NOMINAL
         ways = self._ways(queue)
@@ -250,7 +255,7 @@ class WaitingLine:
         for way in ways:
             if way.is_nominal():
                 return NOMINAL
-        return BORROWING if width_milli(job) else NOMINAL
+        return BORROWING if queue.width_milli else NOMINAL
 
     # limits
 
@@ -309,6 +314,11 @@ class WaitingLine:
             if head is not None and head[0] != queue.ready_key:
                 self._make_ready(queue, head[0])
 
+    def _is_moved(self, queue: ShapeQueue) -> bool:
+        """Whether it stands in another band than it is known by. Its head may have left: that is seen when it comes to
+        the top."""
+        return bool(queue.buckets) and (queue.ready_key < 0 or band_in(queue.ready_key) != self._band(queue))
+
     def _make_ready(self, queue: ShapeQueue, key: int) -> None:
         queue.ready_key = key
         if queue.held_back:
@@ -336,7 +346,9 @@ class WaitingLine:
 
     def _offer(self, source: Source) -> None:
         """The first of a source goes on when it is its turn."""
-        first = self._first(source)
+        self._offer_first(source, self._first(source))
+
+    def _offer_first(self, source: Source, first: tuple[int, ShapeQueue, Job] | None) -> None:
         source.ready_key = -1
         if first is not None:
             self._offer_at(source, first[0])
@@ -373,10 +385,10 @@ class WaitingLine:
         heads = source.heads
         while heads:
             key, number = heads[0]
-            if not self._counts(source, key, number):
+            queue = self._by_number.get(number)
+            if queue is None or queue.ready_key != key or not source.has(queue):
                 heapq.heappop(heads)
                 continue
-            queue = self._by_number[number]
             head = self._head(queue)
             if head is None:
                 # Nobody is left in it, so nobody is held back.
@@ -392,13 +404,14 @@ class WaitingLine:
 
     def _head(self, queue: ShapeQueue) -> tuple[int, Job] | None:
         """The first of a queue that still waits, with its packed rank."""
-        waiting = self._cluster.waiting
-        while queue.buckets:
-            level = min(queue.buckets)
-            number = queue.buckets[level].head
+        waiting, buckets = self._cluster.waiting, queue.buckets
+        while buckets:
+            level = min(buckets)
+            sequence = buckets[level].least
+            number = number_in(sequence)
             job = waiting.get(number)
             if job is not None:
-                return self._key(queue, level, job), job
+                return self._key(queue, level, sequence, job), job
             self._drop(number)
         return None
 
@@ -421,7 +434,7 @@ class WaitingLine:
             first = self._first(source)
             if first is None or first[0] != key:
                 heapq.heappop(ready)
-                self._offer(source)
+                self._offer_first(source, first)
             elif barrier is not None:
                 # Its limit has room for it: now its place is among those of its group.
                 heapq.heappop(ready)

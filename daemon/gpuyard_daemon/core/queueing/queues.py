@@ -16,7 +16,7 @@ from gpuyard_daemon.core.placing.feasibility import Shape, least_milli
 from gpuyard_daemon.core.placing.gangs import Offers, fits
 from gpuyard_daemon.core.placing.partitions import sample_of
 from gpuyard_daemon.core.placing.placement import Candidates, Finder
-from gpuyard_daemon.core.queueing.ranking import number_in
+from gpuyard_daemon.core.queueing.ranking import need_milli, number_in
 from gpuyard_daemon.core.tenants.quota import Way
 from gpuyard_protocol.names import JobId, Tenant, User
 from gpuyard_protocol.resources import ResourceNeed
@@ -43,6 +43,11 @@ class Bucket:
     @property
     def head(self) -> JobId:
         return number_in(self._sequences[self._first])
+
+    @property
+    def least(self) -> int:
+        """The first's sequence."""
+        return self._sequences[self._first]
 
     def add(self, sequence: int) -> None:
         sequences = self._sequences
@@ -75,7 +80,7 @@ class ShapeQueue:
     __slots__ = (
         "_finder", "_least", "_limited", "apart", "asked", "barriers", "buckets", "candidates", "entry", "group",
         "held_back", "is_over_quota", "is_scavenger", "key", "number", "ready_key", "service", "shape", "spanning",
-        "together", "ways", "ways_version",
+        "together", "ways", "ways_version", "width_milli",
     )  # fmt: skip
 
     def __init__(self, key: ShapeKey, number: int, timeslice_milli_max: int, finder: Finder | None = None) -> None:
@@ -86,6 +91,8 @@ class ShapeQueue:
         self.number = number
         self.shape = Shape(*key, timeslice_milli_max)
         self._finder = finder
+        #: GPUs that one of its jobs takes at once, in thousandths of a card.
+        self.width_milli = self.shape.replicas * need_milli(self.shape.need)
         #: The same on some models of card only, where a quota leaves no others.
         self._limited: dict[tuple[str, ...], ShapeQueue] = {}
         self.candidates = Candidates(self.shape, finder)

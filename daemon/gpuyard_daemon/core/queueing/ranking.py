@@ -62,11 +62,21 @@ class Rank(NamedTuple):
     @property
     def key(self) -> int:
         """The same order in one integer."""
-        return (self.band << _LEVEL_BITS | (self.level + _LEVEL_OFFSET)) << _SEQUENCE_BITS | self.sequence
+        return packed(*self)
 
     @property
     def job(self) -> JobId:
         return number_in(self.sequence)
+
+
+def packed(band: int, level: int, sequence: int) -> int:
+    """A rank in one integer."""
+    return (band << _LEVEL_BITS | (level + _LEVEL_OFFSET)) << _SEQUENCE_BITS | sequence
+
+
+def band_in(key: int) -> int:
+    """The band of a packed rank."""
+    return key >> _LEVEL_BITS + _SEQUENCE_BITS
 
 
 def number_in(sequence: int) -> JobId:
