@@ -33,6 +33,7 @@ from gpuyard_daemon.dispatch import Dispatcher
 from gpuyard_daemon.exits import EXIT_INVARIANT, EXIT_OK, EXIT_TEMPORARY, Fate
 from gpuyard_daemon.health import BEAT_S, Health
 from gpuyard_daemon.history import History
+from gpuyard_daemon.history_copy import HistoryCopy
 from gpuyard_daemon.http.server import HttpDoor
 from gpuyard_daemon.http.sources import Sources
 from gpuyard_daemon.ingress import Ingress
@@ -94,6 +95,7 @@ class Foundations:
     reloader: Reloader
     presence: Presence
     notifier: Notifier
+    copies: HistoryCopy
 
 
 class Daemon:
@@ -248,6 +250,7 @@ class Daemon:
         self._spawn("leases", every_async(LEASES_TICK_S, self.leases.tick))
         self._spawn("purge", every_async(PURGE_INTERVAL_S, self._purge))
         self._spawn("clock", every(CLOCK_MARK_INTERVAL_S, self._mark_clock))
+        self._spawn("history copies", base.copies.follow_standbys())
         self._spawn("history", every_async(HISTORY_INTERVAL_S, base.history.flush))
         self._spawn("audit", self.audit.run())
         if base.config.authenticate:
@@ -449,7 +452,7 @@ async def _find_leader(base: Foundations) -> tuple[Claim | None, bool]:
 async def _succeed(base: Foundations, claim: Claim) -> Daemon:
     """Stand by, and take the place of the leader when it is gone."""
     config = base.config
-    ground = Ground(config, base.health, base.bus, base.history, base.store, base.presence, base.notifier)
+    ground = Ground(config, base.health, base.bus, base.history, base.store, base.presence, base.notifier, base.copies)
     succession = await stand_by(ground, claim)
     names = await recovery.planned_streams(base.bus, config)
     core = succession.core
@@ -498,7 +501,8 @@ async def run(config: DaemonConfig, fate: Fate, health: Health, notifier: Notifi
         presence = Presence(bus, secrets.token_hex(8))
         await presence.open()
         stack.callback(presence.close)
-        base = Foundations(config, fate, health, bus, api_bus, history, store, reloader, presence, notifier)
+        copies = HistoryCopy(history, presence)
+        base = Foundations(config, fate, health, bus, api_bus, history, store, reloader, presence, notifier, copies)
         daemon = await lead(base)
         gc.freeze()
         await daemon.start()

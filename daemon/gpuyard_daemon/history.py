@@ -2,7 +2,8 @@
 
 Derived from the journal (`JobRetired` carries a job's last view), so it can be behind but never wrong: rows are keyed
 by job and written again without harm, and `through` says up to which journal sequence everything is in. A restart
-feeds it again from there; the journal is not pruned beyond it.
+feeds it again from there; the journal is not pruned beyond it. What the journal had lost before this host first
+followed it comes from another daemon's history (`history_copy`).
 
 All of SQLite runs in one thread of its own: a turn never waits for this disk.
 """
@@ -44,6 +45,8 @@ CREATE TABLE IF NOT EXISTS place (one INTEGER PRIMARY KEY CHECK (one = 1), throu
 SCHEMA_VERSION = 1
 #: Rows that wait for the thread at most before they are written in one transaction.
 BATCH_ROWS = 500
+#: Job numbers that are counted together where two histories are compared.
+SPAN_JOBS = 10_000
 #: Rows kept while the disk takes none; beyond that the journal keeps what is missing.
 WAITING_ROWS_MAX = 50_000
 _DAY_MS = 86_400_000
@@ -150,6 +153,28 @@ class History:
         await self.flush()
         return await self._run(self._jobs, wanted)
 
+    # -- other histories --------------------------------------------------------------------------------------------
+
+    async def counts(self) -> list[tuple[int, int, int]]:
+        """Of each stretch of `SPAN_JOBS` job numbers with rows: its number, how many, and the sum of their numbers."""
+        await self.flush()
+        return await self._run(self._counts)
+
+    async def stored(self, after: JobId, below: JobId, bytes_max: int) -> tuple[list[bytes], JobId]:
+        """Views as they are stored, in the order of their jobs; and the last job looked at, `below` for the end."""
+        return await self._run(self._stored, after, below, bytes_max)
+
+    async def copy(self, views: Sequence[bytes], ended_after_ms: int) -> int:
+        """Take over what another daemon's history has of ended jobs, without a place in the journal; how many were new.
+
+        What is here already stays as it is, and what would be too old to be kept stays away.
+        """
+        return await self._run(self._copy, views, ended_after_ms)
+
+    @property
+    def keep_ms(self) -> int:
+        return self._keep_ms
+
     # -- in the thread ---------------------------------------------------------------------------------------------
 
     def _open(self) -> int:
@@ -175,9 +200,7 @@ class History:
         return self._connection
 
     def _write(self, views: list[JobView], through: int) -> None:
-        rows = [
-            (view.job, view.tenant, view.user, view.service, view.state, view.ended_ms, encode(view)) for view in views
-        ]
+        rows = [_row(view, encode(view)) for view in views]
         connection = self._require()
         connection.execute("BEGIN IMMEDIATE")
         try:
@@ -187,6 +210,33 @@ class History:
             connection.execute("ROLLBACK")
             raise
         connection.execute("COMMIT")
+
+    def _counts(self) -> list[tuple[int, int, int]]:
+        question = "SELECT job / ?, COUNT(*), SUM(job) FROM jobs GROUP BY 1 ORDER BY 1"
+        return [tuple(row) for row in self._require().execute(question, (SPAN_JOBS,))]
+
+    def _stored(self, after: JobId, below: JobId, bytes_max: int) -> tuple[list[bytes], JobId]:
+        question = "SELECT job, view FROM jobs WHERE job > ? AND job < ? ORDER BY job"
+        views: list[bytes] = []
+        for job, view in self._require().execute(question, (after, below)):
+            views.append(view)
+            bytes_max -= len(view)
+            if bytes_max <= 0:
+                return views, job
+        return views, below
+
+    def _copy(self, views: Sequence[bytes], ended_after_ms: int) -> int:
+        rows = [_row(view, data) for data in views if (view := _view(data)) and view.ended_ms >= ended_after_ms]
+        connection = self._require()
+        before = connection.total_changes
+        connection.execute("BEGIN IMMEDIATE")
+        try:
+            connection.executemany("INSERT OR IGNORE INTO jobs VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
+        except sqlite3.Error:
+            connection.execute("ROLLBACK")
+            raise
+        connection.execute("COMMIT")
+        return connection.total_changes - before
 
     def _forget(self, before_ms: int) -> None:
         self._require().execute("DELETE FROM jobs WHERE ended_ms < ?", (before_ms,))
@@ -211,6 +261,10 @@ class History:
             f"SELECT view FROM jobs WHERE {' AND '.join(where)} ORDER BY job DESC LIMIT ?", (*values, wanted.limit)
         )
         return [view for row in rows if (view := _view(row[0])) is not None]
+
+
+def _row(view: JobView, data: bytes) -> tuple[object, ...]:
+    return view.job, view.tenant, view.user, view.service, view.state, view.ended_ms, data
 
 
 def _view(data: bytes) -> JobView | None:

@@ -11,7 +11,8 @@ The sign of life comes from the loop that decides, on purpose: from a thread of 
 hangs, and the promise to replace a leader that hangs would have to wait for whatever such a thread still believes.
 
 The same questions carry news the other way: the leader knows its standbys, how far they are, and from where on they
-still need the journal; and a standby that lacks a part of it is given the leader's newest snapshot.
+still need the journal; a standby that lacks a part of it is given the leader's newest snapshot; and either gives the
+other the ended jobs that it has and the other lacks (`history_copy`).
 """
 
 from __future__ import annotations
@@ -51,6 +52,9 @@ STANDBYS_MAX = 16
 #: One piece of a snapshot on its way to a standby.
 PIECE_BYTES = 512 * 1024
 PIECE_TIMEOUT_S = 5.0
+#: A history of millions of jobs is counted in seconds; an answer is one message, which the server takes up to 8 MB.
+HISTORY_TIMEOUT_S = 30.0
+HISTORY_BYTES_MAX = 8 * 1024 * 1024
 
 
 class Watch(msgspec.Struct, frozen=True, tag="watch", kw_only=True):
@@ -82,7 +86,21 @@ class TakeOver(msgspec.Struct, frozen=True, tag="take-over", kw_only=True):
     v: int = 1
 
 
-Asked = Watch | ReadSnapshot | TakeOver
+class CountHistory(msgspec.Struct, frozen=True, tag="history-counts", kw_only=True):
+    """One daemon to another: which ended jobs does your history have?"""
+
+    v: int = 1
+
+
+class ReadHistory(msgspec.Struct, frozen=True, tag="history", kw_only=True):
+    """One daemon to another: the ended jobs of your history with numbers above `after`, below `below`."""
+
+    after: int
+    below: int
+    v: int = 1
+
+
+Asked = Watch | ReadSnapshot | TakeOver | CountHistory | ReadHistory
 
 
 class Alive(msgspec.Struct, frozen=True, kw_only=True):
@@ -113,6 +131,24 @@ class Taken(msgspec.Struct, frozen=True, kw_only=True):
 
     epoch: int = 0
     why: str = ""
+    v: int = 1
+
+
+class HistoryCounts(msgspec.Struct, frozen=True, kw_only=True):
+    """The answer to `CountHistory`: for each stretch of job numbers (`history.SPAN_JOBS`) that has any ended jobs, its
+    number, how many there are, and the sum of their numbers."""
+
+    spans: tuple[tuple[int, int, int], ...] = ()
+    v: int = 1
+
+
+class HistoryRows(msgspec.Struct, frozen=True, kw_only=True):
+    """The answer to `ReadHistory`: the first of them, as `JobView` each, and whether these are all."""
+
+    views: tuple[msgspec.Raw, ...] = ()
+    #: Number of the last job looked at.
+    last: int = 0
+    is_all: bool = True
     v: int = 1
 
 
@@ -149,6 +185,8 @@ class Presence:
         self.alive: Callable[[], Alive] | None = None
         #: Set while this process leads: the answer to `ReadSnapshot`.
         self.piece: Callable[[ReadSnapshot], Coroutine[None, None, SnapshotPiece]] | None = None
+        #: Answers `CountHistory` and `ReadHistory`, whether this process leads or stands by.
+        self.history: Callable[[CountHistory | ReadHistory], Coroutine[None, None, object]] | None = None
         #: Set while this process stands by: called with the claim to replace and with whom to answer.
         self.take_over: Callable[[int, Callable[[Taken], None]], None] | None = None
         self._standbys: dict[str, Standby] = {}
@@ -162,7 +200,7 @@ class Presence:
             log.warning("standby.unavailable", why="the server's configuration is older than this daemon")
 
     def close(self) -> None:
-        self.alive = self.piece = self.take_over = None
+        self.alive = self.piece = self.take_over = self.history = None
         for task in self._tasks:
             task.cancel()
 
@@ -181,7 +219,10 @@ class Presence:
                     self._answer(message.reply, self.alive())
             case ReadSnapshot():
                 if self.piece is not None:
-                    self._spawn(self._send_piece(message.reply, self.piece(asked)))
+                    self._spawn(self._send_when_there(message.reply, self.piece(asked)))
+            case CountHistory() | ReadHistory():
+                if self.history is not None:
+                    self._spawn(self._send_when_there(message.reply, self.history(asked)))
             case TakeOver(epoch=epoch):
                 if self.take_over is None:
                     self._answer(message.reply, Taken(why="it does not stand by"))
@@ -200,8 +241,10 @@ class Presence:
         if reply:
             self._spawn(self._publish(reply, encode(answer)))
 
-    async def _send_piece(self, reply: str, coming: Coroutine[None, None, SnapshotPiece]) -> None:
-        await self._publish(reply, encode(await coming))
+    async def _send_when_there(self, reply: str, coming: Coroutine[None, None, object]) -> None:
+        answer = await coming
+        if answer is not None:
+            await self._publish(reply, encode(answer))
 
     async def _publish(self, reply: str, data: bytes) -> None:
         try:
@@ -213,6 +256,17 @@ class Presence:
         task = asyncio.get_running_loop().create_task(work, name="presence")
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+    async def counts_of(self, holder: str) -> HistoryCounts:
+        """What another daemon's history has. `BusError`, `Malformed`."""
+        reply = await self._bus.request(presence(holder), encode(CountHistory()), timeout=HISTORY_TIMEOUT_S)
+        return decode(HistoryCounts, reply.data, max_bytes=HISTORY_BYTES_MAX)
+
+    async def rows_of(self, holder: str, after: int, below: int) -> HistoryRows:
+        """Ended jobs from another daemon's history. `BusError`, `Malformed`."""
+        question = ReadHistory(after=after, below=below)
+        reply = await self._bus.request(presence(holder), encode(question), timeout=HISTORY_TIMEOUT_S)
+        return decode(HistoryRows, reply.data, max_bytes=HISTORY_BYTES_MAX)
 
     # -- for the leader ------------------------------------------------------------------------------------------------
 

@@ -3,7 +3,7 @@
 The journal is read as it grows and applied to a core of this process's own, so that nothing is left to replay when
 the leader is gone. This file decides nothing about jobs and sends nothing to nodes; it makes its own snapshots and
 history, so that it can also start again from its own disk. A standby that was away too long finds that the journal
-begins after its newest snapshot; it is given the leader's.
+begins after its newest snapshot; it is given the leader's, and the ended jobs that it has not heard of.
 
 The way to the lead: read the journal to its end, claim in the place of the claim that was watched (another standby
 may be quicker: then that one is watched from now on), read up to the own claim. Nobody else can append after it.
@@ -27,6 +27,7 @@ from gpuyard_daemon.config import DaemonConfig
 from gpuyard_daemon.core.scheduler import Scheduler
 from gpuyard_daemon.health import Health
 from gpuyard_daemon.history import History
+from gpuyard_daemon.history_copy import HistoryCopy
 from gpuyard_daemon.journal import Journal, LeadershipLost
 from gpuyard_daemon.leadership import (
     ASK_INTERVAL_S,
@@ -65,6 +66,7 @@ class Ground:
     store: SnapshotStore
     presence: Presence
     notifier: Notifier
+    copies: HistoryCopy | None = None
 
 
 @dataclass(slots=True)
@@ -256,13 +258,17 @@ class Watching:
         self._asking: asyncio.Task[None] | None = None
         self._is_told = False
         self._flushing: asyncio.Task[None] | None = None
+        #: What the leader knows of ended jobs, on its way here; and which leader that is.
+        self._copying: asyncio.Task[None] | None = None
+        self._copying_from = ""
         ground.bus.on_disconnect(self._broke)
         ground.presence.take_over = self._take_over
 
     def close(self) -> None:
         self._ground.presence.take_over = None
-        if self._asking is not None:
-            self._asking.cancel()
+        for task in (self._asking, self._copying):
+            if task is not None:
+                task.cancel()
 
     def _broke(self) -> None:
         """Our own connection ended: what was seen so far may have been its fault."""
@@ -342,6 +348,13 @@ class Watching:
             gc.freeze()
             log.info("standby.up-to-date", leader=claim.who, position=self._follower.position)
             self._ground.notifier.ready(f"standby of {claim.who}")
+        if self._is_told and self._ground.copies is not None and claim.by.holder != self._copying_from:
+            self._copying_from = claim.by.holder
+            if self._copying is not None:
+                self._copying.cancel()
+            self._copying = asyncio.get_running_loop().create_task(
+                self._ground.copies.follow_leader(claim.by.holder), name="history of the leader"
+            )
 
     # -- taking over ---------------------------------------------------------------------------------------------------
 

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import sqlite3
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import msgspec
 import pytest
 
+from gpuyard_daemon import history_copy
 from gpuyard_daemon.history import History, HistoryFilter
+from gpuyard_daemon.history_copy import HistoryCopy
+from gpuyard_daemon.leadership import Presence
+from gpuyard_protocol.bus.memory import MemoryBroker, MemoryBus
 from gpuyard_protocol.jobs import JobView
 
 DAY_MS = 86_400_000
@@ -111,3 +116,46 @@ async def test_while_the_disk_takes_nothing_so_many_rows_are_kept_and_the_journa
     # What the journal may be pruned to: the rows up to there are on disk, and no others are claimed to be.
     assert history.through == 3
     assert await numbers(history, HistoryFilter()) == [3, 2, 1]
+
+
+# --- another daemon's -------------------------------------------------------------------------------------------------
+
+
+async def two_daemons(tmp_path: Path) -> AsyncIterator[tuple[History, HistoryCopy]]:
+    broker = MemoryBroker()
+    for name in ("here", "there"):
+        history = History(tmp_path / name / "history.sqlite", 400)
+        await history.open()
+        presence = Presence(MemoryBus(broker), name)
+        await presence.open()
+        yield history, HistoryCopy(history, presence)
+
+
+async def test_what_another_daemon_knows_is_taken_over_whatever_is_missing_where(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(history_copy, "ANSWER_BYTES", 2000)
+    monkeypatch.setattr(history_copy, "PAUSE_S", 0.0)
+    today_ms = time.time_ns() // 1_000_000
+    (here, copy_here), (there, copy_there) = [pair async for pair in two_daemons(tmp_path)]
+    jobs = [*range(9_990, 10_010), *range(30_000, 30_005)]
+    here.take([view(job, ended_ms=today_ms) for job in jobs if job != 9_995], 500)
+    there.take([view(job, ended_ms=today_ms) for job in jobs if job % 2], 700)
+    too_old = view(40_000, ended_ms=DAY_MS)
+    here.take([too_old], 501)
+    await here.flush()
+    await there.flush()
+
+    assert await copy_there.copy_from("here")
+    assert await copy_here.copy_from("there")
+    for history in (here, there):
+        assert await numbers(history, HistoryFilter(below=40_000)) == sorted(jobs, reverse=True)
+    assert await there.job(40_000) is None
+    assert (here.through, there.through) == (501, 700)
+    await here.close()
+    await there.close()
+
+
+async def test_a_daemon_that_knows_of_no_such_question_is_asked_again_later(tmp_path: Path) -> None:
+    (_, copy), _ = [pair async for pair in two_daemons(tmp_path)]
+    assert not await copy.copy_from("nobody")

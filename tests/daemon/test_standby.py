@@ -19,8 +19,9 @@ from gpuyard_daemon.exits import EXIT_TEMPORARY
 from gpuyard_protocol.bus.base import Bus, BusError, StoredMessage
 from gpuyard_protocol.bus.nats import connect
 from gpuyard_protocol.codec import encode
-from gpuyard_protocol.queries import Ok, Stats, StatsQuery
-from support.daemon import DaemonProcess, Tenant, until
+from gpuyard_protocol.jobs import JobView
+from gpuyard_protocol.queries import JobQuery, JobsPage, JobsQuery, Ok, Stats, StatsQuery
+from support.daemon import SETTINGS, DaemonProcess, Tenant, until
 from support.nats import NatsProcess
 from support.relay import Relay
 
@@ -317,3 +318,39 @@ async def test_a_standby_that_lacks_a_part_of_the_journal_is_given_the_leaders_s
             assert len(agents[0].started) == answer.job
         finally:
             late.kill()
+
+
+async def test_after_a_takeover_jobs_that_ended_before_the_standby_began_are_told_as_before(
+    bus: Bus, tenant: Tenant, nats_process: NatsProcess, tmp_path: Path
+) -> None:
+    settings = SETTINGS + "[scheduler]\nfinished_kept_max = 5\nretired_per_turn = 5\n"
+    leader, late = [DaemonProcess(tmp_path / name, nats_process.url, settings=settings) for name in ("first", "late")]
+
+    async def told() -> list[JobView]:
+        return list((await tenant.ask("jobs", JobsQuery(all=True, limit=500), JobsPage)).jobs)
+
+    try:
+        await asyncio.to_thread(leader.start)
+        async with fleet(bus, 1):
+
+            async def pruned() -> bool:
+                await tenant.answer(await tenant.submit(JOB))
+                return (await records_by_turn(bus))[0] > 50
+
+            await until(pruned, "a pruned journal")
+            await finished(tenant, len(await told()))
+
+        async def copied() -> bool:
+            return '"event":"history.copied"' in late.log
+
+        await asyncio.to_thread(late.start_standby)
+        await until(copied, "the leader's history")
+        before = await told()
+        await asyncio.to_thread(leader.kill)
+        await led_by_another(tenant, AFTER_DEATH_S)
+        assert await told() == before
+        assert [view.job for view in before] == list(range(len(before), 0, -1))
+        assert (await tenant.ask("job", JobQuery(job=1), JobView)).state == "succeeded"
+    finally:
+        leader.kill()
+        late.kill()
