@@ -1,7 +1,14 @@
 """systemd's manager over D-Bus: calls with a deadline, results of jobs, and which units changed.
 
-The one place that knows dbus-fast. It says what systemd says and draws no conclusions. At most 32 calls are under way
-at once: the bus refuses more than 128 waiting replies of one connection, and more would only queue in PID 1.
+The one place that knows dbus-fast. It says what systemd says and draws no conclusions.
+
+Two limits of the bus are kept from here, both dbus-daemon's defaults. It refuses more than 128 waiting replies of one
+connection; so at most 32 calls are under way at once, more would only queue in PID 1. And it refuses systemd itself
+more than 512 match rules, of which systemd takes one for each start or stop under way; it then gives up its connection,
+and with it every answer and every subscription. So at most 64 starts are under way at once.
+
+systemd may leave the bus for other reasons (`systemctl daemon-reexec`, a bus that was started again). What changed
+meanwhile is told to nobody, so that is the end of this connection too: whoever uses it connects again and reads.
 """
 
 from __future__ import annotations
@@ -31,7 +38,14 @@ NO_SUCH_UNIT = "org.freedesktop.systemd1.NoSuchUnit"
 NO_SUCH_PROCESS = "org.freedesktop.systemd1.NoSuchProcess"
 NOT_SUPPORTED = "org.freedesktop.DBus.Error.NotSupported"
 
+#: Of the bus, when systemd left it before it answered: what was asked may have happened.
+_GONE = frozenset(
+    f"org.freedesktop.DBus.Error.{name}"
+    for name in ("NoReply", "Disconnected", "NameHasNoOwner", "ServiceUnknown", "TimedOut")
+)
+
 _CALLS_AT_ONCE = 32
+_STARTS_AT_ONCE = 64
 _CALL_S = 30.0
 
 Property = tuple[str, str, Any]
@@ -63,6 +77,7 @@ class SystemdManager:
         self._on_lost = on_lost
         self._bus: MessageBus | None = None
         self._at_once = asyncio.Semaphore(_CALLS_AT_ONCE)
+        self._starts_at_once = asyncio.Semaphore(_STARTS_AT_ONCE)
         #: Done when the connection is gone.
         self._lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._watching: asyncio.Task[None] | None = None
@@ -83,6 +98,7 @@ class SystemdManager:
         for rule in (
             f"type='signal',sender='{_SERVICE}',interface='{_MANAGER}',member='JobRemoved'",
             f"type='signal',sender='{_SERVICE}',interface='{_PROPERTIES}',member='PropertiesChanged',arg0='{UNIT}'",
+            f"type='signal',sender='{_BUS}',interface='{_BUS}',member='NameOwnerChanged',arg0='{_SERVICE}'",
         ):
             await self._send(_BUS, "/org/freedesktop/DBus", _BUS, "AddMatch", "s", [rule])
         await self.call("Subscribe")
@@ -93,12 +109,18 @@ class SystemdManager:
         except (OSError, EOFError):
             pass  # the same as its end
         finally:
-            if not self._lost.done():
-                self._lost.set_result(None)
-            for waiting in self._jobs.values():
-                if not waiting.done():
-                    waiting.set_result("lost")
-            self._on_lost()
+            self._lose()
+
+    def _lose(self) -> None:
+        if self._lost.done():
+            return
+        self._lost.set_result(None)
+        for waiting in self._jobs.values():
+            if not waiting.done():
+                waiting.set_result("lost")
+        if self._bus is not None:
+            self._bus.disconnect()
+        self._on_lost()
 
     async def close(self) -> None:
         if self._bus is not None:
@@ -129,14 +151,15 @@ class SystemdManager:
 
     async def start_transient(self, unit: str, properties: Sequence[Property], descriptors: Sequence[int]) -> str:
         """Start it and wait for the outcome: `done`, or in systemd's word what became of it."""
-        finished = asyncio.get_running_loop().create_future()
-        self._jobs[unit] = finished
-        try:
-            variants = [[name, Variant(signature, value)] for name, signature, value in properties]
-            await self.call("StartTransientUnit", "ssa(sv)a(sa(sv))", [unit, "fail", variants, []], descriptors)
-            outcome: str = await finished
-        finally:
-            del self._jobs[unit]
+        async with self._starts_at_once:
+            finished = asyncio.get_running_loop().create_future()
+            self._jobs[unit] = finished
+            try:
+                variants = [[name, Variant(signature, value)] for name, signature, value in properties]
+                await self.call("StartTransientUnit", "ssa(sv)a(sa(sv))", [unit, "fail", variants, []], descriptors)
+                outcome: str = await finished
+            finally:
+                del self._jobs[unit]
         if outcome == "lost":
             raise LauncherGone("the connection to systemd was lost during a start")
         return outcome
@@ -191,6 +214,9 @@ class SystemdManager:
                 asked.cancel()
         if reply is None:
             raise LauncherGone("the connection to systemd was closed")
+        if reply.message_type is MessageType.ERROR and reply.error_name in _GONE:
+            self._lose()
+            raise LauncherGone(f"systemd left the bus before it answered {member}")
         if reply.message_type is MessageType.ERROR:
             raise SystemdRefused(reply.error_name or "", str(reply.body[0]) if reply.body else "")
         return list(reply.body)
@@ -205,6 +231,10 @@ class SystemdManager:
             waiting = self._jobs.get(unit)
             if waiting is not None and not waiting.done():
                 waiting.set_result(outcome)
+        elif message.member == "NameOwnerChanged":
+            name, before, _ = message.body
+            if name == _SERVICE and before:
+                self._lose()
         elif message.member == "PropertiesChanged" and message.path is not None:
             unit = unit_of(message.path)
             if unit.startswith(self._prefix):
