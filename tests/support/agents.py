@@ -23,6 +23,7 @@ import psutil
 
 import gpuyard_agent
 import gpuyard_protocol
+from gpuyard_agent.launch import supervisor
 from gpuyard_daemon.yard.keys import YardKeys
 from gpuyard_daemon.yard.nats_server import NatsServer
 from gpuyard_protocol import subjects
@@ -297,7 +298,8 @@ class AgentRoom:
         return bus
 
     def supervisors(self) -> list[psutil.Process]:
-        return [process for process in _processes_naming(str(self.root)) if "supervisor" in " ".join(process.cmdline())]
+        """Not the agent, whose flags may name the supervisor too."""
+        return [one for one in _processes_naming(str(self.root)) if supervisor.__name__ in one.cmdline()]
 
     async def close(self) -> None:
         for agent in self.agents:

@@ -222,21 +222,28 @@ class Machine:
     # --- doing things inside ---
 
     def run(
-        self, *command: str, check: bool = True, timeout_s: float = 60.0, env: dict[str, str] | None = None
+        self,
+        *command: str,
+        check: bool = True,
+        timeout_s: float = 60.0,
+        env: dict[str, str] | None = None,
+        shows_errors: bool = False,
     ) -> subprocess.CompletedProcess[str]:
-        """As root, inside all of its namespaces but outside its control groups."""
+        """As root, inside all of its namespaces but outside its control groups; `shows_errors`: as they are written."""
         settings = {"PATH": f"{PREFIX}/bin:/usr/sbin:/usr/bin", "PYTHONDONTWRITEBYTECODE": "1", **(env or {})}
         done = subprocess.run(
             ["nsenter", "--target", str(self.leader), "--all", "env", "--chdir=/", *command],
             env=settings,
             stdin=subprocess.DEVNULL,
-            capture_output=True,
+            stdout=subprocess.PIPE,
+            stderr=None if shows_errors else subprocess.PIPE,
             text=True,
             timeout=timeout_s,
             check=False,
         )
         if check and done.returncode != 0:
-            raise AssertionError(f"{' '.join(command)}: {done.returncode}\n{done.stdout[-6000:]}{done.stderr[-6000:]}")
+            said = f"{done.stdout[-6000:]}{(done.stderr or '')[-6000:]}"
+            raise AssertionError(f"{' '.join(command)}: {done.returncode}\n{said}")
         return done
 
     def systemctl(self, *arguments: str, check: bool = True) -> str:
