@@ -45,8 +45,8 @@ def place_waiting(draft: Draft, line: WaitingLine, let_back: Callable[[Rank | No
             line.hold_back(queue)
             continue
         granted = queue
-        if cluster.quota.has_quotas and any(line.obstacles(queue)):
-            within = within_quota(cluster, job)
+        if cluster.quota.has_quotas and any(obstacles := line.obstacles(queue)):
+            within = within_quota(cluster, job, obstacles)
             if isinstance(within, Obstacle):
                 line.hold_back(queue, over=within.queue)
                 continue

@@ -239,14 +239,17 @@ class Cluster:
 
     def move_job(self, job: Job, to: JobState) -> None:
         check_job_move(job, to)
+        before = job.state
         for owner in (job.tenant, ""):
             counts = self.lists[owner].counts
-            counts[job.state] -= 1
+            counts[before] -= 1
             counts[to] += 1
-        self.park(job)
-        if (throttle := self.arrays.throttle(job)) is not None:
-            throttle.lives((to in LIVE_STATES) - (job.state in LIVE_STATES))
-        if job.state == "running":
+        if before == "pending":
+            self.park(job)
+        throttle = self.arrays.throttle(job) if job.array else None
+        if throttle is not None:
+            throttle.lives((to in LIVE_STATES) - (before in LIVE_STATES))
+        if before == "running":
             self.running.leave(job)
         job.state = to
         self.note_elastic(job)
@@ -258,7 +261,8 @@ class Cluster:
             self.leaving.pop(job.id, None)
         if to == "pending":
             self.queue_up(job)
-        self.settle_array(job)
+        if throttle is not None:
+            self.settle_array(job)
 
     def move_assignment(self, job: Job, assignment: Assignment, to: AssignmentState) -> None:
         check_assignment_move(job, assignment, to)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from gpuyard_daemon.core.placing.capacity import Pool
 from gpuyard_daemon.core.state.cluster import Cluster
@@ -37,7 +37,10 @@ def may_hold(
     if not quota.has_quotas:
         return True
     spaces = cluster.pool.spaces
-    wanted = sum_of([also or {}, *[amounts_of(spaces[each.node], each.partition) for each in placements]])
+    if len(placements) == 1 and not also:
+        wanted = amounts_of(spaces[placements[0].node], placements[0].partition)
+    else:
+        wanted = sum_of([also or {}, *[amounts_of(spaces[each.node], each.partition) for each in placements]])
     less: dict[str, Amounts] = {}
     for victim in victims:
         name = quota.queue_of(victim)
@@ -46,12 +49,18 @@ def may_hold(
     return quota.obstacle(quota.queue_of(job), wanted, less) is None
 
 
-def within_quota(cluster: Cluster, job: Job) -> Obstacle | tuple[str, ...] | None:
-    """Models of card on which a job's queue may hold so much more; None: all of them. Or what keeps it from any."""
+def within_quota(
+    cluster: Cluster, job: Job, obstacles: Sequence[Obstacle | None] | None = None
+) -> Obstacle | tuple[str, ...] | None:
+    """Models of card on which a job's queue may hold so much more; None: all of them. Or what keeps it from any.
+
+    `obstacles`: for each of what `Ranking.wanted` says of the job, if that is known.
+    """
     quota = cluster.quota
     wanted = cluster.ranking.wanted(job)
-    name = quota.queue_of(job)
-    obstacles = [quota.obstacle(name, amounts) for amounts in wanted]
+    if obstacles is None:
+        name = quota.queue_of(job)
+        obstacles = [quota.obstacle(name, amounts) for amounts in wanted]
     if not any(obstacles):
         return None
     free = [model for amounts, obstacle in zip(wanted, obstacles, strict=True) if not obstacle for model, _ in amounts]

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 Amounts: TypeAlias = dict[tuple[str, Kind], int]
 #: The yard itself, above all queues.
 ROOT = ""
+#: Questions about a place in a queue that are remembered.
+_WAYS_MAX = 4096
 
 
 class Allotment:
@@ -71,10 +73,14 @@ class Allotment:
         return self.nominal_milli + self.borrow_milli - self.used_milli - self.unlent_milli
 
 
+#: Grants from a queue upwards, each with those of the queue above its own.
+_Path: TypeAlias = "list[tuple[Allotment, list[Allotment]]]"
+
+
 class Queue:
     """A queue of the tree."""
 
-    __slots__ = ("_covering", "allotments", "idle", "is_scavenger", "name", "parent", "weight")
+    __slots__ = ("_covering", "_upwards", "allotments", "idle", "is_scavenger", "name", "parent", "weight")
 
     def __init__(self, policy: QueuePolicy) -> None:
         self.name = policy.name
@@ -85,13 +91,18 @@ class Queue:
         self.allotments = [Allotment(grant) for grant in policy.grants]
         #: Which of them are for such cards. A memo.
         self._covering: dict[tuple[str, Kind], list[Allotment]] = {}
+        self._upwards: tuple[Queue, ...] = ()
 
-    def upwards(self) -> Iterator[Queue]:
-        """It and all above it."""
-        queue: Queue | None = self
-        while queue is not None:
-            yield queue
-            queue = queue.parent
+    def upwards(self) -> tuple[Queue, ...]:
+        """It and all above it, once the tree stands."""
+        if not self._upwards:
+            found: list[Queue] = []
+            queue: Queue | None = self
+            while queue is not None:
+                found.append(queue)
+                queue = queue.parent
+            self._upwards = tuple(found)
+        return self._upwards
 
     def covering(self, amounts: Amounts) -> list[tuple[Allotment, int]]:
         """Its grants that such a place counts towards, and with how much."""
@@ -164,12 +175,12 @@ class Way:
                     return Obstacle(queue, allotment, milli, own)
         return None
 
-    def is_nominal(self) -> bool:
+    def is_nominal(self, *, held: bool = False) -> bool:
         """As `QuotaTree.within_nominal`."""
         if not self.has_quotas:
             return True
         for allotment, milli in self._guarantor:
-            if allotment.used_milli + milli > allotment.nominal_milli:
+            if allotment.used_milli + (0 if held else milli) > allotment.nominal_milli:
                 return False
         return bool(self._guarantor)
 
@@ -179,9 +190,12 @@ class QuotaTree:
 
     __slots__ = (
         "_eased",
+        "_names",
+        "_paths",
         "_queue_of_tenant",
         "_root",
         "_scavengers",
+        "_ways",
         "capacity_version",
         "has_quotas",
         "is_plain",
@@ -200,6 +214,11 @@ class QuotaTree:
         self.is_plain = True
         #: Queues that use less since this was last asked.
         self._eased: set[str] = set()
+        #: Memos, good until the policy changes: what was asked for with `way`; by queue and what a place is, the grants
+        #: that it counts towards, each with those of the queue above that cover it; and the queues' names upwards.
+        self._ways: dict[tuple[str, tuple[tuple[tuple[str, Kind], int], ...]], Way] = {}
+        self._paths: dict[tuple[str, tuple[str, Kind]], _Path] = {}
+        self._names: dict[str, tuple[str, ...]] = {}
         #: Of the pool, when its cards were counted last.
         self.capacity_version = -1
         self.set_policy(Policy(), {})
@@ -207,6 +226,9 @@ class QuotaTree:
     def set_policy(self, policy: Policy, capacity: Mapping[str, int]) -> None:
         """Make the tree that a policy says, unused; whoever calls enters what is held. `capacity`: by model."""
         self.version += 1
+        self._ways.clear()
+        self._paths.clear()
+        self._names.clear()
         self.queues = {each.name: Queue(each) for each in policy.queues}
         self.queues.setdefault(DEFAULT_QUEUE, Queue(QueuePolicy(name=DEFAULT_QUEUE)))
         self._root = Queue(QueuePolicy(name=ROOT))
@@ -225,7 +247,8 @@ class QuotaTree:
         self._root.allotments = [Allotment(Grant(model=model, borrow_milli=0)) for model in sorted(models)]
         for queue in self.queues.values():
             for allotment in queue.allotments:
-                self._note_unlent(queue, allotment, allotment.idle_reserve_milli)
+                for over in _above(queue, allotment):
+                    over.unlent_milli += allotment.idle_reserve_milli
         self.set_capacity(capacity)
 
     def set_capacity(self, capacity: Mapping[str, int]) -> None:
@@ -270,22 +293,46 @@ class QuotaTree:
     def give(self, name: str, amounts: Amounts) -> None:
         self._count(name, amounts, -1)
         if self.has_quotas:
-            self._eased.update([queue.name for queue in self.queues[name].upwards()])
+            names = self._names.get(name)
+            if names is None:
+                names = self._names[name] = tuple([queue.name for queue in self.queues[name].upwards()])
+            self._eased.update(names)
 
     def _count(self, name: str, amounts: Amounts, sign: int) -> None:
         if not self.has_quotas:
             return
+        if len(amounts) == 1:
+            [(place, milli)] = amounts.items()
+            if milli:
+                for allotment, above in self._path(name, place):
+                    self._use(allotment, sign * milli, above)
+            return
         for queue in self.queues[name].upwards():
             for allotment, milli in queue.covering(amounts):
-                before = allotment.idle_reserve_milli
-                allotment.used_milli += sign * milli
-                self._note_unlent(queue, allotment, allotment.idle_reserve_milli - before)
+                self._use(allotment, sign * milli, _above(queue, allotment))
 
-    def _note_unlent(self, queue: Queue, allotment: Allotment, change: int) -> None:
-        if change and queue.parent is not None:
-            for above in queue.parent.allotments:
-                if above.model in ("", allotment.model) and above.kind in ("", allotment.kind):
-                    above.unlent_milli += change
+    def _path(self, name: str, place: tuple[str, Kind]) -> _Path:
+        """Grants from a queue upwards that a place of one model and kind counts towards."""
+        key = (name, place)
+        path = self._paths.get(key)
+        if path is None:
+            path = self._paths[key] = [
+                (allotment, _above(queue, allotment))
+                for queue in self.queues[name].upwards()
+                for allotment in queue.allotments
+                if allotment.covers(*place)
+            ]
+        return path
+
+    def _use(self, allotment: Allotment, change: int, above: list[Allotment]) -> None:
+        if not allotment.reserve_milli:
+            allotment.used_milli += change
+            return
+        before = allotment.idle_reserve_milli
+        allotment.used_milli += change
+        if kept := allotment.idle_reserve_milli - before:
+            for each in above:
+                each.unlent_milli += kept
 
     def allotments(self, name: str) -> list[Allotment]:
         """The grants of a queue, or of the yard."""
@@ -305,10 +352,12 @@ class QuotaTree:
         """
         if not self.has_quotas:
             return None
+        if not less:
+            return self.way(name, amounts).obstacle()
         below: list[tuple[Allotment, int]] = []
         for queue in self.queues[name].upwards():
             mine = queue.covering(amounts)
-            gone = [given for giver, given in (less or {}).items() if queue in self.queues[giver].upwards()]
+            gone = [given for giver, given in less.items() if queue in self.queues[giver].upwards()]
             for allotment, milli in mine:
                 most = allotment.most_milli()
                 if most is not None:
@@ -333,7 +382,13 @@ class QuotaTree:
 
     def way(self, name: str, amounts: Amounts) -> Way:
         """For a question that will be asked often."""
-        return Way(self, name, amounts)
+        key = (name, tuple(amounts.items()))
+        way = self._ways.get(key)
+        if way is None:
+            if len(self._ways) >= _WAYS_MAX:
+                self._ways.clear()
+            way = self._ways[key] = Way(self, name, amounts)
+        return way
 
     # --- bands -------------------------------------------------------------------------------------------------------
 
@@ -342,13 +397,7 @@ class QuotaTree:
 
     def within_nominal(self, name: str, amounts: Amounts, *, held: bool = False) -> bool:
         """Whether a place stays within nominal at the queue that guarantees it. `held`: it is counted already."""
-        if not self.has_quotas:
-            return True
-        guaranteed = self._guarantor(name, amounts)
-        for allotment, milli in guaranteed:
-            if allotment.used_milli + (0 if held else milli) > allotment.nominal_milli:
-                return False
-        return bool(guaranteed)
+        return not self.has_quotas or self.way(name, amounts).is_nominal(held=held)
 
     def guaranteed_milli(self, name: str, amounts: Amounts, otherwise: int) -> int:
         """What a queue is guaranteed of such cards, by itself or those above; `otherwise`, where nobody has a quota."""
@@ -375,6 +424,11 @@ class QuotaTree:
                 return (above[at - 1], below) if at and below is not None else None
             below = queue
         return None
+
+
+def _above(queue: Queue, allotment: Allotment) -> list[Allotment]:
+    """Grants of the queue above one that are also for what one of its grants is for."""
+    return [each for each in queue.parent.allotments if within(allotment, each)] if queue.parent is not None else []
 
 
 def within(inner: Allotment, outer: Allotment) -> bool:
