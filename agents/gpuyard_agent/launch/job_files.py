@@ -45,8 +45,8 @@ def make_job_dir(spec: ProcessSpec) -> None:
     """The job's directory and those above its output, however far an earlier try came."""
     account = spec.account
     try:
-        for path in (spec.job_dir, spec.stdout, spec.stderr):
-            _make_parents(path)
+        for attempt in dict.fromkeys(map(os.path.dirname, (spec.job_dir, spec.stdout, spec.stderr))):
+            _make_passages(attempt)
         make_own_directory(spec.job_dir, _JOB_DIR_MODE, account.uid, account.gid)
     except NotADirectoryError as error:
         raise StartRefused("OutputUnavailable", str(error)) from None
@@ -54,9 +54,8 @@ def make_job_dir(spec: ProcessSpec) -> None:
         raise StartRefused("OutputUnavailable", f"cannot make {spec.job_dir}: {error.strerror}") from None
 
 
-def _make_parents(path: str) -> None:
-    """The two directories above it, the attempt's and the job's, are the agent's."""
-    attempt = os.path.dirname(path)
+def _make_passages(attempt: str) -> None:
+    """The attempt's directory and the job's above it are the agent's."""
     job = os.path.dirname(attempt)
     os.makedirs(os.path.dirname(job), exist_ok=True)
     make_passage(job)
