@@ -3,23 +3,28 @@
 python -m bench.baselines --what jct
 python -m bench.baselines --what openb --seeds 10
 
-Allocation is compared at 100 and 130 % arrived, in points; completion times in per cent. Allocation must come within
-0.3 points, completion times within 1 %. Of the placements other than FGD the published runs had an order of equal hosts
-that was not published, and differ by up to two points from seed to seed: a mean that lies between the least and the
-most of those ten runs counts as reproduced, and the line says so.
+Allocation is compared at 100 and 130 % arrived, in points; completion times in per cent, which must come within 1 %.
+Allocation is that of the very pods and hosts of the published runs (`published_draws`; the first `--seeds` of the ten),
+read as they read it: over all arrivals that round to the mark. A placement without chance must come within 0.02 points,
+Random, whose choices hang on the race of a parallel filter there, within 0.3.
 """
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final
 
 from bench.sim_options import NODES, answer, parser_of
-from gpuyard_daemon.sim.experiments import jobs_result, run_fill, run_jobs
+from gpuyard_daemon.sim.experiments import jobs_result, run_jobs, run_published_fill
 
-POINTS: Final = 0.3
+#: Points by which a mean may differ: the rounding of the published values to hundredths, and chance where there is any.
+POINTS: Final = 0.02
+POINTS_BY_CHANCE: Final = 0.3
 JCT_PART: Final = 0.01
+#: Published runs of each placement.
+RUNS: Final = 10
 
 #: Average and p99 completion time and makespan, thousands of seconds, at the restart cost of each model.
 JCT: Final[dict[str, dict[str, tuple[int, int, int]]]] = {
@@ -77,13 +82,6 @@ ALLOCATION: Final[dict[str, dict[str, tuple[float, float]]]] = {
     },
 }  # fmt: skip
 
-#: The same at 130 % in the least and the most of the ten published runs, where the mean is not met within `POINTS`.
-SPREAD: Final[dict[tuple[str, str], tuple[float, float]]] = {
-    ("multigpu20", "random"): (88.05, 89.76),
-    ("multigpu20", "gpuclustering"): (92.73, 94.49),
-    ("multigpu20", "gpupacking"): (92.88, 94.59),
-}
-
 
 def jct_lines(find: Callable[[str, str], Path]) -> Iterator[tuple[str, bool]]:
     for trace, of_policy in JCT.items():
@@ -96,27 +94,22 @@ def jct_lines(find: Callable[[str, str], Path]) -> Iterator[tuple[str, bool]]:
             yield text, off <= JCT_PART
 
 
-def openb_lines(find: Callable[[str, str], Path], seeds: int, seed_base: int) -> Iterator[tuple[str, bool]]:
+def openb_lines(find: Callable[[str, str], Path], seeds: int) -> Iterator[tuple[str, bool]]:
     for workload, of_policy in ALLOCATION.items():
         for policy, given in of_policy.items():
             pods = find(f"openb/openb_pod_list_{workload}.csv", "openb")
-            result = run_fill(find(NODES, "openb"), pods, policy, seeds, seed_base)
-            allocation = result["alloc"]
-            assert isinstance(allocation, dict)
-            own = (allocation["100"], allocation["130"])
+            runs = [run_published_fill(find(NODES, "openb"), pods, policy, run) for run in range(seeds)]
+            own = [statistics.fmean(run[at] for run in runs) for at in range(len(given))]
             off = max(abs(mine - theirs) for mine, theirs in zip(own, given, strict=True))
             text = f"{workload} {policy}: {own[0]:.2f} / {own[1]:.2f}, published {given}, {off:.2f} points"
-            holds = off <= POINTS
-            if not holds and (spread := SPREAD.get((workload, policy))) is not None:
-                text += f", published runs {spread[0]} to {spread[1]}"
-                holds = spread[0] <= own[1] <= spread[1]
-            yield text, holds
+            # Half a hundredth more: the published value is itself rounded.
+            yield text, off <= (POINTS_BY_CHANCE if policy == "random" else POINTS) + 0.005
 
 
 def main() -> None:
     parser = parser_of(__doc__)
     parser.add_argument("--what", choices=("jct", "openb", "all"), default="all")
-    parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--seeds", type=int, choices=range(1, RUNS + 1), default=RUNS, metavar="N")
     options = parser.parse_args()
     missed: list[str] = []
 
@@ -124,7 +117,7 @@ def main() -> None:
         checked = 0
         parts = [jct_lines(find)] if options.what in ("jct", "all") else []
         if options.what in ("openb", "all"):
-            parts.append(openb_lines(find, options.seeds, options.seed_base))
+            parts.append(openb_lines(find, options.seeds))
         for part in parts:
             for text, holds in part:
                 checked += 1

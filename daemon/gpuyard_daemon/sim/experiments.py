@@ -15,13 +15,14 @@ from gpuyard_daemon.sim.board_pods import BoardPods
 from gpuyard_daemon.sim.churn import Churn
 from gpuyard_daemon.sim.core_jobs import CoreJobs
 from gpuyard_daemon.sim.core_pods import CorePods
-from gpuyard_daemon.sim.fill import MARKS, fill
+from gpuyard_daemon.sim.fill import MARKS, fill, read_as_published
 from gpuyard_daemon.sim.history import GittinsTable
 from gpuyard_daemon.sim.jobs_run import JobPolicy, JobsRun, RunJob
 from gpuyard_daemon.sim.measures import Measures, further_measures, job_measures
 from gpuyard_daemon.sim.openb import HostShape, read_asks, read_hosts
 from gpuyard_daemon.sim.placing import PLACEMENT_POLICIES, placement_policy, tie_order
 from gpuyard_daemon.sim.pods import Pods
+from gpuyard_daemon.sim.published_draws import FIRST_SEED, published_run
 from gpuyard_daemon.sim.tiresias import Tiresias
 from gpuyard_daemon.sim.trace_files import TraceError
 from gpuyard_daemon.sim.trace_jobs import TraceJob, model_restart_s, read_jobs
@@ -64,6 +65,13 @@ def run_fill(nodes: Path, pods: Path, policy: str, seeds: int, seed_base: int = 
         "p50_us": round(took[len(took) // 2] / 1000, 1),
         "p99_us": round(took[int(0.99 * len(took))] / 1000, 1),
     }
+
+
+def run_published_fill(nodes: Path, pods: Path, policy: str, run: int) -> tuple[float, float]:
+    """A baseline's allocation at 100 and 130 % arrived in one of the ten published runs, from 0 on."""
+    hosts, asks = read_hosts(nodes), read_asks(pods)
+    order, hosts = published_run(asks, hosts, FIRST_SEED + run)
+    return read_as_published(BoardPods(hosts, placement_policy(policy, TypicalTasks(asks), run)), order)
 
 
 def run_churn(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import statistics
 from collections.abc import Sequence
 
 import msgspec
@@ -55,3 +56,15 @@ def fill(pods: Pods, asks: Sequence[Ask], seed: int, batch: int, typical: Typica
         while len(allocation) < len(MARKS) and demand * 100 >= MARKS[len(allocation)] * capacity:
             allocation.append(100.0 * pods.held_milli / capacity)
     return FillResult(tuple(allocation), 100.0 * pods.unusable_milli(typical) / capacity, tuple(took))
+
+
+def read_as_published(pods: Pods, order: Sequence[Ask]) -> tuple[float, float]:
+    """Feed all arrivals; mean allocation over those at which arrived demand rounds to 100, and to 130 per cent."""
+    capacity = pods.capacity_milli
+    held: dict[int, list[float]] = {100: [], 130: []}
+    demand = 0
+    for ask in order:
+        pods.place_round((ask,))
+        demand += ask.total_milli
+        held.get(round(100 * demand / capacity), []).append(100.0 * pods.held_milli / capacity)
+    return statistics.fmean(held[100]), statistics.fmean(held[130])

@@ -1,9 +1,8 @@
 """Placement policies to compare with, as their authors define them.
 
-Scores are whole numbers from 0 to 100 where the authors' are; the first of equal hosts wins, as it does there. Which
-host is first is what the workers of a parallel filter happened to make it, and is not published: here the seed draws
-the order. GpuPacking and GpuClustering score coarsely and depend on it by two points (in the order of the file both
-come out a point below the published figures, against it two above); FGD and BestFit by a tenth.
+Scores are whole numbers from 0 to 100 where the authors' are; the first of equal hosts wins, as it does there, in an
+order that the seed draws, as there. GpuPacking and GpuClustering score coarsely and depend on it by two points (in the
+order of the file both come out a point below the published figures, against it two above); FGD and BestFit by a tenth.
 """
 
 from __future__ import annotations
