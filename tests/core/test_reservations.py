@@ -189,3 +189,24 @@ def test_a_set_is_dropped_with_its_job() -> None:
     h.cancel(gang)
     assert h.state(small) == "starting"
     assert len(h.core.cluster.claims) == 0
+
+
+def test_guests_leave_softly_only_as_far_as_the_hosts_memory_goes() -> None:
+    """Each alone could be suspended, and the host has memory for one of them."""
+    h = CoreHarness()
+    h.join(msgspec.structs.replace(node("n-1", 4), suspend_mib=100 * 1024), node("n-2", 4))
+    running = full_yard(h, 8)
+    top_gang(h)
+    on_first = [number for number in running if h.core.cluster.jobs[number].assignments[0].node == "n-1"]
+    guests = []
+    for number in on_first[:2]:
+        h.ended(number)
+        guests.append(h.submit(gives("suspend", gpus=1)))
+        h.run(guests[-1])
+    for number in running:
+        if h.state(number) == "running":
+            h.ended(number)
+    h.settle(most_ms=11_000)
+    made = claims(h, "preempt")[-1]
+    assert sorted(each.kind for each in made.evictions) == ["requeue", "suspend"]
+    assert {each.job for each in made.evictions} == set(guests)

@@ -20,6 +20,7 @@ from typing import Final
 from gpuyard_daemon.core.placing.feasibility import carve, judge
 from gpuyard_daemon.core.preempting.keeping import is_free
 from gpuyard_daemon.core.preempting.occupants import Occupant, kind_of, restart_of
+from gpuyard_daemon.core.preempting.suspension import can_be_suspended
 from gpuyard_daemon.core.preempting.victims import Plan, Search
 from gpuyard_daemon.core.queueing.order import ShapeQueue, WaitingLine
 from gpuyard_daemon.core.queueing.ranking import FLOOR, SCAVENGING, TOP_LEVEL, Rank, ran_ms, wall_ms, width_milli
@@ -149,10 +150,17 @@ def _holders(cluster: Cluster, claim: Claim) -> list[JobId]:
 def _send_away(draft: Draft, job: Job, claim: Claim, guests: list[Job]) -> None:
     cluster = draft.cluster
     evictions = []
+    softly: list[Job] = []
     for guest in guests:
         if guest.verdict is None:
             kind = kind_of(cluster, guest) if guest.state == "running" else "requeue"
             overhead_ms = restart_of(cluster, draft.settings, guest)
+            if kind == "suspend":
+                if can_be_suspended(cluster, guest, softly):
+                    softly.append(guest)
+                else:
+                    # The host's memory takes those before it and not this one as well.
+                    kind, overhead_ms = "requeue", guest.spec.restart_ms or draft.settings.restart_requeue_ms
             if kind == "requeue" and guest.started_ms:
                 overhead_ms += draft.now_ms - guest.started_ms
             why = Why("Preempted", f"preempted by job {job.id}, for which its place was kept before it came")

@@ -145,14 +145,13 @@ def can_be_suspended(cluster: Cluster, job: Job, beside: Iterable[Job] = ()) -> 
     inventory = space.node.inventory
     if inventory is None or space.memory_free_mib < bound_mib:
         return False
-    images = [
-        other.image_mib if other.home is not None else cluster.pool.image_bound(other)
-        for other in space.assignments.values()
-        if other.home is not None or other.state == "suspending"
-    ]
-    images += [
-        cluster.pool.image_bound(other.assignments[0])
-        for other in beside
-        if other.assignments[0].node == assignment.node
-    ]
-    return sum(images) + bound_mib <= inventory.suspend_mib
+    held_mib, coming_mib = 0, bound_mib
+    for other in space.assignments.values():
+        if other.home is not None:
+            held_mib += other.image_mib
+        elif other.state == "suspending":
+            coming_mib += cluster.pool.image_bound(other)
+    for job in beside:
+        if job.assignments[0].node == assignment.node:
+            coming_mib += cluster.pool.image_bound(job.assignments[0])
+    return coming_mib <= space.memory_free_mib and held_mib + coming_mib <= inventory.suspend_mib
