@@ -367,6 +367,7 @@ class Client:
     # -- requests -----------------------------------------------------------------------------------------------------
 
     async def _request(self, verb: str, payload: bytes, submission_id: str | None) -> SubmissionAnswer:
+        check_ids([] if submission_id is None else [submission_id])
         await self.events()
         sequence = await self.link.send(verb, payload, may_repeat=submission_id is not None)
         [answer] = await self._decisions([submission_id or given_submission_id(sequence)])

@@ -112,4 +112,6 @@ class Rejected(GpuyardError):
 
 
 def _hint(nearest: str, text: str) -> str:
-    return f" (did you mean {nearest!r}?)" if nearest and nearest not in text else ""
+    """The nearest that exists, unless the text names it already; among all that are allowed it would be overlooked."""
+    is_named = nearest in text and "one of: " not in text
+    return f" (did you mean {nearest!r}?)" if nearest and not is_named and "did you mean" not in text else ""

@@ -12,11 +12,12 @@ import asyncio
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 
-from gpuyard.errors import GpuyardError, Undecided
+from gpuyard.errors import GpuyardError, Rejected, Undecided
 from gpuyard_protocol import subjects
 from gpuyard_protocol.bus.base import Bus, Message
 from gpuyard_protocol.codec import Malformed, decode
 from gpuyard_protocol.jobs import FINAL_STATES, JobEvent, SubmissionAnswer
+from gpuyard_protocol.names import SUBMISSION_EXPECTED, is_submission_id
 
 #: Answers that came before anybody waited for them: the newest so many are kept.
 REMEMBERED_ANSWERS = 16_384
@@ -155,9 +156,15 @@ class Events:
 
 
 def check_ids(ids: Iterable[str]) -> None:
-    """Refuse two requests with one id in one call: the second would silently be the first."""
+    """Refuse an id that the yard would not take, and two requests with one id in one call.
+
+    The yard answers a request with a wrong id under one of its own, which nobody here waits for; and of two with one
+    id the second would silently be the first.
+    """
     seen: set[str] = set()
     for sid in ids:
+        if not is_submission_id(sid):
+            raise Rejected("Malformed", path="$.submission_id", found=repr(sid)[:80], expected=SUBMISSION_EXPECTED)
         if sid in seen:
             raise GpuyardError(f"submission_id {sid!r} appears twice in one call: each request needs its own")
         seen.add(sid)

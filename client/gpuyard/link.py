@@ -54,7 +54,8 @@ async def connect_as_tenant(context: Context) -> Bus:
 async def connect_as_operator(context: Context) -> Bus:
     if not context.operator:
         raise Forbidden(
-            f"the context of yard {context.yard!r} names no operator: its `operator` and `operator_key` are empty"
+            f"the context of yard {context.yard!r} names no operator (its `operator` and `operator_key` are empty): "
+            "this is for operators; whoever runs the yard makes their keys with `gpuyard init --operator NAME`"
         )
     return await open_bus(context, context.operator_key, f"_INBOX_O.{context.operator}", f"operator {context.operator}")
 
@@ -68,7 +69,11 @@ async def open_bus(context: Context, key: str, inbox_prefix: str, name: str) -> 
             context.url, name=name, inbox_prefix=inbox_prefix, seed=key or None, tls_ca=context.tls_ca or None
         )
     except PermissionDenied as error:
-        raise Forbidden(str(error)) from None
+        raise Forbidden(
+            f"{error}; the context says tenant {context.tenant!r}, user {context.user!r}, and {key} must be their key"
+            if inbox_prefix == f"_INBOX.{context.user}"
+            else str(error)
+        ) from None
     except Disconnected:
         raise Unreachable(
             f"yard {context.yard!r} does not answer at {context.url}: start it with `gpuyard up`, "

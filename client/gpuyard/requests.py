@@ -115,12 +115,12 @@ def _parse(name: str, text: str) -> list[Any]:
             return [tomllib.loads(text)]
         except (ValueError, RecursionError) as error:
             raise GpuyardError(f"{name} is no TOML: {error}") from None
-    from gpuyard.yaml12 import YamlError, load_documents
+    from gpuyard.yaml12 import YamlError, described, load_documents
 
     try:
         documents = [document for document in load_documents(text) if document is not None]
     except (YamlError, ValueError, RecursionError) as error:
-        raise GpuyardError(f"{name} is no YAML: {error}") from None
+        raise GpuyardError(f"{name} is no YAML: {described(error)}") from None
     _check_size(name, documents)
     return documents
 

@@ -32,6 +32,16 @@ _Loader.add_implicit_resolver(
 _Loader.add_implicit_resolver("tag:yaml.org,2002:merge", re.compile(r"^<<$"), ["<"])
 
 
+def described(error: Exception) -> str:
+    """In one line: where, and what is wrong there."""
+    if not isinstance(error, yaml.MarkedYAMLError) or error.problem_mark is None:
+        return str(error)
+    where = f"line {error.problem_mark.line + 1}, column {error.problem_mark.column + 1}"
+    begun = error.context_mark
+    since = f" {error.context} that began in line {begun.line + 1}" if error.context and begun is not None else ""
+    return f"{where}: {error.problem}{since}"
+
+
 def load_documents(text: str) -> list[Any]:
     """Every document of the text; `YamlError` if it is no YAML."""
     return list(yaml.load_all(text, Loader=_Loader))

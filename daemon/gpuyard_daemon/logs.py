@@ -28,6 +28,8 @@ class PlacesOfJobs(Protocol):
 
     def assignment_node(self, job: JobId, replica: int, attempt: int = 0) -> NodeId | None: ...
 
+    def job_view(self, job: JobId) -> JobView | None: ...
+
 
 class LogForwarder:
     def __init__(self, bus: Bus, core: PlacesOfJobs) -> None:
@@ -40,10 +42,7 @@ class LogForwarder:
             return _malformed("limit", query.limit, f"a number between 1 and {RANGE_BYTES_MAX}")
         node = self._node(query, past)
         if node is None:
-            text = f"job {query.job} has no output of replica {query.replica}"
-            if query.attempt:
-                text += f", attempt {query.attempt}"
-            return QueryError(code="NoOutput", text=text + ": it has not been placed on a node")
+            return QueryError(code="NoOutput", text=_no_output(query, past or self._core.job_view(query.job)))
         read = ReadLog(
             job=query.job,
             attempt=query.attempt,
@@ -68,6 +67,16 @@ class LogForwarder:
         if past is None:
             return self._core.assignment_node(query.job, query.replica, query.attempt)
         return next((place.node for place in past.placed if place.replica == query.replica), None)
+
+
+def _no_output(query: LogsQuery, view: JobView | None) -> str:
+    """Why there is none: nobody ever asked for such a replica or attempt, or it has not begun."""
+    if view is not None and query.replica >= view.replicas:
+        return f"job {query.job} has no replica {query.replica}: its replicas are 0 to {view.replicas - 1}"
+    if view is not None and query.attempt > view.attempt:
+        return f"job {query.job} has had no attempt {query.attempt}: the newest is {view.attempt}"
+    which = f", attempt {query.attempt}" if query.attempt else ""
+    return f"job {query.job} has no output of replica {query.replica}{which}: it has not been placed on a node"
 
 
 def _malformed(field: str, found: object, expected: str) -> QueryError:

@@ -51,7 +51,7 @@ def test_submit_show_and_logs(yard: Yard) -> None:
     text = ok(yard, "job", "show", str(job))
     assert "succeeded" in text
     assert "exit code   0" in text
-    assert f"job {job} is succeeded" in ok(yard, "why", str(job))
+    assert f"job {job} has succeeded\n" in ok(yard, "why", str(job))
     assert "tour" in ok(yard, "jobs", "--state", "succeeded")
 
 
@@ -231,7 +231,18 @@ def test_nodes_and_stats(yard: Yard) -> None:
 @pytest.mark.parametrize(
     ("arguments", "code", "says"),
     [
-        (("submit", "--gpu-memory", "5", "true"), 1, "$.gpu_memory: found '5'; expected an amount of memory"),
+        (("submit", "--gpu-memory", "5", "true"), 1, "gpuyard: --gpu-memory: found '5'; expected an amount of memory"),
+        (("submit", "--gpus", "-1", "true"), 1, "gpuyard: --gpus: found -1; expected a number between 0 and 64"),
+        (("run", "--time", "soon", "true"), 1, "gpuyard: --time: found 'soon'; expected a length of time"),
+        (
+            ("submit", "--submission-id", "two words", "true"),
+            1,
+            "gpuyard: --submission-id: found 'two words'; expected",
+        ),
+        (("submit", "--gpus", "two", "true"), 2, "--gpus' / '-g': found 'two'; expected a whole number"),
+        (("logs", "1", "-r", "7"), 1, "job 1 has no replica 7: its replicas are 0 to 0"),
+        (("logs", "1", "--attempt", "9"), 1, "job 1 has had no attempt 9: the newest is 1"),
+        (("cancel", "1"), 1, "gpuyard: job 1 has succeeded already (see: gpuyard why 1)\n"),
         (("submit", "--gpu-model", "H1000", "-g", "1", "true"), 1, "H1000"),
         (("submit", "-f", "none.yaml"), 1, "cannot read none.yaml"),
         (("job", "show", "999999"), 1, "there is no job 999999"),
@@ -239,7 +250,7 @@ def test_nodes_and_stats(yard: Yard) -> None:
         (("submit", "--gpu-mem", "5Gi", "true"), 2, "--gpu-memory"),
         (("submit", "--env", "AB", "true"), 2, "expected NAME=VALUE"),
         (("jobs", "--state", "runing"), 2, "did you mean 'running'?"),
-        (("job", "show", "seventeen"), 2, "integer"),
+        (("job", "show", "seventeen"), 2, "found 'seventeen'; expected a job's number, such as 17"),
         (("jbos",), 2, "Did you mean 'jobs'"),
     ],
 )
@@ -250,6 +261,25 @@ def test_errors_name_what_is_wrong(yard: Yard, arguments: tuple[str, ...], code:
     assert "Traceback" not in done.stderr
     if code == 1:
         assert done.stderr.startswith("gpuyard: ")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "says"),
+    [
+        ("one.yaml", "command: a\ngpus: two\n", 'one.yaml: $.gpus: found "two"; expected an integer or null'),
+        ("one.yaml", "comand: a\n", "(did you mean 'command'?)"),
+        ("two.yaml", "- command: a\n- command: b\n  gpuss: 2\n", "job 2 of {}: $.gpuss: found an unknown field"),
+        ("two.yaml", "- command: a\n  gpus: 2\n- command: b\n  gpus: 90\n", "job 2 of {}: $.gpus: found 90; expected"),
+    ],
+)
+def test_a_refusal_of_a_file_names_it_and_the_job_in_it(
+    yard: Yard, tmp_path: Path, name: str, text: str, says: str
+) -> None:
+    path = tmp_path / name
+    path.write_text(text)
+    done = yard.cli("submit", "-f", str(path))
+    assert done.returncode == 1
+    assert says.format(path) in done.stderr
 
 
 def test_without_a_yard_every_command_says_how_to_get_one(tmp_path: Path) -> None:

@@ -56,7 +56,7 @@ def test_numbers_in_env_are_text(tmp_path: Path) -> None:
         ("", "is empty: expected jobs"),
         ("just words", "found 'just words'"),
         ("jobs: []\nowner: me\n", "'owner' stands beside 'jobs'"),
-        ("a: [", "is no YAML"),
+        ("a: [", r"jobs\.yaml is no YAML: line 1, column 5: .*while parsing a flow .* that began in line 1"),
     ],
 )
 def test_a_file_that_holds_no_jobs_says_so(tmp_path: Path, text: str, says: str) -> None:

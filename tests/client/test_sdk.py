@@ -56,6 +56,19 @@ async def test_a_submission_id_is_one_job(client: Client) -> None:
     assert first.number == second.number
 
 
+@pytest.mark.parametrize("wrong", ["two words", "s17", ""])
+async def test_an_id_that_the_yard_would_not_take_is_refused_before_anything_is_sent(
+    client: Client, wrong: str
+) -> None:
+    """The yard would answer under an id of its own, and whoever asked would wait for a minute in vain."""
+    with pytest.raises(Rejected, match=r"\$\.submission_id: found .* expected lower-case letters"):
+        await client.submit(command="true", submission_id=wrong, **SMALL)
+    with pytest.raises(Rejected, match="submission_id"):
+        await client.submit_many([{"command": "true", "submission_id": wrong}])
+    with pytest.raises(Rejected, match="submission_id"):
+        await client.cancel(1, submission_id=wrong)
+
+
 @pytest.mark.parametrize("batched", [True, False])
 async def test_many_jobs_are_decided_one_by_one(client: Client, batched: bool) -> None:
     wishes = [{"command": "true", **SMALL} for _ in range(12)]

@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
-from gpuyard.cli.output import AsJson, clock, print_json, print_table, remark
+from gpuyard.cli.output import AsJson, clock, print_json, remark
 from gpuyard.cli.session import session_of
+from gpuyard.cli.tables import print_table
 from gpuyard_protocol.audit import ENTRIES_PAGE_MAX, AuditEntry
 
 COLUMNS = ("TIME", "WHO", "WHAT", "#TIMES", "ABOUT", "OUTCOME", "FROM")

@@ -10,12 +10,13 @@ import typer
 
 from gpuyard.cli.output import remark, say
 from gpuyard.cli.session import session_of
+from gpuyard.cli.values import job_number
 from gpuyard.errors import Rejected
 
 if TYPE_CHECKING:
     from gpuyard.client import Client
 
-Jobs = Annotated[list[int], typer.Argument(metavar="JOB...", help="Numbers of jobs.", min=1)]
+Jobs = Annotated[list[int], typer.Argument(metavar="JOB...", help="Numbers of jobs.", parser=job_number)]
 Array = Annotated[bool, typer.Option("--array", help="Every element of the arrays that these jobs belong to.")]
 _Hold = typer.Option("--hold", help="And hold them then.")
 
@@ -81,6 +82,9 @@ def _each(ctx: typer.Context, jobs: list[int], act: Callable[[Client, int], Awai
         if refusal is None:
             say(f"{done} {job}")
         else:
-            remark(f"gpuyard: job {job}: {refusal} (see: gpuyard jobs --all)")
+            said = str(refusal)
+            where = "" if f"job {job}" in said else f"job {job}: "
+            hint = " (see: gpuyard jobs --all)" if refusal.reason == "UnknownJob" else f" (see: gpuyard why {job})"
+            remark(f"gpuyard: {where}{said}{hint}")
     if any(outcomes):
         raise typer.Exit(1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from gpuyard.cli.options import flag_of
 from gpuyard.cli.output import rough
 from gpuyard_protocol.explaining import Holder, KeyTerm, Remedy
 from gpuyard_protocol.queries import DryRun, NodeReason, WhyAnswer
@@ -16,19 +17,29 @@ _BASES = {
     "stopping": "it was told to end",
 }
 _VERDICTS = {"starts": "", "waits": "it would wait: ", "rejected": "it would be rejected: "}
-#: Fields of a request whose flag has another name.
-_FLAGS = {"node_labels": "label", "nodes": "node"}
+_STATES = {"succeeded": "has succeeded", "failed": "has failed", "cancelled": "was cancelled"}
 #: Terms with these values change nothing.
 _NOTHING = {"+0", "0", "no"}
 
 
 def why_lines(answer: WhyAnswer, now_ms: int) -> Iterator[str]:
     """The whole answer; the first line stands for itself."""
-    yield f"job {answer.job} is {answer.state}: {answer.summary}"
+    yield f"job {answer.job} {_state(answer)}"
     yield from waiting_lines(answer, now_ms)
     if answer.story:
         yield "what happened:"
         yield from (f"  {line}" for line in answer.story)
+
+
+def _state(answer: WhyAnswer) -> str:
+    """`is pending: held by alice`, `is running on node-2`, `has failed: …`; what repeats the state is left out."""
+    said = _STATES.get(answer.state, f"is {answer.state}")
+    rest = answer.summary.removeprefix(f"{answer.state}: ")
+    if rest == answer.state:
+        return said
+    if rest.startswith(f"{answer.state} "):
+        return said + rest.removeprefix(answer.state)
+    return f"{said}: {rest}"
 
 
 def waiting_lines(answer: WhyAnswer, now_ms: int) -> Iterator[str]:
@@ -83,8 +94,7 @@ def _remedy(remedy: Remedy) -> str:
 
 
 def _flag(field: str, value: str | int | None) -> str:
-    name = _FLAGS.get(field, field).replace("_", "-")
-    return f"no --{name}" if value is None else f"--{name} {value}"
+    return f"no {flag_of(field)}" if value is None else f"{flag_of(field)} {value}"
 
 
 def _terms(terms: tuple[KeyTerm, ...]) -> Iterator[str]:

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from gpuyard.cli.explaining import why_lines
-from gpuyard.cli.output import AsJson, ago, clock, now_ms, print_fields, print_json, print_table, remark, rough, say
+from gpuyard.cli.output import AsJson, ago, clock, now_ms, print_fields, print_json, remark, rough, say
 from gpuyard.cli.session import session_of
+from gpuyard.cli.tables import print_table
+from gpuyard.cli.values import job_number
 from gpuyard_protocol.jobs import FINAL_STATES, JobSpec, JobView, ReplicaView
 from gpuyard_protocol.names import nearest
 from gpuyard_protocol.queries import WhyAnswer
@@ -25,7 +27,7 @@ DEFAULT_ROWS = 100
 EXPLAINED_ROWS = 20
 COLUMNS = ("#JOB", "NAME", "USER", "STATE", "WANTS", "SUBMITTED", "#TIME", "NODES OR REASON")
 
-JobNumber = Annotated[int, typer.Argument(metavar="JOB", help="The job's number.", min=1)]
+JobNumber = Annotated[int, typer.Argument(metavar="JOB", help="The job's number.", parser=job_number)]
 _StateFlag = typer.Option("--state", "-s", metavar="STATE", help="Only these; repeatable.", show_default=False)
 
 

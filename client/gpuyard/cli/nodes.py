@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gpuyard.cli.output import AsJson, print_fields, print_json, print_table, remark, rough
+from gpuyard.cli.output import AsJson, print_fields, print_json, remark, rough
 from gpuyard.cli.session import session_of
+from gpuyard.cli.tables import print_table
 from gpuyard.errors import GpuyardError
 from gpuyard_protocol.names import nearest
 from gpuyard_protocol.queries import CardView, NodeView, Stats

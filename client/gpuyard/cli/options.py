@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import os
+import re
 import stat
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,9 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 from gpuyard.cli.output import remark
-from gpuyard.requests import read_items
+from gpuyard.cli.values import whole
+from gpuyard.errors import GpuyardError, Rejected
+from gpuyard.requests import job_request, read_items
 
 Command = Annotated[
     list[str] | None,
@@ -29,21 +32,26 @@ Command = Annotated[
 ]
 
 
-def _option(*names: str, text: str, metavar: str | None = None) -> Any:
-    return typer.Option(*names, help=text, metavar=metavar, show_default=False)
+def _option(*names: str, text: str, metavar: str | None = None, parser: Callable[[str], Any] | None = None) -> Any:
+    return typer.Option(*names, help=text, metavar=metavar, parser=parser, show_default=False)
 
 
-_GPUS = _option("--gpus", "-g", metavar="N", text="Whole cards per replica.")
+_GPUS = _option("--gpus", "-g", metavar="N", parser=whole, text="Whole cards per replica.")
 _GPU = _option("--gpu", metavar="SHARE", text="A share of one card: 0.3, 30%.")
 _GPU_MEMORY = _option("--gpu-memory", metavar="SIZE", text="Memory of one card: 5Gi, 12GB.")
 _MIG = _option("--mig", metavar="PROFILE", text="A MIG instance: 1g.10gb, 3g.40gb.")
 _ISOLATION = _option("--isolation", metavar="hard|soft|none", text="How far neighbours on a card are kept apart.")
 _GPU_MODEL = _option("--gpu-model", metavar="MODEL", text="Cards by model: H100, 'A100|H100', A100:80GB:4.")
-_REPLICAS = _option("--replicas", "-r", metavar="N", text="Processes that start together or not at all.")
+_REPLICAS = _option("--replicas", "-r", metavar="N", parser=whole, text="Processes that start together or not at all.")
 _MIN_REPLICAS = _option(
-    "--min-replicas", metavar="N", text="Elastic: start with what fits from N to --replicas, grow and shrink between."
+    "--min-replicas",
+    metavar="N",
+    parser=whole,
+    text="Elastic: start with what fits from N to --replicas, grow and shrink between.",
 )
-_TOTAL_GPUS = _option("--total-gpus", metavar="N", text="Whole cards in all; the yard parts them into replicas.")
+_TOTAL_GPUS = _option(
+    "--total-gpus", metavar="N", parser=whole, text="Whole cards in all; the yard parts them into replicas."
+)
 _LAUNCHER = _option("--launcher", metavar="torchrun", text="Starts one process for each card of a replica.")
 _SECRET = _option("--secret", metavar="NAME", text="A secret that nodes keep, in a variable of that name; repeatable.")
 _TOPOLOGY = _option("--topology", metavar="node|rack|spine", text="Where the replicas must be together.")
@@ -55,12 +63,15 @@ _CPUS = _option("--cpus", metavar="N", text="CPU cores per replica: 4, 0.5, 500m
 _MEMORY = _option("--memory", metavar="SIZE", text="Host memory per replica: 8Gi.")
 _TIME = _option("--time", "-t", metavar="TIME", text="Limit: 90s, 1h30m, 1-12:00:00; a bare number is minutes.")
 _PRIORITY = _option(
-    "--priority", metavar="-2..2", text="Each step goes before jobs 4 times smaller, and costs double (default 0)."
+    "--priority",
+    metavar="-2..2",
+    parser=whole,
+    text="Each step goes before jobs 4 times smaller, and costs double (default 0).",
 )
 _QUEUE = _option("--queue", metavar="NAME", text="A queue of the yard (default: the tenant's).")
 _ESTIMATE = _option("--estimate", metavar="TIME", text="About how long it will run: small jobs go first.")
 _DEADLINE = _option("--deadline", metavar="TIME", text="When it should have ended: 2030-01-01T08:00:00Z, +8h.")
-_RETRIES = _option("--retries", metavar="N", text="Starts after a failure of the job's own (default 0).")
+_RETRIES = _option("--retries", metavar="N", parser=whole, text="Starts after a failure of the job's own (default 0).")
 _ON_NODE_LOST = _option(
     "--on-node-lost", metavar="wait|restart", text="When its node falls silent: wait for it, or start elsewhere."
 )
@@ -80,6 +91,18 @@ _AFTER = _option(
 _ARRAY = _option("--array", "-a", metavar="WHICH", text="The same job often: 0-99, 0-90:10, 1,3,5; 0-99%8: 8 at once.")
 _SUBMISSION_ID = _option("--submission-id", metavar="ID", text="De-duplication key: the same id is one job.")
 _FILE = _option("--file", "-f", metavar="FILE", text="Job file, YAML or TOML ('-': standard input).")
+
+
+#: Fields of a request whose flag has another name.
+_FLAG_NAMES = {"node_labels": "label", "nodes": "node", "secrets": "secret", "time_limit": "time"}
+_FIELD = re.compile(r"\$\.(\w+)")
+#: Where a message of many has the job: its place in the file says more.
+_IN_BATCH = re.compile(r"^\$\.jobs\[\d+\]")
+
+
+def flag_of(field: str) -> str:
+    """`--gpu-memory` for `gpu_memory`."""
+    return "--" + _FLAG_NAMES.get(field, field).replace("_", "-")
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -141,6 +164,25 @@ class JobOptions:
         elif self.cwd is None and any("cwd" not in job for job in jobs) and (here := default_cwd()) is not None:
             jobs = [{"cwd": here} | job for job in jobs]
         return jobs
+
+    def check(self, requests: list[dict[str, Any]]) -> None:
+        """Raise what is wrong with the form of the first that is wrong, in the words of who asked."""
+        for place, request in enumerate(requests):
+            try:
+                job_request(request, {})
+            except Rejected as refusal:
+                raise self.told(refusal, place, len(requests)) from None
+
+    def told(self, refusal: Rejected, place: int = 0, count: int = 1) -> GpuyardError:
+        """A refusal with the flag, or the place in the file, where what it is about was said."""
+        text = _IN_BATCH.sub("$", str(refusal))
+        field = _FIELD.match(refusal.path) if text.startswith(refusal.path) else None
+        if field is not None and field[1] in self._flags():
+            return GpuyardError(flag_of(field[1]) + text.removeprefix(field[0]))
+        if self.file is None:
+            return GpuyardError(text)
+        where = f"job {place + 1} of {self.file}" if count > 1 else self.file
+        return GpuyardError(f"{where}: {text}")
 
     def _flags(self) -> dict[str, Any]:
         given: dict[str, Any] = {

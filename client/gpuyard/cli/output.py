@@ -1,7 +1,7 @@
 """What commands print: tables and lines for people, JSON for programs.
 
-Standard output carries the answer and nothing else; remarks go to stderr. Colour and cutting to the terminal's width
-happen on a terminal alone (NO_COLOR is respected), so what a pipe gets is whole. Columns keep their order.
+Standard output carries the answer and nothing else; remarks go to stderr. Colour and fitting to the terminal's width
+(`tables`) happen on a terminal alone (NO_COLOR is respected), so what a pipe gets is whole.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Annotated, Any, TypeAlias
 
 import typer
@@ -17,15 +17,6 @@ import typer
 from gpuyard_protocol.units import format_ms
 
 AsJson: TypeAlias = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
-
-STATE_STYLES = {
-    "running": "green", "starting": "cyan", "suspended": "magenta", "stopping": "yellow", "pending": "yellow",
-    "succeeded": "dim",
-    "failed": "red", "cancelled": "dim", "ready": "green", "suspected": "yellow", "joining": "cyan",
-    "lost": "red", "incompatible": "red", "cordoned": "yellow", "draining": "yellow",
-}  # fmt: skip
-#: Wide enough that nothing is cut where nobody looks at a screen.
-_PIPE_WIDTH = 2000
 
 
 def say(text: str) -> None:
@@ -45,28 +36,6 @@ def print_json(value: Any) -> None:
     from gpuyard_protocol.codec import to_plain
 
     sys.stdout.write(orjson.dumps(to_plain(value), option=orjson.OPT_INDENT_2).decode() + "\n")
-
-
-def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, states: str = "STATE") -> None:
-    """Rows under headings. Columns that start with `#` are numbers; the one named `states` is coloured by its words."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    console = Console() if sys.stdout.isatty() else Console(width=_PIPE_WIDTH, no_color=True)
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in columns:
-        is_number = column.startswith("#")
-        table.add_column(column.lstrip("#"), justify="right" if is_number else "left", no_wrap=column != columns[-1])
-    for row in rows:
-        cells = [
-            Text(cell, STATE_STYLES.get(cell, "") if name == states else "")
-            for name, cell in zip(columns, row, strict=True)
-        ]
-        table.add_row(*cells)
-    with console.capture() as captured:
-        console.print(table)
-    sys.stdout.write("\n".join(line.rstrip() for line in captured.get().splitlines()) + "\n")
 
 
 def print_fields(fields: Iterable[tuple[str, str]]) -> None:

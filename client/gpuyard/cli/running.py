@@ -18,7 +18,7 @@ from gpuyard.cli.options import Command, JobOptions, takes_job_options
 from gpuyard.cli.output import remark
 from gpuyard.cli.session import Session, session_of
 from gpuyard.cli.submitting import hand_in
-from gpuyard.errors import GpuyardError
+from gpuyard.errors import GpuyardError, Rejected
 from gpuyard_protocol.jobs import JobView
 
 if TYPE_CHECKING:
@@ -41,12 +41,16 @@ def run(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show the job's output and nothing else.")] = False,
 ) -> None:
     """Run a job attached: its output here, its exit code ours. Ctrl-C detaches."""
-    requests = hand_in(ctx, options.requests(command))
+    requests = options.requests(command)
     if len(requests) != 1:
         raise typer.BadParameter(f"holds {len(requests)} jobs; `run` takes one, `submit` many", param_hint="--file")
     if requests[0].get("array") is not None:
         raise typer.BadParameter("is for `submit`: `run` shows one job", param_hint="--array")
-    run_request(session_of(ctx), requests[0], quiet=quiet)
+    options.check(requests)
+    try:
+        run_request(session_of(ctx), hand_in(ctx, requests)[0], quiet=quiet)
+    except Rejected as refusal:
+        raise options.told(refusal) from None
 
 
 def run_request(session: Session, request: dict[str, Any], *, quiet: bool) -> None:

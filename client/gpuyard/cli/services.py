@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gpuyard.cli.output import AsJson, ago, now_ms, print_json, print_table, remark, say
+from gpuyard.cli.output import AsJson, ago, now_ms, print_json, remark, say
 from gpuyard.cli.session import session_of
+from gpuyard.cli.tables import print_table
 from gpuyard.errors import GpuyardError, Rejected
 from gpuyard.requests import read_items
 from gpuyard_protocol.jobs import SubmissionAnswer
@@ -61,7 +62,7 @@ def apply(ctx: typer.Context, file: Annotated[str, _File], as_json: AsJson = Fal
             say(f"Applied service {accepted.service}")
     for item, answer in zip(items, answers, strict=True):
         if isinstance(answer, Rejected):
-            remark(f"gpuyard: service {item.get('name', '?')}: {answer}")
+            remark(f"gpuyard: {file}: service {item.get('name', '?')}: {answer}")
     if len(done) < len(answers):
         raise typer.Exit(1)
 

@@ -36,7 +36,9 @@ def submit(
     as_json: AsJson = False,
 ) -> None:
     """Submit a job: gpuyard submit --gpus 2 -- python train.py"""
-    requests = hand_in(ctx, options.requests(command))
+    requests = options.requests(command)
+    options.check(requests)
+    requests = hand_in(ctx, requests)
     if dry_run:
         _plan(ctx, requests, as_json=as_json)
         return
@@ -46,7 +48,10 @@ def submit(
             return [await yard.submit(requests[0])]
         return await yard.submit_many(requests)
 
-    outcomes = session_of(ctx).run(work)
+    try:
+        outcomes = session_of(ctx).run(work)
+    except Rejected as refusal:
+        raise options.told(refusal) from None
     accepted = [outcome for outcome in outcomes if isinstance(outcome, Job)]
     refused = [(place, outcome) for place, outcome in enumerate(outcomes) if isinstance(outcome, Rejected)]
     if as_json:
@@ -59,7 +64,7 @@ def submit(
         if job.note:
             remark(f"job {job.number}: {job.note}")
     for place, outcome in refused:
-        remark(f"gpuyard: job {place + 1} of {options.file}: {outcome}")
+        remark(f"gpuyard: {options.told(outcome, place, len(outcomes))}")
     if refused:
         raise GpuyardError(f"{len(refused)} of {len(outcomes)} jobs were rejected; the others are submitted")
 

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gpuyard.cli.output import AsJson, clock, print_json, print_table
+from gpuyard.cli.output import AsJson, clock, print_json, remark
 from gpuyard.cli.session import session_of
+from gpuyard.cli.tables import print_table
 from gpuyard_protocol.queries import TenantUsage, UserUsage
 from gpuyard_protocol.units import format_milli
 
@@ -53,7 +54,13 @@ def _print(found: tuple[TenantUsage, ...], *, models: bool, queues: bool) -> Non
     if models:
         print_table(MODEL_COLUMNS, [row for tenant in found for row in _model_rows(tenant)])
     elif queues:
-        print_table(QUEUE_COLUMNS, [row for tenant in found for row in _queue_rows(tenant)])
+        rows = [row for tenant in found for row in _queue_rows(tenant)]
+        if rows:
+            print_table(QUEUE_COLUMNS, rows)
+        else:
+            remark(
+                "no queue has a quota: the cards are shared by demand (quotas are [queues] in the daemon's settings)"
+            )
     else:
         print_table(COLUMNS, [row for tenant in found for row in _rows(tenant)])
 

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 
 from gpuyard.cli.jobs import reasons_of
 from gpuyard.cli.nodes import is_used, state_of
-from gpuyard.cli.output import now_ms, print_json, print_table, remark
+from gpuyard.cli.output import now_ms, print_json, remark
 from gpuyard.cli.session import Session
+from gpuyard.cli.tables import print_table
 from gpuyard.errors import Rejected
 from gpuyard_protocol.jobs import JobState, JobView
 from gpuyard_protocol.queries import NodeView

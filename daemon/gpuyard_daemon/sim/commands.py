@@ -86,8 +86,12 @@ def simulate(
     else:
         _print_table(results)
     if plot is not None:
-        for written in draw_job_runs(runs, plot):
-            typer.echo(f"wrote {written}", file=sys.stderr)
+        try:
+            for written in draw_job_runs(runs, plot):
+                typer.echo(f"wrote {written}", file=sys.stderr)
+        except OSError as problem:
+            typer.echo(f"gpuyard simulate: no charts: {plot}: {problem.strerror or problem}", err=True)
+            raise typer.Exit(1) from None
 
 
 def _restart(text: str) -> float | None:
@@ -108,16 +112,13 @@ def _one_of(option: str, found: str, allowed: tuple[str, ...]) -> None:
 
 
 def _print_table(results: list[dict[str, object]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
+    from gpuyard.cli.tables import print_table
 
-    table = Table()
-    columns = list(results[0])
-    for column in columns:
-        table.add_column(column.replace("_", " "), justify="left" if column in _NAMES else "right")
-    for result in results:
-        table.add_row(*[f"{result[column]:,}" if column not in _NAMES else str(result[column]) for column in columns])
-    Console().print(table)
+    # A column a policy: there are few of them and many figures, and a terminal is 80 wide.
+    title = next(name for name in _NAMES if name in results[0])
+    figures = [name for name in results[0] if name not in _NAMES]
+    headings = [title.upper(), *[f"#{result[title]}" for result in results]]
+    print_table(headings, [[name.replace("_", " "), *[f"{result[name]:,}" for result in results]] for name in figures])
 
 
 _Sources = Annotated[

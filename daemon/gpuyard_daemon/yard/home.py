@@ -210,7 +210,7 @@ def first_closed_parent(path: Path, account: str) -> Path | None:
 def free_port(host: str, *candidates: int) -> int:
     """The first of the candidates that is free, or any free one."""
     for port in (*candidates, 0):
-        with socket.socket() as probe, contextlib.suppress(OSError):
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe, contextlib.suppress(OSError):
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind((host, port))
             bound: int = probe.getsockname()[1]

@@ -155,7 +155,7 @@ class Child:
                 self._log_begin = 0
 
     def _fail(self, text: str) -> None:
-        self._on_event(text)
+        """Told once, by whoever waits for `failed`."""
         if not self.failed.done():
             self.failed.set_result(text)
 

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypeVar
 
 import typer
 
-from gpuyard.cli.output import AsJson, print_json, print_table, remark, say
+from gpuyard.cli.output import AsJson, print_json, remark, say
+from gpuyard.cli.tables import print_table
 from gpuyard.context import default_state_dir
 from gpuyard.errors import GpuyardError
 from gpuyard_protocol.names import NAME_EXPECTED, Tenant, User, is_name, nearest
@@ -41,7 +42,7 @@ _Users = Annotated[
 
 
 def register(app: typer.Typer) -> None:
-    group = typer.Typer(help="Tenants and their users: list, add, renew, remove (on the head).", no_args_is_help=True)
+    group = typer.Typer(help="Tenants and their users: list, add, rotate, remove (on the head).", no_args_is_help=True)
     commands: tuple[tuple[str, Callable[..., None]], ...] = (
         ("list", list_tenants),
         ("add", add),

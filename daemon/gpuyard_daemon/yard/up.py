@@ -205,7 +205,9 @@ class Yard:
 
     def _choose_http(self) -> str:
         if self.settings.http:
-            return self.settings.http
+            host, _, port = self.settings.http.rpartition(":")
+            # Any free one, chosen here: the context and whoever waits for the daemon must know it.
+            return f"{host}:{homes.free_port(host.strip('[]'))}" if port == "0" else self.settings.http
         before = self.home.read_context()
         kept = before.http.rpartition(":")[2] if before else ""
         candidates = [int(kept)] if kept.isdigit() else []

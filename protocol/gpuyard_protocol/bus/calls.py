@@ -111,7 +111,7 @@ class PendingCalls:
             call = self._calls.pop(token)
             if not call.future.done():
                 call.future.set_exception(
-                    Unanswered(f"no answer to {call.subject} within {call.timeout:g} s; the outcome is unknown")
+                    Unanswered(f"no answer to {call.subject} within {call.timeout:.2g} s; the outcome is unknown")
                 )
         if self._calls:
             earliest = min(call.deadline for call in self._calls.values())
