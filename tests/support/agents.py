@@ -257,12 +257,14 @@ class AgentRoom:
         node: str = NODE,
         simulate: str = "2xH100-80GB",
         environment: Mapping[str, str] = os.environ,
+        entry: tuple[str, ...] = ("gpuyard_agent",),
     ) -> AgentProcess:
-        """`simulate`: "" for the cards that the driver in `environment` has."""
+        """`simulate`: "" for the cards that the driver in `environment` has. `entry`: module and first arguments."""
         log = self.root / f"{node}.log"
         roots = {str(Path(next(iter(package.__path__))).parent) for package in (gpuyard_agent, gpuyard_protocol)}
+        roots.add(str(Path(__file__).parents[1]))  # for entries that are tests' own
         command = [
-            *(sys.executable, "-m", "gpuyard_agent", "--state", str(self.root / "agents" / node), "--node", node),
+            *(sys.executable, "-m", *entry, "--state", str(self.root / "agents" / node), "--node", node),
             *("--nats", self.server.url, "--key", str(self.keys.node(node))),
             *(("--simulate", simulate) if simulate else ()),
         ]
