@@ -68,6 +68,8 @@ class Yard:
         self.account = Account(name="me", uid=os.getuid(), gid=os.getgid())
         self.jobs: list[Job] = []
         self.agents: list[CardPartitions] = []
+        #: MPS daemons of agents that are gone: children of this process, which nobody else waits for.
+        self.left: set[int] = set()
         self.hit: list[NeighbourFault] = []
 
     async def partitions(self, **settings: bool) -> CardPartitions:
@@ -79,6 +81,16 @@ class Yard:
         made.listen(self.hit.append)
         await made.refresh()
         return made
+
+    async def lose(self, agent: CardPartitions) -> None:
+        """The agent ends, and what it started stays."""
+        self.left.update(self.daemons())
+        await agent.close()
+
+    def kill(self, daemon: int) -> None:
+        self.left.discard(daemon)
+        os.kill(daemon, signal.SIGKILL)
+        os.waitpid(daemon, 0)
 
     async def card(self) -> Device:
         return (await self.backend.inventory())[0]
@@ -119,9 +131,8 @@ async def yard(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Yard]:
                 await job.end()
             for agent in made.agents:
                 await agent.close()
-            for pid in made.daemons():
-                os.kill(pid, signal.SIGKILL)
-                os.waitpid(pid, 0)
+            for pid in made.left.union(made.daemons()):
+                made.kill(pid)
 
 
 def key(job: int) -> AssignmentKey:
@@ -258,9 +269,8 @@ async def test_a_card_that_an_earlier_agent_left_exclusive_is_opened_again(yard:
     first = await yard.partitions()
     await yard.share(first, 1, 300, 2000)
     (pid,) = yard.daemons()
-    await first.close()
-    os.kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
+    await yard.lose(first)
+    yard.kill(pid)
     second = await yard.partitions()
     card = await yard.card()
     assert await second.sweep() == (f"exclusive compute mode of card {card.uuid}",)
@@ -328,7 +338,7 @@ async def test_an_agent_that_comes_back_finds_the_instance_served(yard: Yard) ->
     first = await yard.partitions()
     grant = await crowd(yard, first)
     (daemon,) = yard.daemons()
-    await first.close()
+    await yard.lose(first)
     second = await yard.partitions()
     card = await yard.card()
     facts = next(facts for facts in card.mig_profiles if facts.name == "3g.40gb")
@@ -345,7 +355,7 @@ async def test_what_an_earlier_agent_left_of_a_served_instance_goes_daemon_first
     job = await yard.start(await crowd(yard, first), "--seconds", "60")
     job.kill()
     await job.end()
-    await first.close()
+    await yard.lose(first)
     second = await yard.partitions()
     swept = await second.sweep()
     assert [line.split(" of ")[0] for line in swept] == ["MPS control daemon", "MIG instance 3g.40gb at 4"]
