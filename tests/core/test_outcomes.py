@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 import pytest
 
 from gpuyard_daemon.core.state.facts import JobRetired, ReportsTaken
@@ -149,6 +150,33 @@ def test_a_node_that_cannot_make_a_partition_is_left_alone_for_that_mode(yard: C
     assert yard.state(number) == "starting"
     yard.run(number)
     assert not yard.core.cluster.nodes["n-1"].avoided
+
+
+def test_a_node_whose_container_engine_fails_one_job_is_left_alone_for_containers_alone() -> None:
+    """A user with an image must not close a node's cards to everybody else."""
+    yard = CoreHarness()
+    yard.join(msgspec.structs.replace(node("n-1", 2), container_engine="podman"))
+    number = yard.submit(job(gpus=1, containers=True))
+    end(yard, number, "refused", code="ContainerEngineMissing", detail="podman does not work for nobody")
+    assert yard.state(number) == "pending"
+    answer = yard.core.why(number)
+    assert answer is not None
+    assert [reason.reason.code for reason in answer.reasons] == ["ContainersAvoided"]
+    assert yard.core.node_views(None)[0].reason == "left alone for containers after a refusal"
+    other = yard.submit(job(gpus=1))
+    yard.run(other)
+    assert yard.core.cluster.nodes["n-1"].avoided
+    yard.settle(most_ms=10_000)
+    yard.run(number)
+    assert not yard.core.cluster.nodes["n-1"].avoided
+
+
+def test_a_user_without_an_account_on_a_node_closes_it_to_nobody(yard: CoreHarness) -> None:
+    number = yard.submit(job(gpus=1))
+    end(yard, number, "refused", code="AccountMissing", detail="there is no account 'alice' on this node")
+    assert not yard.core.cluster.nodes["n-1"].avoided
+    other = yard.submit(job(gpus=1))
+    assert yard.state(other) == "starting"
 
 
 def test_resources_are_free_only_when_the_node_says_so(yard: CoreHarness) -> None:

@@ -13,7 +13,7 @@ from gpuyard_daemon.core.queueing import learning
 from gpuyard_daemon.core.queueing.ranking import BORROWING
 from gpuyard_daemon.core.state import facts as f
 from gpuyard_daemon.core.state.effects import Effects, start_order
-from gpuyard_daemon.core.state.model import EARLIER_ATTEMPTS_MAX, Assignment, Job, Verdict
+from gpuyard_daemon.core.state.model import CONTAINERS, EARLIER_ATTEMPTS_MAX, Assignment, Job, Verdict
 from gpuyard_daemon.core.state.states import InvariantViolated
 from gpuyard_daemon.core.state.timers import Timer
 from gpuyard_daemon.core.tenants import holdings
@@ -212,7 +212,8 @@ def started(cluster: Cluster, fact: f.ReplicaStarted, now_ms: int, effects: Effe
     holdings.run(cluster, job, cluster.pool.spaces[assignment.node], assignment, now_ms)
     node = cluster.nodes[assignment.node]
     if node.avoided:
-        node_facts.forget_avoidance(cluster, node, mode_of(assignment.partition))
+        served = (CONTAINERS,) if job.spec.need.containers else ()
+        node_facts.forget_avoidance(cluster, node, mode_of(assignment.partition), *served)
     if not job.first_started_ms:
         job.first_started_ms = now_ms
     if job.state == "starting" and not any(a.state in ("ordered", "prepared", "released") for a in job.assignments):

@@ -78,7 +78,7 @@ def forgiven(cluster: Cluster, fact: f.NodeForgiven, now_ms: int, effects: Effec
     cluster.restore_modes(node)
 
 
-def forget_avoidance(cluster: Cluster, node: Node, mode: str) -> None:
-    """The node did set up the mode."""
-    if node.avoided.pop(mode, None) is not None:
+def forget_avoidance(cluster: Cluster, node: Node, *names: str) -> None:
+    """The node did set up these."""
+    if [name for name in names if node.avoided.pop(name, None) is not None]:
         cluster.restore_modes(node)

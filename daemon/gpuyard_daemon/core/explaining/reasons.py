@@ -70,6 +70,7 @@ _TEXTS = {
     Reason.INCOMPATIBLE: "the node's agent speaks another version",
     Reason.CORDONED: "an operator keeps new work away from it (cordoned)",
     Reason.CARDS_UNHEALTHY: "its cards are not healthy",
+    Reason.ENGINE_AVOIDED: "the node could not run a container lately",
     Reason.MODE_AVOIDED: "the node could not set up such a partition lately",
     Reason.SWITCHED_LATELY: "a card there went into MIG mode or out of it lately, and stays as it is for now",
     Reason.CLAIMED: "what is free there is kept for a job that goes first",

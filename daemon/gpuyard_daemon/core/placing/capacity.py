@@ -18,7 +18,7 @@ import numpy as np
 from gpuyard_daemon.core.placing.claimed import Freed, claim_on
 from gpuyard_daemon.core.placing.partitions import Card, Look
 from gpuyard_daemon.core.placing.topology import Wiring, rack_of, wiring_of
-from gpuyard_daemon.core.state.model import LEAVING, Assignment, Node
+from gpuyard_daemon.core.state.model import CONTAINERS, LEAVING, Assignment, Node
 from gpuyard_daemon.core.state.states import InvariantViolated
 from gpuyard_protocol.names import AssignmentKey, JobId, NodeId, Tenant
 from gpuyard_protocol.nodes import Inventory
@@ -31,7 +31,7 @@ ANY_MODE: tuple[Mode, ...] = ("idle", *MODES)
 
 Groups: TypeAlias = np.ndarray[tuple[int], np.dtype[np.int64]]
 #: Kind, free CPU and memory, modes, looks of the cards.
-Condition: TypeAlias = tuple[int, int, int, tuple[Mode, ...], tuple[Look, ...]]
+Condition: TypeAlias = tuple[int, int, int, tuple[Mode, ...], tuple[Look, ...], bool]
 #: What a demand mix makes of a node: room on each card, idle compute, what each demand could use of it, and the waste.
 Measure: TypeAlias = tuple[list[int], int, Sequence[int], int]
 #: Kinds of node met so far: numbers that mean nothing but equality.
@@ -251,7 +251,13 @@ class NodeSpace:
             looks.sort()
         takes_work = self.node.state == "ready" and not self.node.cordoned_by
         modes = self.modes if takes_work or self.is_imagined else ()
-        return self.kind, self.cpu_free_milli, self.memory_free_mib, modes, tuple(looks)
+        return self.kind, self.cpu_free_milli, self.memory_free_mib, modes, tuple(looks), self.avoids_containers
+
+    @property
+    def avoids_containers(self) -> bool:
+        """Its container engine would not serve lately."""
+        known = self.node.avoided.get(CONTAINERS) if self.node.avoided and not self.is_imagined else None
+        return known is not None and known.until_ms > 0
 
     def set_totals(self, inventory: Inventory, cpu_held_milli: int, memory_held_mib: int) -> None:
         self.cpu_free_milli = inventory.cpu_milli - cpu_held_milli

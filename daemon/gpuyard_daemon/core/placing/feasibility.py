@@ -58,6 +58,7 @@ class Reason(StrEnum):
     INCOMPATIBLE = "NodeIncompatible"
     CARDS_UNHEALTHY = "CardsUnhealthy"
     CORDONED = "NodeCordoned"
+    ENGINE_AVOIDED = "ContainersAvoided"
     MODE_AVOIDED = "ModeAvoided"
     # What others hold.
     CPUS_BUSY = "CpusBusy"
@@ -181,6 +182,8 @@ def could_go(space: NodeSpace, shape: Shape, *, owner: JobId = 0) -> Reason | No
         return _BY_STATE[node.state]
     if node.cordoned_by and not space.is_imagined:
         return Reason.CORDONED
+    if need.containers and space.avoids_containers:
+        return Reason.ENGINE_AVOIDED
     if space.cpu_free_milli < need.cpu_milli:
         return Reason.CPUS_BUSY
     if space.memory_free_mib < need.memory_mib:

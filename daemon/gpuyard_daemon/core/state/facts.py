@@ -383,9 +383,10 @@ class NodeForgotten(_Fact, frozen=True, tag="node-removed"):
 
 
 class NodeAvoided(_Fact, frozen=True, tag="avoided"):
-    """A node could not set up a mode: nothing more of that mode goes there until then."""
+    """A node could not set up a mode, or containers: nothing more of that kind goes there until then."""
 
     node: NodeId
+    #: As a key of `Node.avoided`.
     mode: str
     until_ms: int
     #: In a row.

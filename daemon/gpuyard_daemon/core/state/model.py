@@ -214,10 +214,14 @@ class Claim(_Record):
     guests: list[JobId] = []
 
 
-class Avoidance(_Record):
-    """A mode a node could not set up lately."""
+#: What a node is left alone for where its container engine would not serve.
+CONTAINERS = "containers"
 
-    #: Nothing of the mode goes there until then; 0: it may be tried again.
+
+class Avoidance(_Record):
+    """What a node could not set up lately: a mode, or `CONTAINERS`."""
+
+    #: Nothing of the kind goes there until then; 0: it may be tried again.
     until_ms: int
     #: Refusals in a row; a success takes the whole entry away.
     times: int
@@ -267,7 +271,7 @@ class Node(_Record):
     reports_missing: int = 0
     #: Number of the last order made for it.
     orders_issued: int = 0
-    #: By mode.
+    #: By what it is left alone for.
     avoided: dict[str, Avoidance] = {}
     #: Identity of its ledger, whose reports are numbered through; "": never told.
     ledger: str = ""
