@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import msgspec
+import pytest
 
+from gpuyard_daemon.core.placing import demand as demand_module
 from gpuyard_daemon.core.placing.demand import DemandRecord, LiveDemand, faded
 from gpuyard_daemon.core.scheduler import Scheduler
 from gpuyard_daemon.core.state.snapshot import Snapshot
+from gpuyard_daemon.core.state.turn import Record
 from gpuyard_protocol.resources import ResourceNeed
 from support.builders import START_MS, CoreHarness, job, need, node
 
@@ -18,9 +21,9 @@ def kinds(demand: LiveDemand) -> dict[str, int]:
     return {each.describe(): weight // 1000 for each, weight in demand.record.in_use}
 
 
-def arrive(demand: LiveDemand, wanted: ResourceNeed, times: int, at_ms: int = START_MS) -> None:
+def arrive(demand: LiveDemand, wanted: ResourceNeed, times: int, at_ms: int = START_MS, nodes: int = 1) -> None:
     for _ in range(times):
-        demand.arrived(wanted, 1, at_ms)
+        demand.arrived(wanted, 1, at_ms, nodes)
 
 
 def test_a_yard_that_has_seen_nothing_goes_by_one_whole_card() -> None:
@@ -99,3 +102,51 @@ def test_a_snapshot_from_before_demand_was_counted_begins_with_what_is_there() -
     restored = Scheduler.restore(old)
     assert kinds(restored.cluster.demand) == {"1×GPU": 1000}
     assert restored.cluster.demand.record.seen == 20
+
+
+def goes_by(demand: LiveDemand, nodes: int) -> list[str]:
+    """What is commonest in the mix of each node."""
+    return [demand.mix_at(number).demands[0].need.describe() for number in range(1, nodes + 1)]
+
+
+def test_a_large_yard_takes_a_changed_mix_over_node_by_node() -> None:
+    demand = LiveDemand()
+    arrive(demand, need(gpus=1), 16, nodes=20)
+    assert goes_by(demand, 20) == ["1×GPU"] * 20
+    arrive(demand, need(gpus=8), 1600, nodes=8)
+    assert goes_by(demand, 8) == ["8×GPU"] * 8
+    changed = demand.version
+    while demand.version == changed:
+        arrive(demand, need(gpus=2), 1, START_MS + 9 * DAY_MS, nodes=20)
+    assert goes_by(demand, 20) == ["2×GPU"] * 8 + ["8×GPU"] * 12
+    restored = LiveDemand(msgspec.msgpack.decode(msgspec.msgpack.encode(demand.record), type=DemandRecord))
+    assert goes_by(restored, 20) == goes_by(demand, 20)
+    for each in (demand, restored):
+        arrive(each, need(gpus=2), 1, START_MS + 9 * DAY_MS, nodes=20)
+        assert goes_by(each, 20) == ["2×GPU"] * 16 + ["8×GPU"] * 4
+        arrive(each, need(gpus=2), 1, START_MS + 9 * DAY_MS, nodes=20)
+        assert goes_by(each, 20) == ["2×GPU"] * 20
+        assert not each.record.before
+
+
+def test_a_core_restored_while_a_mix_is_taken_over_decides_like_one_that_never_was(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(demand_module, "_NODES_PER_ARRIVAL", 1)
+    halfway = 0
+
+    def day(harness: CoreHarness) -> list[Record]:
+        nonlocal halfway
+        harness.join(*[node(f"n-{number}", 8) for number in range(1, 9)])
+        running: list[int] = []
+        for number in range(100):
+            kind = (job(gpus=1), job(share_milli=300), job(gpus=4), job(share_milli=650))[number // 20 % 4]
+            running.append(harness.submit(kind))
+            halfway += bool(harness.core.cluster.demand.record.before)
+            if number % 3 and harness.state(running[0]) == "starting":
+                harness.run(running[0])
+                harness.ended(running.pop(0))
+        return harness.records
+
+    assert day(CoreHarness()) == day(CoreHarness(restart_every=1))
+    assert halfway > 10

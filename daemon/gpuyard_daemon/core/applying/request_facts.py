@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 def accepted(cluster: Cluster, fact: f.JobAccepted, now_ms: int, effects: Effects) -> None:
     cluster.take_number(fact.job)
     job = job_of(fact, now_ms)
-    cluster.demand.arrived(fact.spec.need, fact.spec.least_replicas, now_ms)
+    cluster.demand.arrived(fact.spec.need, fact.spec.least_replicas, now_ms, len(cluster.pool.by_number))
     cluster.index_job(job)
     answer = SubmissionAnswer(
         submission_id=fact.submission_id, accepted=True, job=fact.job, note=_note(fact.deadline), at_ms=now_ms
@@ -60,7 +60,7 @@ def array_accepted(cluster: Cluster, fact: f.ArrayAccepted, now_ms: int, effects
     count = fact.spec.array.count
     array = Array(fact.first, fact.tenant, count, fact.spec, count, count)
     cluster.arrays.add(array)
-    cluster.demand.arrived(fact.spec.need, fact.spec.least_replicas * count, now_ms)
+    cluster.demand.arrived(fact.spec.need, fact.spec.least_replicas * count, now_ms, len(cluster.pool.by_number))
     begin_ms, holder = _begin_ms(fact.spec, now_ms), fact.user if fact.spec.hold else ""
     for number, index in elements(array):
         cluster.take_number(number)

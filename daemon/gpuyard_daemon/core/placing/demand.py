@@ -4,8 +4,13 @@ Every arrival counts with the weight of one, halved each day that passes; what w
 placement goes by is made from these counts at epochs: after so many arrivals, more the more were seen, and taken over
 only if it differs noticeably from the one in use, since a changed mix means that every node is scored anew.
 
-Durable, and changed by facts alone: counts, epochs and the mix in use are part of the state, so a restart goes on with
-the very mix that an uninterrupted run would have. A yard that has counted nothing yet goes by one whole card.
+Taken over node by node: each arrival brings some nodes more under the new mix, in the order in which nodes became
+known; the others are scored by the mix before. In a yard of thousands of nodes no turn then pays for all of them. A mix
+that would change again meanwhile waits for the next epoch.
+
+Durable, and changed by facts alone: counts, epochs, the mix in use and how far it was taken over are part of the state,
+so a restart goes on with the very mix that an uninterrupted run would have. A yard that has counted nothing yet goes by
+one whole card.
 """
 
 from __future__ import annotations
@@ -30,6 +35,11 @@ _EPOCH_PART = 4
 _KINDS_MAX = 512
 #: A new mix is taken over if it differs from the one in use by more than this, in thousandths.
 _DIFFERENCE_MILLI = 50
+#: Nodes that each arrival brings under a new mix: a turn scores them anew for every kind of request that is about, some
+#: hundred scores beside the hundreds that it needs anyway; ten thousand nodes have it after a thousand arrivals.
+_NODES_PER_ARRIVAL = 8
+#: Taken over by all nodes that there ever are.
+ALL_NODES = 1 << 62
 #: What a yard goes by that has seen nothing yet.
 _NOTHING_KNOWN = (Demand(ResourceNeed(gpus=1), 1),)
 
@@ -46,12 +56,18 @@ class DemandRecord(msgspec.Struct, array_like=True, gc=False):
     faded_ms: int = 0
     #: The mix in use, most frequent first: weights in thousandths of all.
     in_use: list[tuple[ResourceNeed, int]] = []
+    #: The one before, which nodes with numbers above `adopted` still go by; empty: all go by the one in use.
+    before: list[tuple[ResourceNeed, int]] = []
+    adopted: int = 0
 
 
 class LiveDemand:
     """Counts of arrivals, and the mix made from them."""
 
-    __slots__ = ("_counts", "_kinds", "_mix", "_record", "_speeds", "_waiting", "version")
+    __slots__ = (
+        "_counts", "_kinds", "_mix", "_mix_before", "_record", "_speeds", "_waiting", "adopted", "version",
+        "version_before",
+    )  # fmt: skip
 
     def __init__(self, record: DemandRecord | None = None) -> None:
         self._record = record or DemandRecord()
@@ -61,10 +77,15 @@ class LiveDemand:
         #: Derived: replicas that wait, by kind.
         self._waiting: dict[ResourceNeed, int] = {}
         self._mix: DemandMix | None = None
+        self._mix_before: DemandMix | None = None
         #: By model, in thousandths of the fastest's: the operator's, and no part of what is counted.
         self._speeds: tuple[tuple[str, int], ...] = ()
         #: Grows when the mix in use changes. Not part of the state.
         self.version = 0
+        #: The version that the mix before had; -1: nobody scored by it under that number.
+        self.version_before = -1
+        #: Nodes with numbers up to this go by the mix in use.
+        self.adopted = self._record.adopted if self._record.before else ALL_NODES
 
     @property
     def record(self) -> DemandRecord:
@@ -75,19 +96,30 @@ class LiveDemand:
     def mix(self) -> DemandMix:
         """The mix in use."""
         if self._mix is None:
-            demands = [Demand(need, weight) for need, weight in self._record.in_use] or _NOTHING_KNOWN
-            self._mix = DemandMix(demands, self._speeds)
+            self._mix = self._made(self._record.in_use)
         return self._mix
+
+    def mix_at(self, number: int) -> DemandMix:
+        """The mix that a node goes by, by its number."""
+        if number <= self.adopted:
+            return self.mix
+        if self._mix_before is None:
+            self._mix_before = self._made(self._record.before)
+        return self._mix_before
+
+    def _made(self, weights: list[tuple[ResourceNeed, int]]) -> DemandMix:
+        return DemandMix([Demand(need, weight) for need, weight in weights] or _NOTHING_KNOWN, self._speeds)
 
     def set_speeds(self, speeds: tuple[tuple[str, int], ...]) -> None:
         """Models of cards are so fast from now on."""
         if speeds != self._speeds:
             self._speeds = speeds
-            self._mix = None
+            self._mix = self._mix_before = None
             self.version += 1
+            self.version_before = -1
 
-    def arrived(self, need: ResourceNeed, replicas: int, now_ms: int) -> None:
-        """So many replicas were asked for."""
+    def arrived(self, need: ResourceNeed, replicas: int, now_ms: int, nodes: int = 0) -> None:
+        """So many replicas were asked for, of a yard of so many nodes."""
         kind = self._kind_of(need)
         record = self._record
         if now_ms - record.faded_ms >= _FADE_MS:
@@ -97,6 +129,8 @@ class LiveDemand:
         record.since += replicas
         if record.since >= max(_EPOCH_MIN, min(_EPOCH_MAX, record.seen // _EPOCH_PART)):
             self._begin_epoch()
+        if self.adopted < ALL_NODES:
+            self._adopt_further(nodes)
 
     def waits(self, need: ResourceNeed, replicas: int) -> None:
         """So many replicas more (or fewer) wait."""
@@ -111,6 +145,13 @@ class LiveDemand:
         """Begin with what is there: for a state written before demand was counted."""
         for need, replicas in needs:
             self.arrived(need, replicas, now_ms)
+
+    def _adopt_further(self, nodes: int) -> None:
+        record = self._record
+        self.adopted = record.adopted = record.adopted + _NODES_PER_ARRIVAL
+        if record.adopted >= nodes:
+            record.before, record.adopted = [], 0
+            self._mix_before, self.adopted = None, ALL_NODES
 
     def _kind_of(self, need: ResourceNeed) -> ResourceNeed:
         kind = self._kinds.get(need)
@@ -140,6 +181,8 @@ class LiveDemand:
     def _begin_epoch(self) -> None:
         record = self._record
         record.since = 0
+        if record.before:
+            return
         if len(self._counts) > _KINDS_MAX:
             items = list(self._counts.items())
             kept = sorted(range(len(items)), key=lambda place: -items[place][1])[:_KINDS_MAX]
@@ -150,9 +193,11 @@ class LiveDemand:
         total = sum(weights.values())
         mix = [(kind, weight * ONE // total) for kind, weight in sorted(weights.items(), key=_by_weight)]
         if _difference(dict(record.in_use), dict(mix)) * 1000 > _DIFFERENCE_MILLI * 2 * ONE:
-            record.in_use = [(kind, weight) for kind, weight in mix if weight]
-            self._mix = None
+            record.before, record.in_use = record.in_use, [(kind, weight) for kind, weight in mix if weight]
+            self._mix, self._mix_before = None, self._mix
+            self.version_before = self.version
             self.version += 1
+            self.adopted = 0 if record.before else ALL_NODES
 
 
 def _by_weight(item: tuple[ResourceNeed, int]) -> tuple[int, bytes]:

@@ -61,6 +61,7 @@ class Finder:
     __slots__ = (
         "_demand",
         "_memos",
+        "_memos_before",
         "_memos_version",
         "_others",
         "_shape_of",
@@ -74,6 +75,7 @@ class Finder:
         #: The one asked last stands last.
         self._tables: dict[TableKey, Table] = {}
         self._memos: dict[MemoKey, Memo] = {}
+        self._memos_before: dict[MemoKey, Memo] = {}
         self._memos_version = -1
         self._others: dict[Hashable, object] = {}
         #: One shape of each need and owner, that the others learn with.
@@ -82,12 +84,8 @@ class Finder:
         self._whole_yard_open = True
 
     @property
-    def mix(self) -> DemandMix:
-        return self._demand.mix
-
-    @property
-    def mix_version(self) -> int:
-        return self._demand.version
+    def demand(self) -> LiveDemand:
+        return self._demand
 
     def who(self, pool: Pool, shape: Shape) -> tuple[Tenant, User] | None:
         """Who asks, if that matters to any node."""
@@ -96,12 +94,22 @@ class Finder:
             self._whole_yard_open = all("*/*" in accounts for accounts in pool.accounts)
         return None if self._whole_yard_open else (shape.tenant, shape.user)
 
-    def memo(self, key: MemoKey) -> Memo:
-        """Scores by condition, under the present mix."""
-        if self._memos_version != self._demand.version or len(self._memos) > 2 * _TABLES_MAX:
-            self._memos_version = self._demand.version
-            self._memos.clear()
-        return self._memos.setdefault(key, {})
+    def memos(self, key: MemoKey) -> tuple[Memo, Memo]:
+        """Scores by condition, under the mix in use and under the one before."""
+        demand = self._demand
+        if self._memos_version != demand.version:
+            known = self._memos if self._memos_version == demand.version_before else {}
+            self._memos, self._memos_before = {}, known
+            self._memos_version = demand.version
+        for memos in (self._memos, self._memos_before):
+            if len(memos) > 2 * _TABLES_MAX:
+                memos.clear()
+        return self._memos.setdefault(key, {}), self._memos_before.setdefault(key, {})
+
+    def adopt(self, pool: Pool) -> None:
+        """Let all tables go by the mix in use as far as it was taken over by now, before one turn must do it all."""
+        for table in self._tables.values():
+            table.adopt(pool, self._demand)
 
     def shared(self, key: Hashable, make: Callable[[], T]) -> T:
         """Something kept for every shape of one key, made when first asked for."""
@@ -141,8 +149,8 @@ class Table:
     """The score of every node for one kind of request."""
 
     __slots__ = (
-        "_best", "_by_condition", "_domain", "_memo_key", "_mix_version", "_read_to", "_scores", "_shape", "_spanning",
-        "finder",
+        "_adopted", "_best", "_by_condition", "_by_condition_before", "_domain", "_memo_key", "_mix_version",
+        "_read_to", "_scores", "_shape", "_spanning", "finder",
     )  # fmt: skip
 
     def __init__(self, finder: Finder, shape: Shape, *, spanning: bool, of_domain: Tenant | None) -> None:
@@ -155,9 +163,11 @@ class Table:
         #: How far of the pool's changes is in the scores; -1: nothing yet.
         self._read_to = -1
         self._mix_version = -1
+        #: Nodes with numbers up to this are scored by the mix in use, the others by the one before.
+        self._adopted = 0
         #: Tables of one need share what they learnt, whatever the domain.
         self._memo_key = (shape.need, spanning, shape.timeslice_milli_max, shape.tenant, shape.user)
-        self._by_condition = finder.memo(self._memo_key)
+        self._by_condition, self._by_condition_before = finder.memos(self._memo_key)
         #: (score, node number) of the best; None: to be found.
         self._best: tuple[int, int] | None = None
 
@@ -178,10 +188,10 @@ class Table:
         return self._scores
 
     def _catch_up(self, pool: Pool) -> None:
-        if self._mix_version != self.finder.mix_version:
-            self._mix_version = self.finder.mix_version
-            self._by_condition = self.finder.memo(self._memo_key)
-            self._read_to = -1
+        demand = self.finder.demand
+        if self._mix_version != demand.version or self._adopted != demand.adopted:
+            self.finder.adopt(pool)
+            self.adopt(pool, demand)
         log = pool.changes if self._domain is None else pool.changes_of(self._domain)
         made = log.made
         if self._read_to == made and len(self._scores) >= len(pool.by_number):
@@ -198,6 +208,21 @@ class Table:
         for space in changed:
             scores[space.node.number - 1] = self._score(pool, space)
         self._read_to = made
+        self._best = None
+
+    def adopt(self, pool: Pool, demand: LiveDemand) -> None:
+        """Go by the mix in use as far as it was taken over by now."""
+        if self._mix_version != demand.version:
+            if self._mix_version != demand.version_before or self._adopted < len(pool.by_number):
+                self._read_to = -1
+            self._mix_version, self._adopted = demand.version, 0
+            self._by_condition, self._by_condition_before = self.finder.memos(self._memo_key)
+        begin, self._adopted = self._adopted, demand.adopted
+        if self._read_to < 0 or begin == self._adopted:
+            return
+        for space in pool.by_number[begin : min(self._adopted, len(self._scores))]:
+            if self._domain is None or self._domain in space.domains:
+                self._scores[space.node.number - 1] = self._score(pool, space)
         self._best = None
 
     def _score(self, pool: Pool, space: NodeSpace) -> int:
@@ -220,15 +245,17 @@ class Table:
             # Scores do not depend on who the domain is, but on which of the cards are its own.
             cards = space.beside_claims().cards
             condition = (number, tuple(sorted([card.look for card in cards if card.domain == domain])))
-        known = self._by_condition.get(condition)
+        memo = self._by_condition if space.node.number <= self._adopted else self._by_condition_before
+        known = memo.get(condition)
         if known is None:
-            if len(self._by_condition) > _CONDITIONS_MIN + _CONDITIONS_PER_NODE * len(pool.by_number):
-                self._by_condition.clear()
-            known = self._by_condition[condition] = self._judge(space)
+            if len(memo) > _CONDITIONS_MIN + _CONDITIONS_PER_NODE * len(pool.by_number):
+                memo.clear()
+            known = memo[condition] = self._judge(space)
         return known
 
     def _judge(self, space: NodeSpace) -> int:
-        choice = choose(self.finder.mix, space, self._shape, spanning=self._spanning)
+        mix = self.finder.demand.mix_at(space.node.number)
+        choice = choose(mix, space, self._shape, spanning=self._spanning)
         return UNFIT if choice is None else choice.score
 
 
@@ -295,12 +322,13 @@ class Candidates:
 
     def carve(self, space: NodeSpace) -> Partition:
         """The partition on a node that `best` named."""
+        mix = self.finder.demand.mix_at(space.node.number)
         if self._carver is None:
             shape = self.shape
             if self._common is None:
-                return carve_best(self.finder.mix, space, shape, spanning=self.spanning)
+                return carve_best(mix, space, shape, spanning=self.spanning)
             self._carver = self.finder.taught(shape, self._common)
-        return carve_best(self.finder.mix, space, self._carver, spanning=self.spanning)
+        return carve_best(mix, space, self._carver, spanning=self.spanning)
 
     def scores(self, pool: Pool) -> Scores:
         """The score of every node, by number less one."""
