@@ -128,7 +128,7 @@ def _up(directory: Path, nodes: int, simulate: str, flags: tuple[str, ...]) -> I
         up = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
     yard = Yard(state, scratch, up)
     try:
-        asyncio.run(_until_ready(yard, nodes, directory / "up.log"))
+        asyncio.run(until_ready(yard, nodes, directory / "up.log"))
         yield yard
     finally:
         up.send_signal(signal.SIGTERM)
@@ -143,7 +143,7 @@ def _up(directory: Path, nodes: int, simulate: str, flags: tuple[str, ...]) -> I
     assert not left, f"processes left behind: {left}\n{(directory / 'up.log').read_text(errors='replace')[-3000:]}"
 
 
-async def _until_ready(yard: Yard, nodes: int, log: Path) -> None:
+async def until_ready(yard: Yard, nodes: int, log: Path) -> None:
     deadline = time.monotonic() + READY_S
     while time.monotonic() < deadline and yard.up.poll() is None:
         if yard.context.exists():
