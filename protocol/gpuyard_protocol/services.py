@@ -9,7 +9,7 @@ from __future__ import annotations
 import msgspec
 
 from gpuyard_protocol.codec import Malformed, RequestVersion
-from gpuyard_protocol.jobs import DEFAULT_STOP_GRACE_MS, ResourceRequest, check_process, resource_need
+from gpuyard_protocol.jobs import DEFAULT_STOP_GRACE_MS, ResourceRequest, Why, check_process, resource_need
 from gpuyard_protocol.names import (
     NAME_EXPECTED,
     SUBMISSION_EXPECTED,
@@ -176,3 +176,7 @@ class ServiceView(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     generation: int = 0
     updated: int = 0
     outdated: int = 0
+    #: Replicas that ended by themselves in a row, the last of them, and how it ended (None: with exit code 0).
+    crashes: int = 0
+    crashed_job: int = 0
+    crash: Why | None = None

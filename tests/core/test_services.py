@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from gpuyard_daemon.core.handling.services import desired_replicas
+from gpuyard_daemon.core.scheduler import Scheduler
 from gpuyard_daemon.core.state.facts import LoadTaken, ServiceScaled
 from gpuyard_daemon.core.state.inputs import (
     LoadReported,
@@ -172,6 +173,23 @@ def test_a_replica_that_ends_by_itself_is_replaced_later_each_time(yard: CoreHar
     due = yard.core.next_deadline_ms()
     assert due is not None
     assert due - yard.now_ms == 1000
+
+
+def test_a_service_says_how_its_last_replica_ended_until_it_is_applied_anew(yard: CoreHarness) -> None:
+    apply(yard, service(low=1))
+    number = view(yard).jobs[0]
+    yard.run(number)
+    yard.ended(number, 127)
+    now = view(yard)
+    assert (now.running, now.crashes, now.crashed_job) == (0, 1, number)
+    assert now.crash is not None
+    assert now.crash.text == "replica 0 on n-1 exited with code 127"
+    yard.settle(most_ms=10_000)
+    assert view(yard).crashed_job == number  # the wait is over: how it ended is still to be read
+    restored = Scheduler.restore(yard.core.snapshot(), yard.core.settings)
+    assert restored.services_page("acme", ServicesQuery()).services == (view(yard),)
+    apply(yard, service(low=1, version="2"), submission_id="s901")
+    assert view(yard).crash is None
 
 
 def test_a_lost_nodes_replicas_are_replaced_at_once_and_stopped_when_it_returns(yard: CoreHarness) -> None:

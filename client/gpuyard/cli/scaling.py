@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from gpuyard.cli.output import AsJson, print_json, say
-from gpuyard.cli.services import ServiceArgument, known_services
+from gpuyard.cli.services import ServiceArgument, faltering, known_services
 from gpuyard.cli.session import session_of
 from gpuyard.errors import GpuyardError
 from gpuyard_protocol.services import ServiceView
@@ -93,7 +93,9 @@ def progress(view: ServiceView) -> str:
     if is_through(view):
         return f"service {view.service}: {view.updated} replicas run, all of generation {view.generation}"
     old = f", {view.outdated} older ones left" if view.outdated else ""
-    return f"service {view.service}: {view.updated} of {view.wanted} replicas of generation {view.generation} run{old}"
+    why = f"; {said}" if (said := faltering(view)) else ""
+    run = f"{view.updated} of {view.wanted} replicas of generation {view.generation} run"
+    return f"service {view.service}: {run}{old}{why}"
 
 
 def restart(ctx: typer.Context, service: ServiceArgument) -> None:

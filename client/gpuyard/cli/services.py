@@ -85,6 +85,9 @@ def services(
     else:
         now = now_ms()
         print_table(COLUMNS, [_row(view, now) for view in found])
+        for view in found:
+            if said := faltering(view):
+                remark(f"service {view.service}: {said}")
 
 
 def _row(view: ServiceView, now: int) -> tuple[str, ...]:
@@ -101,6 +104,15 @@ def _row(view: ServiceView, now: int) -> tuple[str, ...]:
         ago(view.applied_ms, now),
         " ".join(view.endpoints),
     )
+
+
+def faltering(view: ServiceView) -> str:
+    """Why replicas are missing that end by themselves; "" where none does."""
+    if not view.crashes or view.running >= view.wanted:
+        return ""
+    often = "the last replica ended by itself" if view.crashes == 1 else f"{view.crashes} in a row ended by themselves"
+    how = view.crash.text if view.crash else "it exited with code 0, and a service's replica is to stay"
+    return f"{often}; job {view.crashed_job}: {how} (more: gpuyard logs --err {view.crashed_job})"
 
 
 async def known_services(yard: Client, service: str) -> tuple[ServiceView, ...]:

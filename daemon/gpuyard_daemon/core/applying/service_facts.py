@@ -25,7 +25,8 @@ def service(cluster: Cluster, fact: f.ServiceSet, now_ms: int, effects: Effects)
     if service.spec.version != fact.spec.version or replica_spec(service.spec) != replica_spec(fact.spec):
         service.previous = service.spec
     service.spec, service.generation, service.applied_ms = fact.spec, fact.generation, now_ms
-    service.crashes = service.not_before_ms = 0
+    service.crashes = service.not_before_ms = service.crashed_job = 0
+    service.crash = None
     cluster.unsettled[key] = cluster.changing[key] = None
 
 
@@ -65,7 +66,7 @@ def replica_wanted(cluster: Cluster, fact: f.ReplicaWanted, now_ms: int, effects
         generation=service.generation,
         story=[(now_ms, f"asked for by service {service.spec.name}")],
     )
-    cluster.demand.arrived(job.spec.need, 1, now_ms)
+    cluster.demand.arrived(job.spec.need, 1, now_ms, len(cluster.pool.by_number))
     cluster.index_job(job)
     effects.tell_fresh(job, now_ms)
 
@@ -74,6 +75,8 @@ def faltered(cluster: Cluster, fact: f.ServiceFaltered, now_ms: int, effects: Ef
     key = (fact.tenant, fact.service)
     service = cluster.services[key]
     service.crashes, service.not_before_ms = fact.crashes, fact.not_before_ms
+    if fact.job:
+        service.crashed_job, service.crash = fact.job, fact.why
     if fact.not_before_ms:
         cluster.timers.set_named(fact.not_before_ms, Timer.REPLACE, fact.tenant, fact.service)
     cluster.unsettled[key] = None

@@ -215,6 +215,9 @@ def service_view(cluster: Cluster, key: ServiceKey, service: Service) -> Service
         generation=service.generation,
         updated=sum(1 for job in jobs if job.generation == service.generation and job.state == "running"),
         outdated=sum(1 for job in jobs if job.generation != service.generation),
+        crashes=service.crashes,
+        crashed_job=service.crashed_job,
+        crash=service.crash,
     )
 
 

@@ -165,7 +165,7 @@ def replica_ended(draft: Draft, job: Job) -> None:
     steady = job.started_ms and draft.now_ms - job.started_ms >= draft.settings.steady_run_ms
     crashes = 1 if steady else service.crashes + 1
     wait = draft.backoff_ms(crashes - 1)
-    draft.add(f.ServiceFaltered(job.tenant, job.service, crashes, draft.now_ms + wait))
+    draft.add(f.ServiceFaltered(job.tenant, job.service, crashes, draft.now_ms + wait, job.id, job.why))
 
 
 def heal_from(draft: Draft, node: NodeId) -> None:

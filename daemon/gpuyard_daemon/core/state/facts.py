@@ -491,6 +491,9 @@ class ServiceFaltered(_Fact, frozen=True, tag="faltered"):
     service: ServiceName
     crashes: int
     not_before_ms: int
+    #: The replica that ended now, and how; 0: the wait for the last one is over.
+    job: JobId = 0
+    why: Why | None = None
 
 
 # --- what is learnt ---------------------------------------------------------------------------------------------------

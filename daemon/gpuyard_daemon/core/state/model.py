@@ -310,6 +310,9 @@ class Service(_Record):
     not_before_ms: int = 0
     #: What it was before what its replicas run last changed, for `rollout undo`.
     previous: ServiceSpec | None = None
+    #: The last replica that ended by itself since it was applied, and how (None: with exit code 0). 0: none did.
+    crashed_job: JobId = 0
+    crash: Why | None = None
 
 
 class KeptAnswer(_Record):
