@@ -6,6 +6,10 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 # More for pytest, a benchmark or the demo: make test ARGS="-k gang -x"
 ARGS ?=
+# Tests run side by side, a file at a time: most of the suite waits, for processes to start or leases to run out.
+# WORKERS=0 runs them one after another in one process (for a debugger).
+WORKERS ?= $(shell expr $$(nproc 2>/dev/null || echo 2) + 1)
+SUITE = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 PACKAGES := protocol/gpuyard_protocol client/gpuyard daemon/gpuyard_daemon agents/gpuyard_agent
 SOURCES := $(PACKAGES) tests bench
@@ -41,7 +45,7 @@ demo: $(READY)
 	@$(BIN)/gpuyard demo $(ARGS)
 
 test: $(READY)
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(SUITE) $(ARGS)
 
 check: $(READY)
 	@echo "== format"
@@ -58,7 +62,7 @@ check: $(READY)
 	@if [ "$$(id -u)" = 0 ]; then $(BIN)/python -m pytest -q -m machine tests/systemd; \
 	  else echo "NOT RUN: booting a machine needs root (make machine)"; fi
 	@echo "== tests"
-	@$(BIN)/python -m pytest -q $(ARGS)
+	@$(SUITE) -q $(ARGS)
 
 machine: $(READY)
 	@$(BIN)/python -m pytest -q -m machine tests/systemd $(ARGS)
@@ -102,7 +106,7 @@ soak: $(READY)
 	@echo "== $(SOAK_CUTS) power cuts, seed $(SOAK_SEED); a full disk (both as root)"
 	@$(BIN)/python -m soak.power_loss --rounds $(SOAK_CUTS) --seed $(SOAK_SEED)
 	@$(BIN)/python -m soak.full_disk
-	@for run in $$(seq $(SOAK_RUNS)); do echo "== suite $$run of $(SOAK_RUNS)"; $(BIN)/python -m pytest -q $(ARGS) || exit 1; done
+	@for run in $$(seq $(SOAK_RUNS)); do echo "== suite $$run of $(SOAK_RUNS)"; $(SUITE) -q $(ARGS) || exit 1; done
 
 clean:
 	@rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache dist build

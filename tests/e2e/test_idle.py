@@ -51,7 +51,7 @@ async def test_an_idle_job_leaves_its_card_and_goes_on_where_it_was_when_it_is_r
 
         await eventually(is_off, "it leaves its card", timeout=30)
         warnings = [event for event in told if event.state == "running" and event.reason is not None]
-        assert [event.reason and event.reason.code for event in warnings] == ["IdleGpu"]
+        assert {event.reason and event.reason.code for event in warnings} == {"IdleGpu"}
         taker = await client.submit(command=["sleep", "1000"], gpus=2)
 
         async def runs() -> bool:
