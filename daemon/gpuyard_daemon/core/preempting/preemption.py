@@ -174,6 +174,9 @@ class _Round:
         self._at_ms = at_ms
         self._looks = draft.settings.preempt_nodes
         self._occupants = present
+        #: Those of them whom any claimant but a floor may take the place of; the highest level among those that may be
+        #: exchanged; and whether there are others. None: to be found.
+        self._open: tuple[list[Occupant], int, bool] | None = None
         #: Queues of those whom the round was held for.
         self._heads: Sequence[ShapeQueue] = ()
         #: Claimants for whom it may yet be asked whether work could move aside, or a card be kept free.
@@ -380,13 +383,15 @@ class _Round:
     def _allowed(self, job: Job, rank: Rank) -> list[Occupant]:
         """Whom the claimant could take the place of, each for itself."""
         cluster = self._draft.cluster
-        size = cluster.ranking.size_of(job, self._draft.now_ms)
-        reclaiming = self._reclaiming(job)
         # Its cost can only raise a claimant's level: whoever is not above it even for nothing need not be looked at.
         least = (exchange.TOP if rank.level == TOP_LEVEL else rank.level) + exchange.MARGIN
-        allowed = []
+        allowed: list[Occupant] = []
+        if not (candidates := self._candidates(rank, least)):
+            return allowed
+        size = cluster.ranking.size_of(job, self._draft.now_ms)
+        reclaiming = self._reclaiming(job)
         forced = self._has_no_patience(job, rank)
-        for occupant in self._occupants:
+        for occupant in candidates:
             is_larger = occupant.exchangeable and occupant.level >= least
             if occupant.goes:
                 if occupant.preemptible and rank.band <= cluster.ranking.band_of(occupant.job):
@@ -400,6 +405,22 @@ class _Round:
             ) or (forced and occupant.band >= BORROWING and self._may_reclaim(rank, occupant, reclaiming)):
                 allowed.append(occupant)
         return allowed
+
+    def _candidates(self, rank: Rank, least: int) -> list[Occupant]:
+        """Occupants, without those whom nobody of a rank could take the place of, whatever else is asked."""
+        if rank.band == FLOOR:
+            return self._occupants
+        if self._open is None:
+            reclaim_from_ms = self._at_ms - self._draft.settings.reclaim_after_ms
+            others = [
+                each.goes or (each.band >= BORROWING and each.job.started_ms <= reclaim_from_ms)
+                for each in self._occupants
+            ]
+            found = [each for each, other in zip(self._occupants, others, strict=True) if other or each.exchangeable]
+            highest = max([each.level for each in found if each.exchangeable], default=TOP_LEVEL)
+            self._open = (found, highest, any(others))
+        found, highest, are_others = self._open
+        return found if are_others or highest >= least else []
 
     def _may_exchange(self, rank: Rank, size: int, occupant: Occupant) -> bool:
         at_top = rank.level == TOP_LEVEL
@@ -458,6 +479,7 @@ class _Round:
 
     def _gone(self, victims: list[JobId]) -> None:
         self._occupants = [each for each in self._occupants if each.job.id not in victims]
+        self._open = None
         jobs = self._draft.cluster.jobs
         self._moving_milli += sum([width_milli(jobs[number]) for number in victims])
 

@@ -480,7 +480,7 @@ class WaitingLine:
         found = [
             (head[0], queue, head[1])
             for queue in self._queues.values()
-            if self._lacks_room(queue) and (head := self._head(queue)) is not None
+            if queue.buckets and self._lacks_room(queue) and (head := self._head(queue)) is not None
         ]
         return sorted(found, key=lambda entry: entry[0])
 
@@ -505,12 +505,9 @@ class WaitingLine:
 
     def _lacks_room(self, queue: ShapeQueue) -> bool:
         """It was looked at and others have what it wants: places, or its part of a quota; no limit of its own."""
-        if not self._cluster.tenancy.has_room(queue.shape.tenant, queue.least_milli(self._cluster.pool)):
-            # Also where it fitted nowhere when it was looked at, and has reached its limit since.
-            return False
-        if queue.held_back:
-            return queue.is_over_quota
-        return queue.group is not None and queue.group.blocked
+        is_blocked = queue.is_over_quota if queue.held_back else queue.group is not None and queue.group.blocked
+        # Not where it fitted nowhere when it was looked at, and has reached its own limit since.
+        return is_blocked and self._cluster.tenancy.has_room(queue.shape.tenant, queue.least_milli(self._cluster.pool))
 
     def is_at_limit(self, queue: ShapeQueue) -> bool:
         """Its tenant's limit or the quota tree stands in the way of one more of its jobs."""
