@@ -8,16 +8,15 @@ from pathlib import Path
 from gpuyard_daemon.yard.accounts import (
     API_INBOX,
     DAEMON_INBOX,
-    ServerSettings,
     join_inbox,
     layout,
     node_inbox,
     operator_inbox,
-    server_config,
     user_inbox,
 )
 from gpuyard_daemon.yard.keys import YardKeys
 from gpuyard_daemon.yard.operator_mode import Authority, credentials
+from gpuyard_daemon.yard.server_config import ServerSettings, server_config
 from gpuyard_protocol.audit import audit_stream
 from gpuyard_protocol.bus import nats
 from gpuyard_protocol.bus.base import (

@@ -17,12 +17,13 @@ from pathlib import Path
 import pytest
 
 import gpuyard
-from gpuyard_daemon.yard.accounts import DAEMON_INBOX, ServerSettings, TlsFiles
+from gpuyard_daemon.yard.accounts import DAEMON_INBOX
 from gpuyard_daemon.yard.certificates import ensure_certificates
 from gpuyard_daemon.yard.foreign_nats import check_foreign_server
 from gpuyard_daemon.yard.home import YardTrouble
 from gpuyard_daemon.yard.keys import YardKeys
 from gpuyard_daemon.yard.nats_server import NatsServer
+from gpuyard_daemon.yard.server_config import ServerSettings, TlsFiles
 from gpuyard_daemon.yard.server_files import ConfigurationError, write_server_config
 from gpuyard_protocol.bus import nats
 from gpuyard_protocol.bus.base import BusError

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from gpuyard_daemon.yard.accounts import ServerSettings, server_config
 from gpuyard_daemon.yard.keys import YardKeys
+from gpuyard_daemon.yard.server_config import ServerSettings, server_config
 from gpuyard_protocol.bus.base import BusError
 
 

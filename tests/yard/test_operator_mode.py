@@ -17,12 +17,13 @@ import pytest
 from bench.fleet import FakeAgent
 
 from gpuyard_daemon.yard import foreign_nats
-from gpuyard_daemon.yard.accounts import Peer, ServerSettings, join_inbox, node_inbox, server_config, user_inbox
+from gpuyard_daemon.yard.accounts import join_inbox, node_inbox, user_inbox
 from gpuyard_daemon.yard.certificates import ensure_certificates, make_node_certificate
 from gpuyard_daemon.yard.home import YardTrouble
 from gpuyard_daemon.yard.keys import YardKeys
 from gpuyard_daemon.yard.operator_mode import Authority, credentials, join_credential
 from gpuyard_daemon.yard.reload import apply_keys
+from gpuyard_daemon.yard.server_config import Peer, ServerSettings, server_config
 from gpuyard_daemon.yard.server_files import ConfigurationError, KeptByInit, Server
 from gpuyard_protocol.bus.base import Bus, BusError, PermissionDenied
 from gpuyard_protocol.bus.credentials import has_token, read_public_key

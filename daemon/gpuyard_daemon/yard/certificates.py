@@ -20,7 +20,7 @@ from pathlib import Path
 
 import msgspec
 
-from gpuyard_daemon.yard.accounts import TlsFiles
+from gpuyard_daemon.yard.server_config import TlsFiles
 from gpuyard_daemon.yard.server_files import ConfigurationError, tls_files
 
 CA_DAYS = 3650

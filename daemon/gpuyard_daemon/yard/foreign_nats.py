@@ -12,11 +12,12 @@ from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from gpuyard_daemon.yard.accounts import DAEMON_INBOX, ServerSettings, server_config
+from gpuyard_daemon.yard.accounts import DAEMON_INBOX
 from gpuyard_daemon.yard.home import YardTrouble
 from gpuyard_daemon.yard.keys import YardKeys
 from gpuyard_daemon.yard.nats_server import store_budget
 from gpuyard_daemon.yard.server_check import check_server
+from gpuyard_daemon.yard.server_config import ServerSettings, server_config
 from gpuyard_daemon.yard.server_files import is_loopback
 from gpuyard_protocol.bus import nats
 from gpuyard_protocol.bus.base import BusError, Disconnected, PermissionDenied

@@ -27,10 +27,10 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-from gpuyard_daemon.yard.accounts import ServerSettings, TlsFiles
 from gpuyard_daemon.yard.ballast import Ballast
 from gpuyard_daemon.yard.keys import YardKeys
 from gpuyard_daemon.yard.reload import reaches_daemon
+from gpuyard_daemon.yard.server_config import ServerSettings, TlsFiles
 from gpuyard_daemon.yard.server_files import ConfigurationError, KeptByUp, Server, find_server, write_server_config
 from gpuyard_daemon.yard.store_watch import StoreWatch, takes_messages
 from gpuyard_protocol.bus.base import BusError

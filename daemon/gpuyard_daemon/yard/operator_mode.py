@@ -30,7 +30,7 @@ from typing import Any
 import msgspec
 import nkeys
 
-from gpuyard_daemon.yard.accounts import JOIN_ACCOUNT, Account, Rights, ServerSettings, layout
+from gpuyard_daemon.yard.accounts import JOIN_ACCOUNT, Account, Rights, layout
 from gpuyard_daemon.yard.keys import YardKeys, write_private
 from gpuyard_protocol.bus.base import BusError
 from gpuyard_protocol.bus.credentials import CREDENTIALS_SUFFIX
@@ -189,17 +189,16 @@ def account_tokens(yard: str, keys: YardKeys) -> dict[str, str]:
     }
 
 
-def operator_section(settings: ServerSettings, keys: YardKeys) -> str:
+def operator_section(yard: str, directory: Path, keys: YardKeys) -> str:
     """The part of a server's configuration that says whom it believes, and what to begin with."""
-    tokens = account_tokens(settings.yard, keys)
+    tokens = account_tokens(yard, keys)
     authority = Authority(keys)
     preload = "\n".join(f"  {account}: {token}" for account, token in tokens.items())
-    directory = json.dumps(str(settings.directory / "accounts"))
     return f"""\
 operator: {authority.operator_token()}
 system_account: {authority.account_id("SYS")}
 # Accounts that are pushed to one server reach the others, and stay in this directory.
-resolver {{ type: full, dir: {directory}, allow_delete: false, interval: "1m" }}
+resolver {{ type: full, dir: {json.dumps(str(directory / "accounts"))}, allow_delete: false, interval: "1m" }}
 resolver_preload {{
 {preload}
 }}

@@ -21,8 +21,8 @@ from pathlib import Path
 
 import msgspec
 
-from gpuyard_daemon.yard.accounts import Peer, ServerSettings, TlsFiles, server_config
 from gpuyard_daemon.yard.keys import YardKeys
+from gpuyard_daemon.yard.server_config import Peer, ServerSettings, TlsFiles, server_config
 from gpuyard_protocol.bus.credentials import CREDENTIALS_SUFFIX
 from gpuyard_protocol.names import is_name
 

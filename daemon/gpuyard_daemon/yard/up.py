@@ -30,11 +30,11 @@ from gpuyard.errors import GpuyardError, QueryFailed
 from gpuyard.operator import Operator
 from gpuyard_daemon.yard import home as homes
 from gpuyard_daemon.yard import processes
-from gpuyard_daemon.yard.accounts import TlsFiles
 from gpuyard_daemon.yard.home import Home, Running, YardTrouble
 from gpuyard_daemon.yard.keys import YardKeys
 from gpuyard_daemon.yard.nats_server import NatsServer
 from gpuyard_daemon.yard.processes import Child, ProcessMark
+from gpuyard_daemon.yard.server_config import TlsFiles
 from gpuyard_daemon.yard.server_files import ConfigurationError, is_loopback, public_name
 from gpuyard_protocol.queries import NodeView, Stats
 
