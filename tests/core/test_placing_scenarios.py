@@ -6,6 +6,7 @@ not healthy; a MIG card its eight slices, as in `<1111..22>`. What is free and k
 
     node NAME CARDS [label=value ...]      CARDS: 4×H100, 2×A30:24Gi, none
     links NAME 0-1 2-3 ...                 NVLinks between cards
+    switches NAME 0-1 2-3 ...              cards behind one PCIe switch; all others stand at the other socket
     speeds MODEL=SPEED ...                 beside the fastest; of one job: throughput=MODEL:SPEED
     seen TIMES field=value ...             so many such jobs were asked for (and taken back) before
     run TENANT/USER field=value ...        a job as in a job file, there before
@@ -89,6 +90,22 @@ class Scenario:
         devices = [
             msgspec.structs.replace(device, nvlinks=tuple(linked.get(position, ())))
             for position, device in enumerate(inventory.devices)
+        ]
+        self._join(name, msgspec.structs.replace(inventory, devices=tuple(devices)))
+
+    def _switches(self, name: str, *groups: str) -> None:
+        inventory = self.inventories[name]
+        behind = [set(map(int, group.split("-"))) for group in groups]
+        devices = [
+            msgspec.structs.replace(
+                device,
+                pcie_peers=tuple(
+                    (other.uuid, "same-switch" if any({one, two} <= group for group in behind) else "system")
+                    for two, other in enumerate(inventory.devices)
+                    if two != one
+                ),
+            )
+            for one, device in enumerate(inventory.devices)
         ]
         self._join(name, msgspec.structs.replace(inventory, devices=tuple(devices)))
 

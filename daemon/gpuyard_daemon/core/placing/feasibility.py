@@ -284,11 +284,11 @@ def carve_from(space: NodeSpace, shape: Shape, cards: tuple[int, ...], *, spanni
 
 
 def whole_cards(space: NodeSpace, positions: tuple[int, ...], count: int) -> tuple[tuple[int, ...], bool]:
-    """(idle cards to take whole, whether each reaches each over links): the best linked ones, else the first."""
+    """(idle cards to take whole, as far as there are any; whether each reaches each over links): the best linked."""
     idle = tuple([p for p in positions if space.cards[p].mode == "idle" and space.cards[p].takes_work])
     if space.wiring is None:
         return tuple(sorted(sorted(idle, key=lambda p: space.cards[p].switch_milli("whole"))[:count])), True
-    return space.wiring.pick(idle, count)
+    return space.wiring.pick(idle, min(count, len(idle)))
 
 
 def least_milli(need: ResourceNeed, devices: Iterable[Device]) -> int:

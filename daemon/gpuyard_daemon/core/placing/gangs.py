@@ -16,7 +16,7 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 
 from gpuyard_daemon.core.placing.capacity import NodeSpace, Pool
-from gpuyard_daemon.core.placing.feasibility import Shape, carve, judge, whole_cards
+from gpuyard_daemon.core.placing.feasibility import Shape, carve, carve_from, judge, whole_cards
 from gpuyard_daemon.core.placing.placement import Candidates, TableKey
 from gpuyard_daemon.core.placing.scoring import UNFIT
 from gpuyard_daemon.core.state.facts import Placement
@@ -207,10 +207,27 @@ def offer_of(space: NodeSpace, shape: Shape, at_most: int, *, spanning: bool = F
     partitions: list[Partition] = []
     left = judge(trial, shape, spanning=spanning)
     after = 0
+    together = _cards_together(trial, shape, at_most)
     while type(left) is int and len(partitions) < at_most:
-        partition = carve(trial, shape, spanning=spanning)
+        if together and trial.wiring is not None:
+            cards = trial.wiring.pick(together, need.gpus).positions
+            together = tuple([card for card in together if card not in cards])
+            partition: Partition = carve_from(trial, shape, cards, spanning=spanning)
+        else:
+            partition = carve(trial, shape, spanning=spanning)
         trial.take(AssignmentKey(0, 0, len(partitions)), partition, shape.domain, need.cpu_milli, need.memory_mib)
         partitions.append(partition)
         after = left
         left = judge(trial, shape, spanning=spanning)
     return Offer(space, tuple(partitions), after)
+
+
+def _cards_together(space: NodeSpace, shape: Shape, members: int) -> tuple[int, ...]:
+    """The cards of so many members, chosen as those of one replica would be; () where any choice is as good."""
+    count = members * shape.need.gpus
+    if members < 2 or not count or space.wiring is None:
+        return ()
+    cards = space.cards
+    _, positions = shape.eligible(space)
+    idle = tuple([position for position in positions if cards[position].mode == "idle" and cards[position].takes_work])
+    return space.wiring.pick(idle, count).positions if len(idle) >= count else ()
