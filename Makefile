@@ -21,7 +21,7 @@ BENCHES := latency drain submit scale
 help:
 	@echo "make demo    a whole yard with simulated GPUs and a mixed workload, live, about a minute"
 	@echo "make test    every test that needs neither a GPU nor root"
-	@echo "make machine the tests on a booted machine with a real systemd; needs root, systemd-container, podman, busybox"
+	@echo "make machine the tests on a machine with a real systemd and on a network with faults; needs root, systemd-container, podman, busybox, iproute2"
 	@echo "make check   format, lint, types, import contracts, freshness of docs/, all tests: what CI runs"
 	@echo "make bench   the figures of README.md"
 	@echo "make soak    what tries to break it, for hours: SOAK_SEEDS=1000 SOAK_KILLS=1000 SOAK_HOURS=24 SOAK_SEED=date"
@@ -59,13 +59,13 @@ check: $(READY)
 	@echo "== docs"
 	@$(BIN)/python -m gpuyard_protocol.asyncapi --check docs/asyncapi.yaml
 	@echo "== tests on a machine with systemd"
-	@if [ "$$(id -u)" = 0 ]; then $(BIN)/python -m pytest -q -m machine tests/systemd; \
+	@if [ "$$(id -u)" = 0 ]; then $(BIN)/python -m pytest -q -m machine tests/systemd tests/faults; \
 	  else echo "NOT RUN: booting a machine needs root (make machine)"; fi
 	@echo "== tests"
 	@$(SUITE) -q $(ARGS)
 
 machine: $(READY)
-	@$(BIN)/python -m pytest -q -m machine tests/systemd $(ARGS)
+	@$(BIN)/python -m pytest -q -m machine tests/systemd tests/faults $(ARGS)
 
 format: $(READY)
 	@$(BIN)/ruff check --quiet --fix-only $(SOURCES)
@@ -85,6 +85,7 @@ SOAK_NODES ?= 200
 SOAK_CUTS ?= 10
 SOAK_EXAMPLES ?= 2000
 SOAK_FUZZ_S ?= 300
+SOAK_PACKETS_S ?= 600
 SOAK_RUNS ?= 1
 soak: export PYTHONPATH := tests
 soak: $(READY)
@@ -97,6 +98,8 @@ soak: $(READY)
 	@$(BIN)/python -m bench.kills --kills $(SOAK_KILLS) --seed $(SOAK_SEED)
 	@echo "== a quarter as many with two daemons, seed $(SOAK_SEED)"
 	@$(BIN)/python -m bench.kills --kills $$(($(SOAK_KILLS) / 4)) --seed $(SOAK_SEED) --standby
+	@echo "== a network that loses, repeats, delays and withholds packets, $(SOAK_PACKETS_S) s, seed $(SOAK_SEED) (as root)"
+	@$(BIN)/python -m faults.packets --seconds $(SOAK_PACKETS_S) --seed $(SOAK_SEED)
 	@echo "== every decoder, $(SOAK_EXAMPLES) examples each"
 	@FUZZ_EXAMPLES=$(SOAK_EXAMPLES) $(BIN)/python -m pytest -q tests/faults/test_fuzz.py
 	@echo "== every decoder, led by coverage, $(SOAK_FUZZ_S) s"

@@ -217,27 +217,31 @@ async def _verdicts(
 
 
 async def _finals(yard: BenchYard, context: gpuyard.Context) -> dict[int, int] | None:
-    """How often the journal says that a job ended; None where its beginning is pruned."""
     bus = await connect(
         context.url, name="reader", inbox_prefix="_INBOX_D", seed=str(yard.state / "keys" / "daemon.seed")
     )
-    stream = stream_name("JRN", context.yard)
     try:
-        end = (await bus.stream_state(stream)).last_sequence
-        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        messages: list[StoredMessage] = []
-
-        def take(batch: list[StoredMessage]) -> None:
-            messages.extend(batch)
-            if batch[-1].sequence >= end and not done.done():
-                done.set_result(None)
-
-        reader = await bus.read_stream(stream, take)
-        async with asyncio.timeout(60):
-            await done
-        await reader.close()
+        return await final_states(bus, context.yard)
     finally:
         await bus.close()
+
+
+async def final_states(bus: Bus, yard: str) -> dict[int, int] | None:
+    """How often the journal says that a job ended; None where its beginning is pruned."""
+    stream = stream_name("JRN", yard)
+    end = (await bus.stream_state(stream)).last_sequence
+    done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    messages: list[StoredMessage] = []
+
+    def take(batch: list[StoredMessage]) -> None:
+        messages.extend(batch)
+        if batch[-1].sequence >= end and not done.done():
+            done.set_result(None)
+
+    reader = await bus.read_stream(stream, take)
+    async with asyncio.timeout(60):
+        await done
+    await reader.close()
     records = [
         decode(Record, message.data, max_bytes=8 * 1024 * 1024)
         for message in messages
