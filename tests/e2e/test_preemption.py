@@ -15,25 +15,13 @@ import pytest
 from gpuyard.client import Client
 from gpuyard.job import Job
 from gpuyard_protocol.jobs import JobEvent
-from support.yard import Yard, eventually, running_yard
-
-SETTINGS = """
-[scheduler]
-reclaim_after_ms = 1000
-preempt_every_ms = 1000
-[tenants.main]
-queue = "lab"
-[queues.lab]
-grants = [{ nominal = 2 }]
-[queues.night]
-parent = "lab"
-scavenger = true
-"""
+from support.night_yard import night_yard
+from support.yard import Yard, eventually
 
 
 @pytest.fixture(scope="module")
 def yard() -> Iterator[Yard]:
-    with running_yard(nodes=1, simulate="2xH100-80GB", settings=SETTINGS) as yard:
+    with night_yard() as yard:
         yield yard
 
 

@@ -7,26 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from support.yard import Yard, eventually, running_yard
-
-#: Who works at night gives way at once to who has cards of its own.
-SETTINGS = """
-[scheduler]
-reclaim_after_ms = 1000
-preempt_every_ms = 1000
-[tenants.main]
-queue = "lab"
-[queues.lab]
-grants = [{ nominal = 2 }]
-[queues.night]
-parent = "lab"
-scavenger = true
-"""
+from support.night_yard import night_yard
+from support.yard import Yard, eventually
 
 
 @pytest.fixture(scope="module")
 def yard() -> Iterator[Yard]:
-    with running_yard(nodes=1, simulate="2xH100-80GB", settings=SETTINGS) as yard:
+    with night_yard() as yard:
         yield yard
 
 

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from typing import Any
 
 import msgspec
-from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
@@ -45,6 +44,7 @@ from gpuyard_protocol.resources import Isolation
 from gpuyard_protocol.services import ServiceSpec
 from support.builders import CoreHarness, gpu, job, need, node
 from support.core_world import World, WorldNode
+from support.machines import machine_settings
 
 TENANTS = ("acme", "umbrella")
 USERS = ("alice", "bob")
@@ -423,11 +423,5 @@ class CoreMachine(RuleBasedStateMachine):
         assert len(started) == len(set(started)), "an assignment was ordered twice"
 
 
-CoreMachine.TestCase.settings = settings(
-    max_examples=40,
-    stateful_step_count=30,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large],
-)
+CoreMachine.TestCase.settings = machine_settings(40, 30)
 TestCore = CoreMachine.TestCase

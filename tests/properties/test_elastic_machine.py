@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections import Counter
 
 import msgspec
-from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
@@ -22,6 +21,7 @@ from gpuyard_daemon.core.state.turn import Turn
 from gpuyard_protocol.jobs import JobSpec
 from support.builders import CoreHarness, job, node
 from support.core_world import World
+from support.machines import machine_settings
 
 NODES = ("n-1", "n-2")
 _RESTART_MS = 20_000
@@ -192,11 +192,5 @@ class ElasticMachine(RuleBasedStateMachine):
         assert not cluster.wide
 
 
-ElasticMachine.TestCase.settings = settings(
-    max_examples=60,
-    stateful_step_count=25,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large],
-)
+ElasticMachine.TestCase.settings = machine_settings(60, 25)
 TestElastic = ElasticMachine.TestCase

@@ -12,7 +12,6 @@ from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
@@ -27,6 +26,7 @@ from gpuyard_protocol.nodes import Inventory
 from gpuyard_protocol.resources import MigInstance, Partition, WholeCards, devices_of
 from support.builders import H100_PROFILES, CoreHarness, gpu, job, node
 from support.core_world import World
+from support.machines import machine_settings
 
 #: A card that is reset, one that is not, and a modelled one.
 SWITCH_MS = (10_000, 2_000, 0)
@@ -262,11 +262,5 @@ class MigMachine(RuleBasedStateMachine):
         assert cluster.pool.held_milli == 0
 
 
-MigMachine.TestCase.settings = settings(
-    max_examples=60,
-    stateful_step_count=25,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large],
-)
+MigMachine.TestCase.settings = machine_settings(60, 25)
 TestMig = MigMachine.TestCase

@@ -7,11 +7,11 @@ heals, and every job comes to its end.
 
 from __future__ import annotations
 
-from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
 from support.judge import JudgedHarness
+from support.machines import machine_settings
 from support.mixed_yard import MixedYard
 
 numbers = st.integers(0, 20_000)
@@ -63,11 +63,5 @@ class MixedMachine(RuleBasedStateMachine):
         self.yard.heal()
 
 
-MixedMachine.TestCase.settings = settings(
-    max_examples=25,
-    stateful_step_count=30,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large],
-)
+MixedMachine.TestCase.settings = machine_settings(25, 30)
 TestMixed = MixedMachine.TestCase

@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import Any
 
 import msgspec
-from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
@@ -28,6 +27,7 @@ from gpuyard_protocol.jobs import JobSpec
 from gpuyard_protocol.names import JobId
 from support.builders import CoreHarness, job, node
 from support.core_world import World
+from support.machines import machine_settings
 
 NODES = ("n-1", "n-2", "n-3")
 
@@ -197,11 +197,5 @@ class PreemptionMachine(RuleBasedStateMachine):
         assert cluster.pool.held_milli == 0
 
 
-PreemptionMachine.TestCase.settings = settings(
-    max_examples=30,
-    stateful_step_count=25,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large],
-)
+PreemptionMachine.TestCase.settings = machine_settings(30, 25)
 TestPreemption = PreemptionMachine.TestCase

@@ -15,7 +15,7 @@ from gpuyard_daemon.core.state.effects import Effects
 from gpuyard_daemon.core.state.model import Array, Job, KeptAnswer
 from gpuyard_daemon.core.state.states import InvariantViolated
 from gpuyard_protocol.jobs import JobSpec, SubmissionAnswer, Why
-from gpuyard_protocol.names import Tenant
+from gpuyard_protocol.names import JobId, Tenant
 
 if TYPE_CHECKING:
     from gpuyard_daemon.core.state.cluster import Cluster
@@ -36,8 +36,14 @@ def accepted(cluster: Cluster, fact: f.JobAccepted, now_ms: int, effects: Effect
 
 def job_of(fact: f.JobAccepted, now_ms: int) -> Job:
     """The record of a job that is accepted; a dry run asks for one as well."""
+    return _record(fact, fact.job, now_ms, f"accepted; {fact.deadline.text}" if fact.deadline else "accepted")
+
+
+def _record(
+    fact: f.JobAccepted | f.ArrayAccepted, number: JobId, now_ms: int, said: str, array: JobId = 0, index: int = 0
+) -> Job:
     return Job(
-        id=fact.job,
+        id=number,
         tenant=fact.tenant,
         user=fact.user,
         submission_id=fact.submission_id,
@@ -46,7 +52,9 @@ def job_of(fact: f.JobAccepted, now_ms: int) -> Job:
         retries_left=fact.spec.retries,
         not_before_ms=_begin_ms(fact.spec, now_ms),
         held_by=fact.user if fact.spec.hold else "",
-        story=[(now_ms, f"accepted; {fact.deadline.text}" if fact.deadline else "accepted")],
+        array=array,
+        array_index=index,
+        story=[(now_ms, said)],
         expected_ms=fact.expected_ms,
         expected_from=fact.expected_from,
         deadline_ms=deadline_of(fact.spec, now_ms),
@@ -61,29 +69,10 @@ def array_accepted(cluster: Cluster, fact: f.ArrayAccepted, now_ms: int, effects
     array = Array(fact.first, fact.tenant, count, fact.spec, count, count)
     cluster.arrays.add(array)
     cluster.demand.arrived(fact.spec.need, fact.spec.least_replicas * count, now_ms, len(cluster.pool.by_number))
-    begin_ms, holder = _begin_ms(fact.spec, now_ms), fact.user if fact.spec.hold else ""
     for number, index in elements(array):
         cluster.take_number(number)
-        cluster.index_job(
-            Job(
-                id=number,
-                tenant=fact.tenant,
-                user=fact.user,
-                submission_id=fact.submission_id,
-                spec=fact.spec,
-                submitted_ms=now_ms,
-                retries_left=fact.spec.retries,
-                not_before_ms=begin_ms,
-                held_by=holder,
-                array=fact.first,
-                array_index=index,
-                expected_ms=fact.expected_ms,
-                expected_from=fact.expected_from,
-                deadline_ms=deadline_of(fact.spec, now_ms),
-                promised=is_promised(fact.deadline),
-                story=[(now_ms, f"accepted as element {index} of array {fact.first}")],
-            )
-        )
+        said = f"accepted as element {index} of array {fact.first}"
+        cluster.index_job(_record(fact, number, now_ms, said, fact.first, index))
     answer = SubmissionAnswer(
         submission_id=fact.submission_id,
         accepted=True,

@@ -5,6 +5,7 @@ Plain containers: what moves between them, and when, is `order`'s.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from bisect import bisect_left, insort
 from collections.abc import Callable
 from typing import TypeAlias
@@ -161,7 +162,7 @@ class ShapeQueue:
         return self.candidates.best(pool) is None
 
 
-class Source:
+class Source(ABC):
     """Queues of which the first goes on, by their heads."""
 
     __slots__ = ("heads", "keep", "number", "ready_key")
@@ -175,9 +176,9 @@ class Source:
         #: Key of its one entry in the line that counts; -1: none does.
         self.ready_key = -1
 
+    @abstractmethod
     def has(self, queue: ShapeQueue) -> bool:
         """Whether the queue stands here now."""
-        raise NotImplementedError
 
 
 class Group(Source):
