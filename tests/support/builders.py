@@ -31,7 +31,7 @@ from gpuyard_daemon.core.tenants.policy import Policy, TenantLimits
 from gpuyard_protocol.jobs import DependencyKind, JobEvent, JobSpec, JobView, SubmissionAnswer, Why
 from gpuyard_protocol.names import AssignmentKey, JobId
 from gpuyard_protocol.nodes import Ended, Go, Inventory, Joined, Order, Prepared, Report, Start, Started, Stop
-from gpuyard_protocol.resources import Device, MigProfileFacts, Mode, ResourceNeed
+from gpuyard_protocol.resources import ABILITIES, Device, MigProfileFacts, Mode, ResourceNeed
 
 T = TypeVar("T")
 
@@ -75,6 +75,23 @@ def gpu(
     )
 
 
+def linked_in_pairs(node: str, count: int) -> list[Device]:
+    """Cards of which each two are joined by NVLinks and stand behind a PCIe switch of their own."""
+    cards = [gpu(index, node=node) for index in range(count)]
+    return [
+        msgspec.structs.replace(
+            card,
+            nvlinks=tuple((other.uuid, 4) for other in cards if other.index == card.index ^ 1),
+            pcie_peers=tuple(
+                (other.uuid, "same-switch" if other.index == card.index ^ 1 else "system")
+                for other in cards
+                if other is not card
+            ),
+        )
+        for card in cards
+    ]
+
+
 def node(
     name: str = "n-1",
     gpus: int = 8,
@@ -98,6 +115,7 @@ def node(
         accounts=accounts,
         simulated=True,
         keeps_leases=keeps_leases,
+        abilities=ABILITIES,
     )
 
 

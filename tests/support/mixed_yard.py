@@ -29,7 +29,7 @@ from gpuyard_protocol.jobs import DependencyKind, JobSpec, Preemption, parse_arr
 from gpuyard_protocol.nodes import Inventory
 from gpuyard_protocol.resources import devices_of
 from gpuyard_protocol.services import ServiceSpec
-from support.builders import CoreHarness, gpu, job, need, node
+from support.builders import CoreHarness, gpu, job, linked_in_pairs, need, node
 from support.core_world import World, WorldNode
 
 T = TypeVar("T")
@@ -73,10 +73,12 @@ POLICIES: Final = (
 
 
 def inventories() -> list[Inventory]:
-    """Two nodes of four cards, one of them with memory for two images only, and a small one that cannot suspend."""
+    """Two nodes of four cards, one linked in pairs and with memory for two images; a small one that cannot suspend."""
     small = [gpu(index, node="n-3", model="NVIDIA A30", memory_mib=24_000, modes=("whole", "mps")) for index in (0, 1)]
     return [
-        msgspec.structs.replace(node("n-1", 4, cpu_milli=16_000, keeps_leases=True), suspend_mib=170_000),
+        msgspec.structs.replace(
+            node("n-1", devices=linked_in_pairs("n-1", 4), cpu_milli=16_000, keeps_leases=True), suspend_mib=170_000
+        ),
         msgspec.structs.replace(node("n-2", 4, labels={"rack": "a"}), suspend_mib=500_000),
         node("n-3", devices=small),
     ]
