@@ -134,6 +134,7 @@ class Scheduler:
         effects = Effects()
         for fact in record.facts:
             self.cluster.apply_fact(fact, record.now_ms, effects)
+        self._rounds.forget()
         self._note(record)
         return Turn(record=record, orders=effects.orders(), notices=effects.notices())
 

@@ -15,6 +15,7 @@ from gpuyard_daemon.core.state.cluster import Cluster
 from gpuyard_daemon.core.state.facts import EvictionKind, Placement
 from gpuyard_daemon.core.state.model import Assignment, Job
 from gpuyard_daemon.core.state.settings import CoreSettings
+from gpuyard_protocol.names import JobId
 from gpuyard_protocol.units import MILLI
 
 
@@ -47,13 +48,57 @@ class Occupant(NamedTuple):
         return self.lost_milli_ms // MILLI
 
 
-def occupants(cluster: Cluster, settings: CoreSettings, at_ms: int, most: int) -> list[Occupant]:
-    """The largest of the running jobs, at most so many."""
-    found = []
-    for job, _ in zip(cluster.running.largest_first(at_ms), range(most), strict=False):
-        if job.verdict is None and 0 < job.started_ms < at_ms:
-            found.append(occupant_of(cluster, settings, job, at_ms))
-    return found
+class Known:
+    """Occupants as they were found before: of most that stay, nothing but time has changed, and that not enough.
+
+    Good until levels move (`forget`), or cards come or go. Of jobs alone that write checkpoints, since what it costs
+    others to give way grows with time, or depends on their nodes.
+    """
+
+    __slots__ = ("_before", "_version")
+
+    def __init__(self) -> None:
+        #: With the moment since which the job runs.
+        self._before: dict[JobId, tuple[Occupant, int]] = {}
+        #: Of the pool.
+        self._version = -1
+
+    def forget(self) -> None:
+        self._before.clear()
+
+    def occupants(self, cluster: Cluster, settings: CoreSettings, at_ms: int, most: int) -> list[Occupant]:
+        """The largest of the running jobs, at most so many."""
+        before = self._before if self._version == cluster.pool.inventory_version else {}
+        self._version = cluster.pool.inventory_version
+        found, kept, is_plain = [], {}, cluster.quota.is_plain
+        for job, _ in zip(cluster.running.largest_first(at_ms), range(most), strict=False):
+            if job.verdict is not None or not 0 < job.started_ms < at_ms:
+                continue
+            known = before.get(job.id)
+            if known is not None and _still_holds(known[0], job, known[1], at_ms):
+                occupant = known[0]
+                if not is_plain and (band := cluster.ranking.band_of(job)) != occupant.band:
+                    occupant = occupant._replace(band=band)
+            else:
+                occupant = occupant_of(cluster, settings, job, at_ms)
+            if _holds_for_long(settings, occupant):
+                kept[job.id] = (occupant, job.runs_since_ms)
+            found.append(occupant)
+        self._before = kept
+        return found
+
+
+def _still_holds(occupant: Occupant, job: Job, runs_since_ms: int, at_ms: int) -> bool:
+    is_same = job is occupant.job and job.attempt == occupant.attempt and job.runs_since_ms == runs_since_ms
+    return is_same and (not occupant.next_ms or at_ms < occupant.next_ms)
+
+
+def _holds_for_long(settings: CoreSettings, occupant: Occupant) -> bool:
+    """Whether nothing of it moves before `next_ms`, but its band."""
+    job = occupant.job
+    if occupant.kind != "checkpoint" or job.promised or job.service or job.speed_milli != MILLI:
+        return False
+    return occupant.overhead_ms == _restart_ms(settings, job, "checkpoint")
 
 
 def occupant_of(cluster: Cluster, settings: CoreSettings, job: Job, at_ms: int) -> Occupant:
@@ -62,11 +107,12 @@ def occupant_of(cluster: Cluster, settings: CoreSettings, job: Job, at_ms: int) 
     kind = kind_of(cluster, job)
     restart_ms = _restart_ms(settings, job, kind)
     overhead_ms = restart_ms if kind != "requeue" else restart_ms + at_ms - job.started_ms
-    useful_ms = ran_ms(job, at_ms) - job.overhead_ms
+    run_ms = ran_ms(job, at_ms)
+    useful_ms = run_ms - job.overhead_ms
     owed_ms = job.overhead_ms * exchange.CREDIT_DIVISOR - useful_ms if job.preemptions else 0
     missing_ms = max(exchange.least_run_ms(restart_ms, job.preemptions) - this_run_ms, owed_ms)
     # Who would lose all of its run is only given up if it is known to be large, and not for a guess at it.
-    is_known = kind != "requeue" or ran_ms(job, at_ms) < outlives_ms(job)
+    is_known = kind != "requeue" or run_ms < outlives_ms(job)
     exchangeable = missing_ms <= 0 and not job.service and is_known
     moments = [missing_ms, settings.reclaim_after_ms - this_run_ms]
     if exchangeable and (border_ms := ranking.next_border_ms(job, at_ms)) is not None:
@@ -75,7 +121,7 @@ def occupant_of(cluster: Cluster, settings: CoreSettings, job: Job, at_ms: int) 
         job=job,
         attempt=job.attempt,
         band=ranking.band_of(job),
-        level=ranking.rank_of(job, at_ms).level if exchangeable else 0,
+        level=ranking.level_of(job, at_ms) if exchangeable else 0,
         kind=kind,
         overhead_ms=overhead_ms,
         lost_milli_ms=overhead_ms * width_milli(job),

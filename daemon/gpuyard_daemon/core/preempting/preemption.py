@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from gpuyard_daemon.core.preempting import draining, exchange, homing, reservations, shrinking
 from gpuyard_daemon.core.preempting.consolidation import could_be_made, make_room
 from gpuyard_daemon.core.preempting.draining import CutNodes
-from gpuyard_daemon.core.preempting.occupants import Occupant, kind_of, occupant_of, occupants
+from gpuyard_daemon.core.preempting.occupants import Known, Occupant, kind_of, occupant_of
 from gpuyard_daemon.core.preempting.reclaim import Reclaiming
 from gpuyard_daemon.core.preempting.suspension import can_be_suspended
 from gpuyard_daemon.core.preempting.victims import Plan, Search
@@ -62,10 +62,16 @@ class Rounds:
         #: The occupants at the beginning of a period, and which period. Who starts in it is none of them yet; that
         #: tenants' levels moved is seen from the facts; the rest is looked at when it is used.
         self._occupants: tuple[int, list[Occupant]] = (-1, [])
+        self._known = Known()
         #: Versions of their nodes when those who can be suspended were last asked whether they still can.
         self._kinds_at: dict[JobId, int] = {}
         #: Where cards are cut by MIG; made when first asked for.
         self._cut_nodes: CutNodes | None = None
+
+    def forget(self) -> None:
+        """Levels may have moved in ways that were not seen here."""
+        self._occupants = (-1, [])
+        self._known.forget()
 
     def give_up(self, draft: Draft, line: WaitingLine, last_record_ms: int) -> None:
         """Before anybody is placed: give up places in pieces that are no longer worth keeping free."""
@@ -81,7 +87,7 @@ class Rounds:
         if draft.facts:
             self._next_ms = None
             if any(isinstance(fact, _LEVELS_MOVED) for fact in draft.facts):
-                self._occupants = (-1, [])
+                self.forget()
         period_ms = draft.now_ms - draft.now_ms % settings.preempt_every_ms
         if is_full := period_ms > last_record_ms or _made_way(draft):
             heads = [queue for _, queue, _ in line.blocked_heads()[: settings.preempt_heads]]
@@ -100,7 +106,7 @@ class Rounds:
         """Who of a period's occupants is still there, in the band that it is in now."""
         cluster, settings = draft.cluster, draft.settings
         if is_new := self._occupants[0] != period_ms:
-            running = occupants(cluster, settings, period_ms, settings.preempt_occupants)
+            running = self._known.occupants(cluster, settings, period_ms, settings.preempt_occupants)
             self._occupants = (period_ms, running + shrinking.lent(cluster, settings, period_ms))
             self._kinds_at.clear()
         self._renew_kinds(cluster, settings)

@@ -131,8 +131,18 @@ class Ranking:
         self._wants_version = -1
 
     def rank_of(self, job: Job, now_ms: int) -> Rank:
-        terms = self.terms_of(job, now_ms)
-        return Rank(terms.band, terms.level, sequence_of(job))
+        return Rank(self.band_of(job), self.level_of(job, now_ms), sequence_of(job))
+
+    def level_of(self, job: Job, now_ms: int) -> int:
+        """The level that `terms_of` explains."""
+        natural = job.level if job.waits_since_ms else priority.natural_level(self._size(job, now_ms)[0])
+        aging, at_top = self._lifts(job, natural, now_ms)
+        if at_top:
+            return TOP_LEVEL
+        lifted = aging + priority.CLASS_LEVELS * job.spec.priority
+        if job.promised:
+            lifted += promises.lifts(job, ran_ms(job, now_ms), now_ms)
+        return natural + self.shift_of(job) - lifted
 
     def terms_of(self, job: Job, now_ms: int) -> RankTerms:
         """Every term of a job's key; also of a job that the core does not know (yet)."""
