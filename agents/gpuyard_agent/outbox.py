@@ -2,8 +2,8 @@
 
 The ledger holds them before they come here, so nothing is lost with the process. Everything that waits goes out as one
 batch, one batch at a time: the first report of a quiet moment goes at once, and under load batches grow by themselves.
-A batch whose storage was not confirmed is sent again unchanged, under the same message id: the stream or the daemon
-recognises it by its numbers.
+A batch whose storage was not confirmed is sent again unchanged: the daemon recognises it by its numbers. It has no
+message id: ids are one stream's, so another node could guess it, send it first, and have ours taken for a repetition.
 """
 
 from __future__ import annotations
@@ -107,12 +107,11 @@ class Outbox:
 
     async def _deliver(self, bus: Bus, first: int, count: int, data: bytes) -> None:
         subject = subjects.reports(self._node)
-        headers = {"Nats-Msg-Id": f"{self._node}.{first}-{first + count - 1}"}
         pause_s = PAUSE_S
         while True:
             self._is_back.clear()
             try:
-                await bus.stream_publish(subject, data, headers=headers)
+                await bus.stream_publish(subject, data)
                 return
             except Unanswered as error:
                 _log.warning("reports unanswered", first=first, count=count, why=str(error))

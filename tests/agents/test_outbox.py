@@ -41,7 +41,7 @@ class Desk:
     def _on_batch(self, messages: list[StoredMessage]) -> None:
         for message in messages:
             batch = decode(ReportBatch, message.data)
-            assert message.headers["Nats-Msg-Id"] == f"{NODE}.{batch.first}-{batch.first + len(batch.reports) - 1}"
+            assert message.headers == {}, "what another node could guess and send first"
             self.batches.append(batch)
 
     async def open_stream(self) -> None:

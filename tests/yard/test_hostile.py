@@ -15,6 +15,8 @@ import sys
 import time
 from collections.abc import AsyncIterator
 
+import pytest
+
 from gpuyard_protocol.bus.base import BusError
 from gpuyard_protocol.bus.nats import NatsBus
 from support.role_yard import Heard, Roles, RoleYard
@@ -111,6 +113,50 @@ async def test_who_does_not_read_is_put_out_and_nobody_waits_for_it(roles: Roles
         await asyncio.to_thread(reader.wait)
         if reader.stdout is not None:
             reader.stdout.close()
+
+
+#: Headers by which JetStream lets a publisher order something of the stream.
+ORDERS_TO_A_STREAM = (
+    {"Nats-Rollup": "all"},
+    {"Nats-Rollup": "sub"},
+    {"Nats-TTL": "1"},
+    {"Nats-Expected-Last-Sequence": "0"},
+    {"Nats-Expected-Last-Subject-Sequence": "0", "Nats-Expected-Last-Subject-Sequence-Subject": "jrn.leader"},
+    {"Nats-Expected-Stream": "JRN_lab"},
+    {"Nats-Expected-Last-Msg-Id": "x"},
+    {"Nats-Batch-Id": "b", "Nats-Batch-Sequence": "1", "Nats-Batch-Commit": "1"},
+    {"Nats-Incr": "+1"},
+    {"Nats-Schedule": "@every 1s", "Nats-Schedule-Target": "sub.globex.gus.submit"},
+    {"Nats-Stream-Source": "JRN_lab 1 > >"},
+    {"Nats-Sequence": "1", "Nats-Stream": "JRN_lab"},
+)
+
+
+@pytest.mark.parametrize(
+    ("attacker", "subject", "victim", "its_subject"),
+    [
+        ("acme alice", "sub.acme.alice.submit", "globex gus", "sub.globex.gus.submit"),
+        ("node n1", "rep.n1.report", "node n2", "rep.n2.report"),
+    ],
+)
+async def test_headers_order_nothing_of_what_is_others(
+    roles: Roles, attacker: str, subject: str, victim: str, its_subject: str
+) -> None:
+    one, other, daemon = await roles.get(attacker), await roles.get(victim), await roles.get("daemon")
+    before = await other.stream_publish(its_subject, b"{}", timeout=PATIENCE_S)
+    for headers in ORDERS_TO_A_STREAM:
+        with contextlib.suppress(BusError):
+            await one.stream_publish(subject, b"{}", headers=headers, timeout=PATIENCE_S)
+    kept = await daemon.get_message(before.stream, before.sequence)
+    assert kept is not None
+    assert kept.subject == its_subject
+    after = await other.stream_publish(its_subject, b"{}", timeout=PATIENCE_S)
+    state = await daemon.stream_state(before.stream)
+    stored = [await daemon.get_message(before.stream, number) for number in range(before.sequence, after.sequence + 1)]
+    assert state.last_sequence == after.sequence
+    assert not after.duplicate
+    # Nothing of the attacker's came anywhere but to its own subject.
+    assert {message.subject for message in stored[1:-1] if message is not None} <= {subject}
 
 
 async def _send(daemon: NatsBus, mib: int) -> None:
