@@ -19,9 +19,7 @@ The pictures are drawn anew with REWRITE_SCENARIOS=1: read what changed before b
 
 from __future__ import annotations
 
-import os
 import shlex
-from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
@@ -30,18 +28,13 @@ import pytest
 from gpuyard_daemon.core.placing.partitions import Card, slices_at
 from gpuyard_daemon.core.state.inputs import CancelRequested, JobSubmitted, PolicyChanged
 from gpuyard_daemon.core.tenants.policy import Policy
-from gpuyard_protocol.codec import from_plain
-from gpuyard_protocol.jobs import JobRequest, JobSpec
+from gpuyard_protocol.jobs import JobSpec
 from gpuyard_protocol.nodes import Inventory
-from gpuyard_protocol.resources import Device, MigInstance, Partition, WholeCards, devices_of
-from gpuyard_protocol.units import Memory
-from support.builders import CoreHarness, gpu, node
+from gpuyard_protocol.resources import MigInstance, Partition, WholeCards, devices_of
+from support.builders import CoreHarness, node
+from support.pictures import check_picture, devices_drawn, spec_written
 
 FOLDER = Path(__file__).parent / "placing"
-RULE = "----\n"
-CARDS = {"H100": "NVIDIA H100 80GB HBM3", "A100": "NVIDIA A100-SXM4-40GB", "A30": "NVIDIA A30"}
-MEMORY_MIB = {"H100": 81_152, "A100": 40_448, "A30": 24_064}
-NUMBERS = {"gpus", "replicas", "priority", "gpu_processes"}
 
 
 class Scenario:
@@ -66,7 +59,7 @@ class Scenario:
 
     def _node(self, name: str, cards: str, *labels: str) -> None:
         inventory = node(
-            name, devices=list(_devices(name, cards)), labels=dict(label.split("=", 1) for label in labels)
+            name, devices=list(devices_drawn(name, cards)), labels=dict(label.split("=", 1) for label in labels)
         )
         self._join(name, inventory)
 
@@ -110,7 +103,7 @@ class Scenario:
         self._join(name, msgspec.structs.replace(inventory, devices=tuple(devices)))
 
     def _seen(self, times: str, *fields: str) -> None:
-        spec = msgspec.structs.replace(_spec(fields), hold=True, allow_pending=True)
+        spec = msgspec.structs.replace(spec_written(fields), hold=True, allow_pending=True)
         for number in self.harness.submit_many([spec] * int(times)):
             self.harness.turn(
                 CancelRequested(tenant="acme", user="alice", submission_id=f"c{number}", job=number),
@@ -118,7 +111,7 @@ class Scenario:
 
     def _run(self, owner: str, *fields: str) -> None:
         tenant, user = owner.split("/")
-        number = self.harness.submit(_spec(fields), tenant=tenant, user=user)
+        number = self.harness.submit(spec_written(fields), tenant=tenant, user=user)
         assert number, self.harness.refused()
         self.harness.run(number)
 
@@ -140,7 +133,7 @@ class Scenario:
         self.output.append(f"{minutes} min later")
 
     def _ask(self, owner: str, *fields: str) -> None:
-        self.asked.append((owner, _spec(fields), " ".join(fields)))
+        self.asked.append((owner, spec_written(fields), " ".join(fields)))
 
     def _together(self) -> None:
         """Read from the text as a whole."""
@@ -205,39 +198,9 @@ def _card(card: Card, base: int, kept: Partition | None) -> str:
     return "+".join(str(key.job - base) for key in sorted(card.held)) or ("." if kept is None else "*")
 
 
-def _devices(name: str, cards: str) -> Iterator[Device]:
-    if cards == "none":
-        return
-    index = 0
-    for part in cards.split(","):
-        count, _, kind = part.partition("×")
-        model, _, memory = kind.partition(":")
-        for _ in range(int(count)):
-            mib = int(Memory.parse(memory)) if memory else MEMORY_MIB[model]
-            yield gpu(index, node=name, model=CARDS[model], memory_mib=mib)
-            index += 1
-
-
-def _spec(fields: tuple[str, ...]) -> JobSpec:
-    plain: dict[str, object] = {"command": ["/bin/true"]}
-    for field in fields:
-        name, _, value = field.partition("=")
-        if name == "throughput":
-            model, _, speed = value.partition(":")
-            plain[name] = {model: float(speed)}
-            continue
-        plain[name] = value.split(",") if name == "nodes" else int(value) if name in NUMBERS else value
-    return from_plain(JobRequest, plain).specify()
-
-
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.txt")), ids=lambda path: path.stem)
 def test_the_places_are_as_drawn(path: Path) -> None:
-    text, _, expected = path.read_text(encoding="utf-8").partition(RULE)
-    drawn = Scenario().play(text)
-    if os.environ.get("REWRITE_SCENARIOS"):
-        path.write_text(text + RULE + drawn, encoding="utf-8")
-    else:
-        assert drawn == expected
+    check_picture(path, Scenario().play)
 
 
 def test_there_are_scenarios() -> None:

@@ -22,7 +22,6 @@ The stories are told anew with REWRITE_SCENARIOS=1: read what changed before bel
 
 from __future__ import annotations
 
-import os
 import shlex
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -36,19 +35,15 @@ from gpuyard_daemon.core.state import facts as f
 from gpuyard_daemon.core.state.inputs import PolicyChanged, ResumeRequested, SuspendRequested
 from gpuyard_daemon.core.state.model import Job
 from gpuyard_daemon.core.tenants.policy import Grant, Policy, QueuePolicy, TenantLimits
-from gpuyard_protocol.codec import from_plain
-from gpuyard_protocol.jobs import JobRequest, JobSpec
 from gpuyard_protocol.names import JobId
 from gpuyard_protocol.nodes import Ended, Prepared, Report, Resumed, Started, Suspended, SuspendFailed
-from gpuyard_protocol.resources import Device, devices_of
+from gpuyard_protocol.resources import devices_of
 from gpuyard_protocol.units import Duration, GpuAmount
-from support.builders import gpu, job, node
+from support.builders import job, node
 from support.judge import JudgedHarness
+from support.pictures import check_picture, devices_drawn, spec_written
 
 FOLDER = Path(__file__).parent / "preempting"
-RULE = "----\n"
-CARDS = {"H100": ("NVIDIA H100 80GB HBM3", 81_152), "A30": ("NVIDIA A30", 24_064)}
-NUMBERS = {"gpus", "replicas", "priority"}
 
 
 class Scenario:
@@ -81,7 +76,7 @@ class Scenario:
 
     def _node(self, name: str, cards: str, *fields: str) -> None:
         said = dict(each.split("=") for each in fields)
-        inventory = node(name, devices=list(_devices(name, cards)), cpu_milli=int(said.get("cpus", 128)) * 1000)
+        inventory = node(name, devices=list(devices_drawn(name, cards)), cpu_milli=int(said.get("cpus", 128)) * 1000)
         self.harness.join(msgspec.structs.replace(inventory, suspend_mib=int(said.get("suspend", 512)) * 1024))
 
     def _queue(self, name: str, nominal: str, borrow: str, kind: str = "") -> None:
@@ -109,7 +104,7 @@ class Scenario:
     def _ask(self, owner: str, *fields: str) -> None:
         tenant, user = owner.split("/")
         self.harness.now_ms += 1000
-        assert self.harness.submit(_spec(fields), tenant=tenant, user=user), self.harness.refused()
+        assert self.harness.submit(spec_written(fields), tenant=tenant, user=user), self.harness.refused()
 
     def _run(self, owner: str, *fields: str) -> None:
         self._ask(owner, *fields)
@@ -251,29 +246,9 @@ def _due(each: Job) -> Iterator[tuple[f.Placement, Report]]:
                 pass
 
 
-def _devices(name: str, cards: str) -> Iterator[Device]:
-    count, _, kind = cards.partition("×")
-    model, memory_mib = CARDS[kind]
-    for index in range(int(count)):
-        yield gpu(index, node=name, model=model, memory_mib=memory_mib)
-
-
-def _spec(fields: tuple[str, ...]) -> JobSpec:
-    plain: dict[str, object] = {"command": ["/bin/true"]}
-    for field in fields:
-        name, _, value = field.partition("=")
-        plain[name] = value.split(",") if name == "nodes" else int(value) if name in NUMBERS else value
-    return from_plain(JobRequest, plain).specify()
-
-
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.txt")), ids=lambda path: path.stem)
 def test_the_story_goes_as_told(path: Path) -> None:
-    text, _, expected = path.read_text(encoding="utf-8").partition(RULE)
-    told = Scenario().play(text)
-    if os.environ.get("REWRITE_SCENARIOS"):
-        path.write_text(text + RULE + told, encoding="utf-8")
-    else:
-        assert told == expected
+    check_picture(path, Scenario().play)
 
 
 def test_there_are_stories() -> None:

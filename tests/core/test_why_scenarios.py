@@ -16,9 +16,8 @@ The answers are written anew with REWRITE_SCENARIOS=1: read what changed before 
 
 from __future__ import annotations
 
-import os
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -27,18 +26,12 @@ import pytest
 from gpuyard.cli.explaining import dry_run_lines, why_lines
 from gpuyard_daemon.core.state.inputs import NodeSuspected, PolicyChanged
 from gpuyard_daemon.core.tenants.policy import Grant, Policy, QueuePolicy, TenantLimits
-from gpuyard_protocol.codec import from_plain
-from gpuyard_protocol.jobs import JobRequest, JobSpec
 from gpuyard_protocol.nodes import Inventory
-from gpuyard_protocol.resources import Device
-from gpuyard_protocol.units import Duration, GpuAmount, Memory
-from support.builders import CoreHarness, gpu, node
+from gpuyard_protocol.units import Duration, GpuAmount
+from support.builders import CoreHarness, node
+from support.pictures import check_picture, devices_drawn, spec_written
 
 FOLDER = Path(__file__).parent / "why"
-RULE = "----\n"
-CARDS = {"H100": "NVIDIA H100 80GB HBM3", "A100": "NVIDIA A100-SXM4-40GB", "A30": "NVIDIA A30"}
-MEMORY_MIB = {"H100": 81_152, "A100": 40_448, "A30": 24_064}
-NUMBERS = {"gpus", "replicas", "priority", "retries", "gpu_processes"}
 
 
 class Scenario:
@@ -66,7 +59,7 @@ class Scenario:
 
     def _node(self, name: str, cards: str, *labels: str) -> None:
         inventory = node(
-            name, devices=list(_devices(name, cards)), labels=dict(label.split("=", 1) for label in labels)
+            name, devices=list(devices_drawn(name, cards)), labels=dict(label.split("=", 1) for label in labels)
         )
         self._join(name, inventory)
 
@@ -96,7 +89,7 @@ class Scenario:
     def _job(self, owner: str, *fields: str) -> None:
         tenant, user = owner.split("/")
         self.harness.now_ms += 1000
-        number = self.harness.submit(_spec(fields), tenant=tenant, user=user)
+        number = self.harness.submit(spec_written(fields), tenant=tenant, user=user)
         assert number, self.harness.refused()
         self._run_placed()
 
@@ -142,49 +135,15 @@ class Scenario:
         self._picture()
         tenant, user = owner.split("/")
         before = self.harness.core.digest()
-        answer = self.harness.core.plan(tenant, user, _spec(fields), self.harness.now_ms)
+        answer = self.harness.core.plan(tenant, user, spec_written(fields), self.harness.now_ms)
         assert self.harness.core.digest() == before, "a dry run changed something"
         self.output.append(f"$ gpuyard submit --dry-run ({' '.join(fields)})")
         self.output += dry_run_lines(answer, self.harness.now_ms)
 
 
-def _devices(name: str, cards: str) -> Iterator[Device]:
-    if cards == "none":
-        return
-    index = 0
-    for part in cards.split(","):
-        count, _, kind = part.partition("×")
-        model, _, memory = kind.partition(":")
-        for _ in range(int(count)):
-            mib = int(Memory.parse(memory)) if memory else MEMORY_MIB[model]
-            yield gpu(index, node=name, model=CARDS[model], memory_mib=mib)
-            index += 1
-
-
-def _spec(fields: tuple[str, ...]) -> JobSpec:
-    plain: dict[str, object] = {"command": ["/bin/true"]}
-    for field in fields:
-        name, _, value = field.partition("=")
-        match name:
-            case "nodes" | "depends_on":
-                plain[name] = value.split(",")
-            case "node_labels":
-                plain[name] = dict(pair.split(":") for pair in value.split(","))
-            case "hold" | "allow_pending":
-                plain[name] = value == "yes"
-            case _:
-                plain[name] = int(value) if name in NUMBERS else value
-    return from_plain(JobRequest, plain).specify()
-
-
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.txt")), ids=lambda path: path.stem)
 def test_the_answer_reads_as_written(path: Path) -> None:
-    text, _, expected = path.read_text(encoding="utf-8").partition(RULE)
-    answer = Scenario().play(text)
-    if os.environ.get("REWRITE_SCENARIOS"):
-        path.write_text(text + RULE + answer, encoding="utf-8")
-    else:
-        assert answer == expected
+    check_picture(path, Scenario().play)
 
 
 def test_there_are_scenarios() -> None:
