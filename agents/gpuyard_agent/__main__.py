@@ -48,6 +48,7 @@ from gpuyard_agent.twin import NameTaken
 from gpuyard_protocol.bus.base import Bus
 from gpuyard_protocol.bus.nats import connect
 from gpuyard_protocol.nodes import IdleGpu, Inventory
+from gpuyard_protocol.resources import ABILITIES
 from gpuyard_protocol.service.sd_notify import Notifier
 from gpuyard_protocol.service.settings_file import BadConfig
 
@@ -102,6 +103,7 @@ async def _run_as(config: AgentConfig, state: Path, who: identity.Identity) -> N
         keeps_leases=True,
         container_engine=engine.name,
         container_problem=engine.problem,
+        abilities=ABILITIES,
     )
     runtime = Runtime(
         identity=who,

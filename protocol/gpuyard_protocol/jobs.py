@@ -27,7 +27,7 @@ from gpuyard_protocol.names import (
     is_submission_id,
 )
 from gpuyard_protocol.nodes import IdleGpu
-from gpuyard_protocol.resources import GpuLoad, Isolation, ResourceNeed
+from gpuyard_protocol.resources import ABILITIES, Ability, GpuLoad, Isolation, ResourceNeed
 from gpuyard_protocol.units import Cpus, Duration, GpuWish, Memory, MigProfile, Moment, Share
 from gpuyard_protocol.uploads import UPLOAD_EXPECTED, is_upload
 
@@ -238,6 +238,13 @@ class JobRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_
             need = msgspec.structs.replace(need, share_domain=self.share_domain)
         if self.topology is not None and (self.replicas > 1 or self.total_gpus):
             need = msgspec.structs.replace(need, within=self.topology)
+        asked: dict[Ability, bool] = {
+            "secrets": bool(self.secrets),
+            "torchrun": self.launcher is not None,
+            "upload": self.upload is not None,
+        }
+        if any(asked.values()):
+            need = msgspec.structs.replace(need, abilities=tuple(each for each in ABILITIES if asked[each]))
         if self.image is None:
             return need
         if not IMAGE.fullmatch(self.image):

@@ -73,6 +73,8 @@ class Inventory(msgspec.Struct, frozen=True, kw_only=True):
     #: `tasks`, `devices`, `accounts`. What is not named here is counted and not enforced.
     launcher: str = ""
     enforces: tuple[str, ...] = ()
+    #: What jobs may ask of its agent, out of `resources.ABILITIES` and what newer versions add.
+    abilities: tuple[str, ...] = ()
 
 
 # --- orders: daemon → agent ------------------------------------------------------------------------------------------

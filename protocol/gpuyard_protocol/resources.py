@@ -20,6 +20,9 @@ GpuLoad: TypeAlias = Literal["", "compute", "memory", "light"]
 GPU_LOADS: tuple[GpuLoad, ...] = ("compute", "memory", "light")
 #: What the replicas of a gang must have in common: one node, the nodes of one rack, or of the racks under one spine.
 Within: TypeAlias = Literal["", "node", "rack", "spine"]
+#: What a job may ask of a node's agent that the first agents did not know. They start it without, and say nothing.
+Ability: TypeAlias = Literal["secrets", "torchrun", "upload"]
+ABILITIES: tuple[Ability, ...] = ("secrets", "torchrun", "upload")
 #: How a card is cut. `idle`: not cut; the first allocation decides.
 Mode: TypeAlias = Literal["idle", "whole", "mig", "mps", "timeslice"]
 MODES: tuple[Mode, ...] = ("whole", "mig", "mps", "timeslice")
@@ -64,6 +67,8 @@ class ResourceNeed(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     within: Within = ""
     #: Narrows who it shares cards with: jobs of its tenant with the same. "": all jobs of its tenant that name none.
     share_domain: str = ""
+    #: What the node's agent must have said that it knows.
+    abilities: tuple[Ability, ...] = ()
 
     @property
     def wants_gpu(self) -> bool:

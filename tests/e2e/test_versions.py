@@ -150,6 +150,15 @@ def test_a_yard_is_upgraded_by_its_standby(with_standby: Version, directory: Pat
         asyncio.run(remember(yard))
 
 
+async def _bring_along(client: gpuyard.Client, yard: Yard) -> list[int]:
+    """Jobs that ask for what the first agents do not know."""
+    directory = yard.state.parent / "brought"
+    directory.mkdir()
+    (directory / "note").write_text("here")
+    upload = await client.upload(directory)
+    return await _submit(client, 4, f"cat note && {{ {_script(yard)}; }}", upload=upload)
+
+
 @pytest.mark.parametrize("newer", ["daemon", "agent"])
 def test_older_and_newer_agents_serve_one_yard(first: Version, directory: Path, newer: str) -> None:
     """Its daemon is this version and one of its agents older, or the other way round."""
@@ -161,6 +170,7 @@ def test_older_and_newer_agents_serve_one_yard(first: Version, directory: Path, 
             await eventually(_states_are(client, held, "running"), "both nodes are full")
             gang = await _submit(client, 1, _script(yard), replicas=2, gpus=2)
             short = await _submit(client, 6, _script(yard))
+            bringing = await _bring_along(client, yard) if newer == "daemon" else []
             # A whole desired set, to every node, from a daemon that reads its journal again.
             assert yard.kill("gpuyard_daemon ")
             stopped = held.pop()
@@ -174,10 +184,13 @@ def test_older_and_newer_agents_serve_one_yard(first: Version, directory: Path, 
 
             await eventually(is_cancelled, "an order to stop is taken")
             (yard.scratch / "go").touch()
-            await eventually(_states_are(client, [*held, *gang, *short], "succeeded"), "every job ended", timeout=60)
+            await eventually(
+                _states_are(client, [*held, *gang, *short, *bringing], "succeeded"), "all ended", timeout=60
+            )
             await eventually(_states_are(client, [stopped], "cancelled"), "and one was stopped")
             assert set(_nodes_of(yard, [*held, *short])) <= {"node-1", "guest"}
             assert sorted(_nodes_of(yard, gang, replicas=2)) == ["guest", "node-1"]
+            assert set(_nodes_of(yard, bringing)) <= {"node-1"}, "the older agent would run them without"
 
     with yard_of(head, directory) as yard, joined_agent(guest, yard, head, "guest"):
         asyncio.run(work(yard))

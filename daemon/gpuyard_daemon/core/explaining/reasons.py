@@ -63,6 +63,7 @@ def text_of(reason: Reason, shape: Shape) -> str:
 
 _TEXTS = {
     Reason.NO_ENGINE: "it runs no container images, or not of this kind",
+    Reason.AGENT_TOO_OLD: "its agent is of an older version, which does not know what the job asks for",
     Reason.NO_GPU: "no GPU",
     Reason.NOT_JOINED: "the node's agent has not joined",
     Reason.SUSPECTED: "the node has not been heard of for some seconds",

@@ -43,6 +43,7 @@ class Reason(StrEnum):
     LABEL_MISSING = "LabelMissing"
     NO_ACCOUNT = "NoAccount"
     NO_ENGINE = "NoContainerEngine"
+    AGENT_TOO_OLD = "AgentTooOld"
     NO_GPU = "NoGpu"
     MODEL_MISSING = "ModelMissing"
     CARD_TOO_SMALL = "CardTooSmall"
@@ -77,7 +78,7 @@ LASTING = frozenset(
     {
         Reason.NODE_NOT_NAMED, Reason.LABEL_MISSING, Reason.NO_ACCOUNT, Reason.NO_ENGINE, Reason.NO_GPU,
         Reason.MODEL_MISSING, Reason.CARD_TOO_SMALL, Reason.TOO_FEW_CARDS, Reason.PROFILE_MISSING, Reason.MODE_MISSING,
-        Reason.TOO_FEW_CPUS, Reason.TOO_LITTLE_MEMORY,
+        Reason.TOO_FEW_CPUS, Reason.TOO_LITTLE_MEMORY, Reason.AGENT_TOO_OLD,
     }
 )  # fmt: skip
 
@@ -375,6 +376,8 @@ def _node_reason(shape: Shape, space: NodeSpace, inventory: Inventory) -> Reason
         return Reason.NO_ACCOUNT
     if need.containers and not _can_contain(need, inventory.container_engine):
         return Reason.NO_ENGINE
+    if need.abilities and not set(need.abilities) <= set(inventory.abilities):
+        return Reason.AGENT_TOO_OLD
     return None
 
 

@@ -102,6 +102,12 @@ def _describe(reason: Reason, shape: Shape, nearest_spaces: list[NodeSpace]) -> 
         case Reason.NO_ENGINE:
             text = "no node runs container images (podman or docker; for turns on a card podman)"
             return Missing("$.image", "an image", "a command on the host", "", text)
+        case Reason.AGENT_TOO_OLD:
+            known = {each for inventory in inventories for each in inventory.abilities}
+            asked = next((each for each in need.abilities if each not in known), need.abilities[0])
+            field = "launcher" if asked == "torchrun" else asked
+            text = f"every agent is of an older version and does not know {field!r}: upgrade one that may run it"
+            return Missing(f"$.{field}", f"{field!r}", "a job without it", "", text)
         case Reason.NO_GPU:
             return Missing("$", need.describe(), "CPU only", "", "no node has a GPU")
         case Reason.TOO_FEW_CARDS:
