@@ -87,6 +87,13 @@ def make_targets() -> set[str]:
 DOCUMENTS = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
+def test_every_decision_stands_in_the_index() -> None:
+    index = (ROOT / "docs" / "decisions" / "README.md").read_text(encoding="utf-8")
+    for path in sorted((ROOT / "docs" / "decisions").glob("0*.md")):
+        number, title = path.read_text(encoding="utf-8").split("\n", 1)[0].removeprefix("# ").split(". ", 1)
+        assert f"{number}. [{title}]({path.name})" in index
+
+
 @pytest.mark.parametrize("path", DOCUMENTS, ids=place)
 def test_documents_name_only_targets_that_exist(path: Path) -> None:
     named = set(re.findall(r"(?:`|^\s*|&& )make ([a-z]+)", path.read_text(encoding="utf-8"), re.MULTILINE))
@@ -106,6 +113,12 @@ def test_documents_name_only_commands_that_exist(path: Path) -> None:
 def test_links_between_documents_lead_somewhere(path: Path) -> None:
     for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", path.read_text(encoding="utf-8")):
         assert (path.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=place)
+def test_documents_name_only_files_of_tests_that_exist(path: Path) -> None:
+    named = re.findall(r"`(tests/[\w/]+\.py)`", path.read_text(encoding="utf-8"))
+    assert [name for name in named if not (ROOT / name).exists()] == []
 
 
 def test_the_architecture_names_every_module_of_the_core() -> None:
