@@ -249,6 +249,7 @@ def test_nodes_and_stats(yard: Yard) -> None:
         (("submit",), 2, "a command to run is missing"),
         (("submit", "--gpu-mem", "5Gi", "true"), 2, "--gpu-memory"),
         (("submit", "--env", "AB", "true"), 2, "expected NAME=VALUE"),
+        (("submit", "--throughput", "A30=fast", "true"), 2, "expected a number from 0.001 to 1"),
         (("jobs", "--state", "runing"), 2, "did you mean 'running'?"),
         (("job", "show", "seventeen"), 2, "found 'seventeen'; expected a job's number, such as 17"),
         (("jbos",), 2, "Did you mean 'jobs'"),

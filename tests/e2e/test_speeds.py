@@ -35,7 +35,8 @@ async def _model_of(yard: Yard, number: int) -> str:
 
 async def test_jobs_go_where_they_are_effective(yard: Yard) -> None:
     async with yard.connect() as client:
-        indifferent = await client.submit(command=["sleep", "60"], gpus=1, throughput={"A30": 1.0})
+        told = await asyncio.to_thread(yard.cli, "submit", "-g", "1", "--throughput", "A30=1.0", "sleep", "60")
+        indifferent = client.handle(int(told.stdout.removeprefix("Submitted job ")))
         usual = await client.submit(command=["sleep", "60"], gpus=1)
 
         async def both_run() -> bool:

@@ -82,6 +82,11 @@ _IMAGE = _option("--image", metavar="IMAGE", text="A container image to run it i
 _NAME = _option("--name", "-n", metavar="TEXT", text="A name for people.")
 _NODE = _option("--node", metavar="NODE", text="Only on this node; repeatable.")
 _LABEL = _option("--label", metavar="K=V", text="Only on nodes with this label; repeatable.")
+_THROUGHPUT = _option(
+    "--throughput",
+    metavar="MODEL=F",
+    text="How fast a model is for this job, of the fastest that it may get: A100=0.5; repeatable.",
+)
 _ALLOW_PENDING = _option("--allow-pending", text="Wait even if no node of today could ever run it.")
 _HOLD = _option("--hold", text="Wait until `gpuyard release`.")
 _BEGIN = _option("--begin", metavar="TIME", text="Not before: 2030-01-01T08:00:00Z, or +2h from now.")
@@ -139,6 +144,7 @@ class JobOptions:
     name: Annotated[str | None, _NAME] = None
     node: Annotated[list[str] | None, _NODE] = None
     label: Annotated[list[str] | None, _LABEL] = None
+    throughput: Annotated[list[str] | None, _THROUGHPUT] = None
     allow_pending: Annotated[bool, _ALLOW_PENDING] = False
     hold: Annotated[bool, _HOLD] = False
     begin: Annotated[str | None, _BEGIN] = None
@@ -215,6 +221,7 @@ class JobOptions:
             "name": self.name,
             "nodes": self.node or None,
             "node_labels": _pairs(self.label, "--label"),
+            "throughput": _factors(self.throughput),
             "allow_pending": self.allow_pending or None,
             "hold": self.hold or None,
             "begin": self.begin,
@@ -239,11 +246,24 @@ def _pairs(texts: list[str] | None, flag: str) -> dict[str, str] | None:
     return dict(text.split("=", 1) for text in texts)
 
 
+def _factors(texts: list[str] | None) -> dict[str, float] | None:
+    """Whether they are possible ones, the yard says, as it does of a file's."""
+    found: dict[str, float] = {}
+    for model, text in (_pairs(texts, "--throughput") or {}).items():
+        try:
+            found[model] = float(text)
+        except ValueError:
+            raise typer.BadParameter(
+                f"found {text!r} for {model}; expected a number from 0.001 to 1", param_hint="--throughput"
+            ) from None
+    return found or None
+
+
 def _merged_maps(item: dict[str, Any], flags: dict[str, Any]) -> dict[str, Any]:
-    """`--env` and `--label` add to what the file says, name by name."""
+    """`--env`, `--label` and `--throughput` add to what the file says, name by name."""
     return {
         field: item[field] | flags[field]
-        for field in ("env", "node_labels")
+        for field in ("env", "node_labels", "throughput")
         if field in flags and isinstance(item.get(field), dict)
     }
 
