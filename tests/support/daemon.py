@@ -51,10 +51,17 @@ class DaemonProcess:
         self._config.write_text(settings or SETTINGS)
 
     def start(self) -> None:
-        """Start and wait until it is ready."""
+        """Start and wait until it is ready; one that does not come so far is ended, since its test never begins."""
+        self._start(self._is_ready, "is not ready")
+
+    def _start(self, is_so_far: Callable[[], bool], lacking: str) -> None:
         (self.state / "daemon" / "http.url").unlink(missing_ok=True)
         self.spawn()
-        wait_until(self._is_ready, DEADLINE_S, lambda: f"the daemon is not ready:\n{self.log}")
+        try:
+            wait_until(is_so_far, DEADLINE_S, lambda: f"the daemon {lacking}:\n{self.log}")
+        except BaseException:
+            self.kill()
+            raise
 
     def spawn(self) -> None:
         arguments = ["--config", str(self._config), "--state", str(self.state), "--nats", self._url]
@@ -76,9 +83,7 @@ class DaemonProcess:
 
     def start_standby(self) -> None:
         """Start and wait until it stands by and is up to date."""
-        (self.state / "daemon" / "http.url").unlink(missing_ok=True)
-        self.spawn()
-        wait_until(self._stands_by, DEADLINE_S, lambda: f"the daemon does not stand by:\n{self.log}")
+        self._start(self._stands_by, "does not stand by")
 
     def _stands_by(self) -> bool:
         self._must_run()

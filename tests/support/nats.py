@@ -72,7 +72,11 @@ class NatsProcess:
                 stderr=log,
                 start_new_session=True,
             )
-        wait_until(self._read_port, START_DEADLINE_S, lambda: f"nats-server did not start:\n{self.log}")
+        try:
+            wait_until(self._read_port, START_DEADLINE_S, lambda: f"nats-server did not start:\n{self.log}")
+        except BaseException:
+            self.kill()
+            raise
 
     def _read_port(self) -> bool:
         for path in self.directory.glob("*.ports"):
