@@ -219,10 +219,11 @@ async def check_cursors(bus: Bus, names: Streams, cursors: Cursors) -> None:
 
 
 def prepare_directory(config: DaemonConfig) -> Path:
-    """The daemon's directory, its own alone."""
+    """The daemon's directory, its own alone, whoever made it: it holds what all tenants submitted."""
     directory = config.directory
     try:
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        directory.chmod(0o700)
     except OSError as error:
         raise StartRefused(f"cannot use the state directory {directory}: {error.strerror or error}") from None
     return directory

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -112,3 +113,28 @@ async def test_exit_codes_and_output_come_back(yard: Yard) -> None:
         assert (end.state, end.exit_code) == ("failed", 7)
         assert await job.logs() == b"out\n"
         assert await job.logs(stream="err") == b"err\n"
+
+
+async def test_a_job_reads_no_keys_ledgers_or_streams_and_commands_no_supervisor(yard: Yard) -> None:
+    """By their full names, which it may well know; and what processes above it hold in memory and environment."""
+    secret = [path for path in yard.state.rglob("*") if path.is_file() or path.is_socket()]
+    secret = [path for path in secret if "jobs" not in path.relative_to(yard.state).parts]
+    kinds = (".seed", "ledger.sqlite", ".blk", "nats.conf", "supervisor.sock", "context.toml", "history.sqlite")
+    assert all(any(path.name.endswith(kind) for path in secret) for kind in kinds)
+    others = [process.pid for process in yard.processes()]
+    script = (
+        'while read name; do if [ -S "$name" ]; then [ -w "$name" ]; else ( : < "$name" ) 2> /dev/null; fi '
+        '&& echo "reached $name"; done; id -u'
+    )
+    names = yard.scratch / "names"
+    names.write_text(
+        "\n".join(map(str, [*secret, *(f"/proc/{pid}/{what}" for pid in others for what in ("environ", "mem"))]))
+    )
+    async with yard.connect() as client:
+        job = await client.submit(command=f"( {script} ) < {names}", cwd="/")
+        end = await job.wait()
+        said, errors = (await job.logs()).decode().splitlines(), await job.logs(stream="err")
+    assert end.state == "succeeded", errors
+    # A yard of somebody who is not root runs jobs as him: then there is no wall between the two, and the docs say so.
+    if int(said[-1]) != os.getuid():
+        assert said[:-1] == []

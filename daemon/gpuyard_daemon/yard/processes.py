@@ -110,6 +110,9 @@ class Child:
 
     async def _launch(self) -> None:
         self.log_file.parent.mkdir(parents=True, exist_ok=True)
+        # What it says of others' jobs is not for the jobs beside it, which may walk through this directory.
+        self.log_file.touch(0o600)
+        self.log_file.chmod(0o600)
         with self.log_file.open("ab") as log:
             self._process = await self._spawn(log)
 
@@ -202,7 +205,10 @@ def put_aside(log_file: Path) -> bool:
         if log_file.stat().st_size <= LOG_BYTES_MAX:
             return False
         # Its process has the file open, to append: what it writes in between is the price.
-        shutil.copyfile(log_file, log_file.with_name(f"{log_file.name}.1"))
+        before = log_file.with_name(f"{log_file.name}.1")
+        before.touch(0o600)
+        before.chmod(0o600)
+        shutil.copyfile(log_file, before)
         os.truncate(log_file, 0)
     except OSError:
         return False
