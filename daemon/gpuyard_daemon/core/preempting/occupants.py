@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 from gpuyard_daemon.core.preempting import exchange
 from gpuyard_daemon.core.preempting.suspension import can_be_suspended
-from gpuyard_daemon.core.queueing.ranking import outlives_ms, ran_ms, width_milli
+from gpuyard_daemon.core.queueing.priority import PROBE_MS
+from gpuyard_daemon.core.queueing.ranking import NOMINAL, outlives_ms, ran_ms, width_milli
 from gpuyard_daemon.core.state.cluster import Cluster
 from gpuyard_daemon.core.state.facts import EvictionKind, Placement
 from gpuyard_daemon.core.state.model import Assignment, Job
@@ -24,6 +25,7 @@ class Occupant(NamedTuple):
 
     job: Job
     attempt: int
+    #: `NOMINAL` where it does not matter, because nobody may take its place yet.
     band: int
     #: Its effective level; 0 where it does not matter, because it is not exchangeable.
     level: int
@@ -77,8 +79,8 @@ class Known:
             known = before.get(job.id)
             if known is not None and _still_holds(known[0], job, known[1], at_ms):
                 occupant = known[0]
-                if not is_plain and (band := cluster.ranking.band_of(job)) != occupant.band:
-                    occupant = occupant._replace(band=band)
+                if not is_plain:
+                    occupant = in_its_band(cluster, occupant, at_ms)
             else:
                 occupant = occupant_of(cluster, settings, job, at_ms)
             if _holds_for_long(settings, occupant):
@@ -86,6 +88,14 @@ class Known:
             found.append(occupant)
         self._before = kept
         return found
+
+
+def in_its_band(cluster: Cluster, occupant: Occupant, at_ms: int) -> Occupant:
+    """The same in the band that it is in now."""
+    if occupant.goes or not (occupant.exchangeable or band_matters(occupant.job, at_ms)):
+        return occupant
+    band = cluster.ranking.band_of(occupant.job)
+    return occupant if band == occupant.band else occupant._replace(band=band)
 
 
 def _still_holds(occupant: Occupant, job: Job, runs_since_ms: int, at_ms: int) -> bool:
@@ -117,18 +127,31 @@ def occupant_of(cluster: Cluster, settings: CoreSettings, job: Job, at_ms: int) 
     moments = [missing_ms, settings.reclaim_after_ms - this_run_ms]
     if exchangeable and (border_ms := ranking.next_border_ms(job, at_ms)) is not None:
         moments.append(border_ms - at_ms)
+    moments = [moment for moment in moments if moment > 0]
     return Occupant(
         job=job,
         attempt=job.attempt,
-        band=ranking.band_of(job),
+        band=ranking.band_of(job) if exchangeable or band_matters(job, at_ms) else NOMINAL,
         level=ranking.level_of(job, at_ms) if exchangeable else 0,
         kind=kind,
         overhead_ms=overhead_ms,
-        lost_milli_ms=overhead_ms * width_milli(job),
+        lost_milli_ms=overhead_ms * held_milli(job),
         exchangeable=exchangeable,
         preemptible=job.spec.preemption != "never",
-        next_ms=at_ms + min([moment for moment in moments if moment > 0], default=-at_ms),
+        next_ms=at_ms + min(moments) if moments else 0,
     )
+
+
+def band_matters(job: Job, at_ms: int) -> bool:
+    """Whether a job has run so long that its place may be claimed by the rules of the bands: nobody's is before."""
+    return at_ms - job.started_ms >= PROBE_MS
+
+
+def held_milli(job: Job) -> int:
+    """What its start costs stand still: an elastic job's attempt may be wider than its least."""
+    if job.spec.least_replicas == job.spec.replicas:
+        return width_milli(job)
+    return max(job.spec.least_replicas, len(job.assignments)) * need_milli(job.spec.need)
 
 
 def kind_of(cluster: Cluster, job: Job) -> EvictionKind:

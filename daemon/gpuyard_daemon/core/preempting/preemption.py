@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from gpuyard_daemon.core.preempting import draining, exchange, homing, reservations, shrinking
 from gpuyard_daemon.core.preempting.consolidation import could_be_made, make_room
 from gpuyard_daemon.core.preempting.draining import CutNodes
-from gpuyard_daemon.core.preempting.occupants import Known, Occupant, kind_of, occupant_of
+from gpuyard_daemon.core.preempting.occupants import Known, Occupant, in_its_band, kind_of, occupant_of
 from gpuyard_daemon.core.preempting.reclaim import Reclaiming
 from gpuyard_daemon.core.preempting.suspension import can_be_suspended
 from gpuyard_daemon.core.preempting.victims import Plan, Search
@@ -114,11 +114,10 @@ class Rounds:
         if is_new or (cluster.quota.is_plain and not cluster.services):
             # Their bands were just asked for, or everybody is in one.
             return [each for each in there if each.job.state == "running" and each.job.attempt == each.attempt]
-        band_of = cluster.ranking.band_of
         return [
-            occupant if occupant.goes or (band := band_of(job)) == occupant.band else occupant._replace(band=band)
+            in_its_band(cluster, occupant, period_ms)
             for occupant in there
-            if (job := occupant.job).state == "running" and job.attempt == occupant.attempt
+            if occupant.job.state == "running" and occupant.job.attempt == occupant.attempt
         ]
 
     def _renew_kinds(self, cluster: Cluster, settings: CoreSettings) -> None:
