@@ -5,6 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from gpuyard_daemon.core.preempting import exchange
+from gpuyard_daemon.core.preempting.occupants import occupant_of
 from gpuyard_daemon.core.state.facts import ClaimMade, JobPlaced, JobResizing, JobWidened
 from gpuyard_protocol.jobs import JobSpec
 from gpuyard_protocol.names import AssignmentKey
@@ -267,6 +268,16 @@ def test_it_keeps_its_size_for_two_minutes_and_then_for_ten_restarts() -> None:
     assert h.state(number) == "running"
     h.settle(most_ms=60_000)
     assert h.state(number) == "stopping"
+
+
+def test_a_wide_attempt_costs_as_victim_what_it_holds() -> None:
+    h = harness(4)
+    number = h.submit(elastic(2, 4))
+    h.run(number)
+    h.settle(most_ms=600_000)
+    wide = h.core.cluster.jobs[number]
+    found = occupant_of(h.core.cluster, h.core.settings, wide, h.now_ms)
+    assert found.lost_milli_ms == RESTART_MS * 4000
 
 
 def test_one_that_is_never_preempted_lends_nothing() -> None:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from gpuyard_daemon.core.preempting import exchange
 from gpuyard_daemon.core.preempting.suspension import can_be_suspended
 from gpuyard_daemon.core.queueing.priority import PROBE_MS
-from gpuyard_daemon.core.queueing.ranking import NOMINAL, outlives_ms, ran_ms, width_milli
+from gpuyard_daemon.core.queueing.ranking import NOMINAL, need_milli, outlives_ms, ran_ms, width_milli
 from gpuyard_daemon.core.state.cluster import Cluster
 from gpuyard_daemon.core.state.facts import EvictionKind, Placement
 from gpuyard_daemon.core.state.model import Assignment, Job
