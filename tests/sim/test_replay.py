@@ -26,7 +26,10 @@ from gpuyard_daemon.sim.simulated_yard import BEGIN_MS, SimulatedYard
 from gpuyard_daemon.sim.trace_files import TraceError
 from gpuyard_daemon.snapshots import SnapshotStore
 from gpuyard_protocol.jobs import JobSpec
+from gpuyard_protocol.names import AssignmentKey
+from gpuyard_protocol.nodes import Ended
 from gpuyard_protocol.resources import ResourceNeed
+from support.builders import CoreHarness, job, node
 
 OLD_JOURNAL = Path(__file__).parent.parent / "replay" / "journal-v1.jsonl"
 
@@ -90,6 +93,23 @@ def test_without_a_change_the_same_happens_again(seed):
     assert after.held_milli_ms == before.held_milli_ms
     assert after.capacity_milli_ms == before.capacity_milli_ms
     assert after.preemptions == before.preemptions
+
+
+def test_a_job_that_its_node_refused_holds_nothing_in_a_replay():
+    """It never ran, so it has no run time of its own; it must not run until the end of the recording instead."""
+    yard = CoreHarness()
+    yard.join(node("n-1", 4))
+    wrong = yard.submit(job(gpus=4))
+    yard.report("n-1", Ended(key=AssignmentKey(wrong, 1, 0), outcome="refused", at_ms=0, code="CommandNotFound"))
+    assert yard.state(wrong) == "failed"
+    yard.now_ms += 1000
+    right = yard.submit(job(gpus=4))
+    yard.run(right)
+    yard.now_ms += 60_000
+    yard.ended(right)
+    lived = Replay(_recorded(yard.records), Changed()).go()
+    assert lived.held_milli_ms < 4000 * 60_100
+    assert lived_measures(lived)["ended_in_time"] == 2
 
 
 def test_more_nodes_shorten_waits_and_fewer_lengthen_them():

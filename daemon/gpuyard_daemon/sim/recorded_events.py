@@ -31,6 +31,10 @@ KEEPS_PROGRESS = frozenset({"checkpoint", "suspend"})
 _TIME_LIMIT = "TimeLimit"
 
 
+#: What a shell says of a command that could not be started.
+NEVER_BEGAN = 127
+
+
 class Attempt(msgspec.Struct, frozen=True):
     """One run of a job that ended by itself."""
 
@@ -261,6 +265,10 @@ class _Reader:
             case _ if started_ms:
                 job.attempts.append(Attempt(job.kept_ms + ran_ms, *end))
                 job.kept_ms = 0
+            case _:
+                # A node refused it for what is its own fault: it had its place for a moment, and must not keep it now.
+                job.first_started_ms = job.first_started_ms or now_ms
+                job.attempts.append(Attempt(1, NEVER_BEGAN, fact.why.code if fact.why else ""))
         if isinstance(fact, f.JobEnded):
             job.ended_ms = now_ms
 
