@@ -26,6 +26,7 @@ from gpuyard_protocol.names import (
     is_name,
     is_submission_id,
 )
+from gpuyard_protocol.needs import ResourceRequest, malformed, resource_need
 from gpuyard_protocol.nodes import IdleGpu
 from gpuyard_protocol.resources import ABILITIES, Ability, GpuLoad, Isolation, ResourceNeed
 from gpuyard_protocol.units import Cpus, Duration, GpuWish, Memory, MigProfile, Moment, Share
@@ -55,21 +56,15 @@ IMAGE_EXPECTED = "an image such as 'docker.io/library/python:3.12'"
 
 PRIORITY_MIN, PRIORITY_MAX = -2, 2
 REPLICAS_MAX = 1024
-GPUS_PER_REPLICA_MAX = 64
 TOTAL_GPUS_MAX = 4096
 RETRIES_MAX = 100
-#: What one card serves under MPS at once.
-GPU_PROCESSES_MAX = 48
 DEFAULT_STOP_GRACE_MS = 30_000
-#: Models of card that one job has figures for.
-THROUGHPUTS_MAX = 16
 #: A shorter lease would end jobs for every hiccup of the network.
 LEASE_MIN_MS, LEASE_MAX_MS = 10_000, 7 * 86_400_000
 #: Names that the yard sets itself in every job.
 _RESERVED_ENV = re.compile(r"^(GPUYARD_.*|CUDA_VISIBLE_DEVICES|CUDA_MPS_.*|LD_PRELOAD)$")
 _ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _LAUNCHER = re.compile(r"(?:/[^\0]*/)?torchrun")
-_LABEL = re.compile(r"[A-Za-z0-9._/-]{1,63}")
 
 
 class JobRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -207,13 +202,13 @@ class JobRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_
         if least is None or least == self.replicas:
             return 0
         if not 1 <= least < self.replicas:
-            raise _malformed("min_replicas", least, f"a number between 1 and 'replicas', which is {self.replicas}")
+            raise malformed("min_replicas", least, f"a number between 1 and 'replicas', which is {self.replicas}")
         return least
 
     def _dependencies(self) -> tuple[tuple[DependencyKind, JobId], ...]:
         found: dict[tuple[DependencyKind, JobId], None] = {}
         if len(self.depends_on) > DEPENDENCIES_MAX:
-            raise _malformed("depends_on", f"{len(self.depends_on)} entries", f"at most {DEPENDENCIES_MAX}")
+            raise malformed("depends_on", f"{len(self.depends_on)} entries", f"at most {DEPENDENCIES_MAX}")
         for place, text in enumerate(self.depends_on):
             match = _DEPENDENCY.fullmatch(text)
             if match is None:
@@ -229,12 +224,13 @@ class JobRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_
 
     def _need(self) -> ResourceNeed:
         # How the cards are parted is said at acceptance, when it is known what nodes there are.
-        need = resource_need(msgspec.structs.replace(self, gpus=1) if self.total_gpus else self)
+        asked_for = ResourceRequest(**{field: getattr(self, field) for field in ResourceRequest.__struct_fields__})
+        need = resource_need(msgspec.structs.replace(asked_for, gpus=1) if self.total_gpus else asked_for)
         if self.share_domain is not None:
             if not need.is_share or need.isolation == "hard":
-                raise _malformed("share_domain", self.share_domain, "a share that may have neighbours beside it")
+                raise malformed("share_domain", self.share_domain, "a share that may have neighbours beside it")
             if not is_name(self.share_domain):
-                raise _malformed("share_domain", self.share_domain, NAME_EXPECTED)
+                raise malformed("share_domain", self.share_domain, NAME_EXPECTED)
             need = msgspec.structs.replace(need, share_domain=self.share_domain)
         if self.topology is not None and (self.replicas > 1 or self.total_gpus):
             need = msgspec.structs.replace(need, within=self.topology)
@@ -248,9 +244,9 @@ class JobRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_
         if self.image is None:
             return need
         if not IMAGE.fullmatch(self.image):
-            raise _malformed("image", self.image, IMAGE_EXPECTED)
+            raise malformed("image", self.image, IMAGE_EXPECTED)
         if need.mps or (need.is_share and need.isolation == "soft"):
-            raise _malformed(
+            raise malformed(
                 "image",
                 self.image,
                 "no 'mps', and 'isolation' hard or none beside a share: MPS cannot be used from a container",
@@ -259,55 +255,55 @@ class JobRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_
 
     def _check(self) -> None:
         if self.submission_id is not None and not is_submission_id(self.submission_id):
-            raise _malformed("submission_id", self.submission_id, SUBMISSION_EXPECTED)
+            raise malformed("submission_id", self.submission_id, SUBMISSION_EXPECTED)
         if len(self.name) > 128 or not (self.name == "" or self.name.isprintable()):
-            raise _malformed("name", self.name, "at most 128 printable characters")
+            raise malformed("name", self.name, "at most 128 printable characters")
         if self.script and isinstance(self.command, str):
-            raise _malformed("command", self.command, "a list: beside 'script' it holds the script's arguments")
+            raise malformed("command", self.command, "a list: beside 'script' it holds the script's arguments")
         if not self.command and not self.script:
-            raise _malformed("command", self.command, "a program with its arguments, a line for /bin/sh, or a script")
+            raise malformed("command", self.command, "a program with its arguments, a line for /bin/sh, or a script")
         for name, low, high in (
             ("replicas", 1, REPLICAS_MAX),
             ("priority", PRIORITY_MIN, PRIORITY_MAX),
             ("retries", 0, RETRIES_MAX),
         ):
             if not low <= (value := getattr(self, name)) <= high:
-                raise _malformed(name, value, f"a number between {low} and {high}")
+                raise malformed(name, value, f"a number between {low} and {high}")
         if self.lease is not None and self.on_node_lost == "wait":
-            raise _malformed("lease", str(self.lease), "no value beside 'on_node_lost: wait'")
+            raise malformed("lease", str(self.lease), "no value beside 'on_node_lost: wait'")
         if self.lease is not None and not LEASE_MIN_MS <= self.lease <= LEASE_MAX_MS:
-            raise _malformed("lease", str(self.lease), "between 10s and 7d")
+            raise malformed("lease", str(self.lease), "between 10s and 7d")
         if self.time_limit is not None and self.time_limit <= 0:
-            raise _malformed("time_limit", str(self.time_limit), "more than 0")
+            raise malformed("time_limit", str(self.time_limit), "more than 0")
         if self.estimate is not None and self.estimate <= 0:
-            raise _malformed("estimate", str(self.estimate), "more than 0")
+            raise malformed("estimate", str(self.estimate), "more than 0")
         if self.deadline is not None and self.estimate is None and self.time_limit is None:
-            raise _malformed("deadline", self.deadline, "'estimate' or 'time_limit' beside it: how long will it run?")
+            raise malformed("deadline", self.deadline, "'estimate' or 'time_limit' beside it: how long will it run?")
         if self.queue is not None and not is_name(self.queue):
-            raise _malformed("queue", self.queue, NAME_EXPECTED)
+            raise malformed("queue", self.queue, NAME_EXPECTED)
         if self.restart_time is not None and self.restart_time < 0:
-            raise _malformed("restart_time", str(self.restart_time), "0 or more")
+            raise malformed("restart_time", str(self.restart_time), "0 or more")
         self._check_gang()
         check_process(self._argv(), self.env, self.cwd)
         if "\0" in (self.script or ""):
-            raise _malformed("script", self.script, "text without NUL")
+            raise malformed("script", self.script, "text without NUL")
 
     def _check_gang(self) -> None:
         if self.total_gpus is not None:
             if not 1 <= self.total_gpus <= TOTAL_GPUS_MAX:
-                raise _malformed("total_gpus", self.total_gpus, f"a number between 1 and {TOTAL_GPUS_MAX}")
+                raise malformed("total_gpus", self.total_gpus, f"a number between 1 and {TOTAL_GPUS_MAX}")
             others = ("gpus", "gpu", "gpu_memory", "mig", "min_replicas")
             beside = next((name for name in others if getattr(self, name) is not None), "")
             if beside or self.replicas != 1:
-                raise _malformed("total_gpus", self.total_gpus, f"no value beside {beside or 'replicas'!r}")
+                raise malformed("total_gpus", self.total_gpus, f"no value beside {beside or 'replicas'!r}")
         if self.topology is not None and self.replicas == 1 and self.total_gpus is None:
-            raise _malformed(
+            raise malformed(
                 "topology", self.topology, "'replicas' above 1 or 'total_gpus' beside it: one is on one node"
             )
         if self.launcher is not None and not _LAUNCHER.fullmatch(self.launcher):
-            raise _malformed("launcher", self.launcher, "'torchrun', or its absolute path")
+            raise malformed("launcher", self.launcher, "'torchrun', or its absolute path")
         if self.upload is not None and not is_upload(self.upload):
-            raise _malformed("upload", self.upload, UPLOAD_EXPECTED)
+            raise malformed("upload", self.upload, UPLOAD_EXPECTED)
         for place, name in enumerate(self.secrets):
             if not _ENV_NAME.fullmatch(name) or _RESERVED_ENV.match(name) or name in self.env:
                 raise Malformed(
@@ -322,114 +318,17 @@ class JobRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_
         return tuple(self.command or ())
 
 
-def _malformed(field: str, found: object, expected: str) -> Malformed:
-    return Malformed(f"$.{field}", repr(found)[:120], expected)
-
-
 def check_process(argv: tuple[str, ...], env: dict[str, str], cwd: str | None) -> None:
     """What every process asked for must keep to, a job's as a service's; `Malformed` otherwise."""
     if any("\0" in part for part in argv):
-        raise _malformed("command", argv, "text without NUL")
+        raise malformed("command", argv, "text without NUL")
     if cwd is not None and (not cwd.startswith("/") or "\0" in cwd):
-        raise _malformed("cwd", cwd, "an absolute path")
+        raise malformed("cwd", cwd, "an absolute path")
     for name, value in env.items():
         if not _ENV_NAME.fullmatch(name) or "\0" in value:
             raise Malformed(f"$.env.{name}", repr(value), "a variable name of letters, digits and _, without NUL")
         if _RESERVED_ENV.match(name):
             raise Malformed(f"$.env.{name}", repr(value), "a variable that the yard does not set itself")
-
-
-class ResourceRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
-    """The resource fields of a service's replica, written as in a job."""
-
-    gpus: int | None = None
-    gpu: Share | None = None
-    gpu_memory: Memory | None = None
-    mig: MigProfile | None = None
-    isolation: Isolation | None = None
-    gpu_model: GpuWish | None = None
-    gpu_processes: int = 1
-    #: Beside `mig`: its CUDA processes share the instance under MPS, at most `gpu_processes` of them.
-    mps: bool = False
-    gpu_load: GpuLoad | None = None
-    throughput: dict[str, float] = {}
-    cpus: Cpus | None = None
-    memory: Memory | None = None
-    node_labels: dict[str, str] = {}
-    nodes: list[str] = []
-
-
-def _speeds(throughput: dict[str, float]) -> tuple[tuple[str, int], ...]:
-    if len(throughput) > THROUGHPUTS_MAX:
-        raise _malformed("throughput", f"{len(throughput)} models", f"at most {THROUGHPUTS_MAX}")
-    for model, factor in throughput.items():
-        if not model.strip():
-            raise _malformed("throughput", model, "names of models")
-        if not 0.001 <= factor <= 1:
-            raise Malformed(f"$.throughput.{model}", repr(factor), "a number from 0.001 to 1, the fastest model's")
-    return tuple([(model, round(factor * 1000)) for model, factor in sorted(throughput.items())])
-
-
-def resource_need(request: JobRequest | ResourceRequest, *, default_isolation: Isolation = "soft") -> ResourceNeed:
-    """The integers behind the resource fields of a request; `Malformed` where they contradict each other."""
-    wish = request.gpu_model
-    gpus = _whole_cards(request)
-    if request.gpu_memory is not None and request.gpu_memory <= 0:
-        raise _malformed("gpu_memory", str(request.gpu_memory), "more than 0")
-    if not 1 <= request.gpu_processes <= GPU_PROCESSES_MAX:
-        raise _malformed("gpu_processes", request.gpu_processes, f"a number between 1 and {GPU_PROCESSES_MAX}")
-    asked = [name for name, value in (("gpus", gpus), ("gpu", request.gpu), ("mig", request.mig)) if value]
-    if request.gpu_memory is not None and "gpu" not in asked:
-        asked.append("gpu_memory")
-    if len(asked) > 1:
-        raise _malformed(asked[1], getattr(request, asked[1]), f"no value beside {asked[0]!r}: they exclude each other")
-    if wish and not asked:
-        raise _malformed("gpu_model", str(wish), "'gpus', 'gpu', 'gpu_memory' or 'mig' beside it")
-    isolation = request.isolation or default_isolation
-    if request.mig and isolation == "none":
-        raise _malformed("isolation", "none", "'soft' or 'hard': a MIG instance is never shared in time")
-    if request.mps and not request.mig:
-        raise _malformed("mps", True, "'mig' beside it: a share of a card ('gpu', 'gpu_memory') is under MPS by itself")
-    if request.mig and request.gpu_processes > 1 and not request.mps:
-        raise _malformed(
-            "gpu_processes", request.gpu_processes, "'mps: true' beside it, or 1: nothing else counts them"
-        )
-    if request.gpu_load and not (request.gpu or request.gpu_memory):
-        raise _malformed("gpu_load", request.gpu_load, "'gpu' or 'gpu_memory' beside it: only shares have neighbours")
-    for label, value in request.node_labels.items():
-        if not _LABEL.fullmatch(label) or not (value == "" or _LABEL.fullmatch(value)):
-            raise Malformed(f"$.node_labels.{label}", repr(value), "letters, digits, '.', '_', '/', '-', at most 63")
-    return ResourceNeed(
-        gpus=gpus,
-        share_milli=int(request.gpu or 0),
-        share_memory_mib=int(request.gpu_memory or 0),
-        mig=str(request.mig or ""),
-        isolation=isolation,
-        gpu_processes=request.gpu_processes,
-        gpu_load=request.gpu_load or "",
-        speeds=_speeds(request.throughput),
-        mps=request.mps,
-        models=wish.models if wish else (),
-        card_memory_mib=wish.memory_mib if wish else 0,
-        cpu_milli=1000 if request.cpus is None else int(request.cpus),
-        memory_mib=1024 if request.memory is None else int(request.memory),
-        cpu_asked=request.cpus is not None,
-        memory_asked=request.memory is not None,
-        node_labels=tuple(sorted(request.node_labels.items())),
-        nodes=tuple(sorted(request.nodes)),
-    )
-
-
-def _whole_cards(request: JobRequest | ResourceRequest) -> int:
-    counted = request.gpu_model.cards if request.gpu_model else None
-    if counted is not None and (request.gpu or request.gpu_memory or request.mig):
-        raise _malformed("gpu_model", str(request.gpu_model), "no number of cards beside a share or MIG instance")
-    if request.gpus is not None and counted is not None and request.gpus != counted:
-        raise _malformed("gpus", request.gpus, f"{counted}, as 'gpu_model' says")
-    gpus = request.gpus if request.gpus is not None else counted or 0
-    if not 0 <= gpus <= GPUS_PER_REPLICA_MAX:
-        raise _malformed("gpus", gpus, f"a number between 0 and {GPUS_PER_REPLICA_MAX} (per replica)")
-    return gpus
 
 
 class BatchRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):

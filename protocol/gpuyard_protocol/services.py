@@ -9,7 +9,7 @@ from __future__ import annotations
 import msgspec
 
 from gpuyard_protocol.codec import Malformed, RequestVersion
-from gpuyard_protocol.jobs import DEFAULT_STOP_GRACE_MS, ResourceRequest, Why, check_process, resource_need
+from gpuyard_protocol.jobs import DEFAULT_STOP_GRACE_MS, Why, check_process
 from gpuyard_protocol.names import (
     NAME_EXPECTED,
     SUBMISSION_EXPECTED,
@@ -19,6 +19,7 @@ from gpuyard_protocol.names import (
     is_name,
     is_submission_id,
 )
+from gpuyard_protocol.needs import ResourceRequest, resource_need
 from gpuyard_protocol.resources import ResourceNeed
 from gpuyard_protocol.units import Count, Duration
 

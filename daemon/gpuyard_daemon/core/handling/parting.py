@@ -15,8 +15,9 @@ from gpuyard_daemon.core.placing.feasibility import Shape
 from gpuyard_daemon.core.placing.gangs import Offers, fits
 from gpuyard_daemon.core.placing.placement import Candidates
 from gpuyard_daemon.core.state.draft import Draft
-from gpuyard_protocol.jobs import GPUS_PER_REPLICA_MAX, REPLICAS_MAX, JobSpec
+from gpuyard_protocol.jobs import REPLICAS_MAX, JobSpec
 from gpuyard_protocol.names import Tenant, User
+from gpuyard_protocol.needs import GPUS_PER_REPLICA_MAX
 
 #: Where no node has joined yet.
 _PART_USUAL: Final = 8
