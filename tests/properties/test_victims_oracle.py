@@ -113,3 +113,27 @@ def test_no_cheaper_set_exists_where_all_are_alike_but_in_what_they_lose(
     assert (plan is None) == (not costs)
     if plan is not None:
         assert sum([each.lost_milli_ms for each in plan.victims]) == min(costs)
+
+
+class Tried(Search):
+    """One that counts nothing, and tries everything on copies."""
+
+    def _counted(self, node: str) -> None:
+        return None
+
+
+@settings(max_examples=200, deadline=None)
+@given(yards, holders, st.sampled_from((1, 2, 3)), st.sets(st.integers(0, 6), max_size=2), st.booleans())
+def test_counting_finds_those_whom_trying_finds(
+    cards: list[int], held: list[tuple[int, int, int]], wanted: int, leaving: set[int], alike: bool
+) -> None:
+    yard, wants = Yard(cards, held, alike=alike), need(gpus=wanted, cpu_milli=2000)
+    going = [each.job for number, each in enumerate(yard.occupants) if number in leaving]
+    for other in going:
+        other.state = other.assignments[0].state = "stopping"
+    allowed = [each for each in yard.occupants if each.job not in going]
+    claimant = Job(99, "acme", "alice", "", msgspec.structs.replace(job(), need=wants), 0)
+    shape = Shape(wants, 1, "acme", "alice")
+    counted, tried = [kind(yard.pool, shape, claimant, allowed, going, 100) for kind in (Search, Tried)]
+    assert counted.single() == tried.single()
+    assert counted.looks == tried.looks

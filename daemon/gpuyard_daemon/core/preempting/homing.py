@@ -43,6 +43,9 @@ class HomeSearch(Search):
         self._home = Placement(assignment.node, assignment.home)
         self._by_node = {self._home.node: self._by_node.get(self._home.node, [])}
 
+    def _counted(self, node: NodeId) -> None:
+        """Only its own card will do, so counts say nothing."""
+
     def _fits(self, node: NodeId) -> bool:
         space = self._trial.space(node)
         if space.node.state != "ready" or space.node.cordoned_by:

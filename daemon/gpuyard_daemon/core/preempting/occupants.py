@@ -106,7 +106,7 @@ def _still_holds(occupant: Occupant, job: Job, runs_since_ms: int, at_ms: int) -
 def _holds_for_long(settings: CoreSettings, occupant: Occupant) -> bool:
     """Whether nothing of it moves before `next_ms`, but its band."""
     job = occupant.job
-    if occupant.kind != "checkpoint" or job.promised or job.service or job.speed_milli != MILLI:
+    if occupant.kind != "checkpoint" or job.promised or job.service or job.is_elastic or job.speed_milli != MILLI:
         return False
     return occupant.overhead_ms == _restart_ms(settings, job, "checkpoint")
 

@@ -17,12 +17,13 @@ from typing import NamedTuple
 
 from gpuyard_daemon.core.placing.capacity import NodeSpace, Pool
 from gpuyard_daemon.core.placing.feasibility import Shape
+from gpuyard_daemon.core.placing.partitions import Card
 from gpuyard_daemon.core.placing.trial import PoolTrial
 from gpuyard_daemon.core.preempting.occupants import Occupant
 from gpuyard_daemon.core.state.facts import Placement
 from gpuyard_daemon.core.state.model import LEAVING, Assignment, Job
 from gpuyard_protocol.names import AssignmentKey, JobId, NodeId
-from gpuyard_protocol.resources import NoGpu, devices_of
+from gpuyard_protocol.resources import NoGpu, WholeCards, devices_of
 
 
 class Plan(NamedTuple):
@@ -60,9 +61,7 @@ class Search:
         for node in sorted(self._by_node, key=self._number):
             if self.looks <= 0:
                 break
-            mark = self._trial.mark()
-            chosen = self._free(node)
-            self._trial.undo(mark)
+            chosen = self._free_for_one(node)
             if chosen is not None:
                 cost, number = sum([o.lost_milli_ms for o in chosen]), self._number(node)
                 found = (cost, len(chosen), -_least_level(chosen), number, node, chosen)
@@ -140,6 +139,39 @@ class Search:
             heapq.heappush(offers, (cost, is_new, level, self._number(node), node, states[node]))
 
     # --- one node ----------------------------------------------------------------------------------------------------
+
+    def _free_for_one(self, node: NodeId) -> list[Occupant] | None:
+        """As `_free`, on a trial as it was in the beginning, and nothing is left of it."""
+        counted = self._counted(node)
+        if counted is not None:
+            self.looks -= 1
+            return counted.chosen(self._by_node[node])
+        mark = self._trial.mark()
+        chosen = self._free(node)
+        self._trial.undo(mark)
+        return chosen
+
+    def _counted(self, node: NodeId) -> _Counted | None:
+        """What a node has and would have, where numbers say it all: cards are wanted whole, whoever could leave holds
+        them whole, and nothing is claimed. None: it must be tried."""
+        space, need = self._trial.pool.spaces[node], self._shape.need
+        candidates = self._by_node[node]
+        if not need.gpus or space.claims or any(each.goes or each.kind == "suspend" for each in candidates):
+            return None
+        reason, positions = self._shape.eligible(space)
+        is_open = reason is None and "whole" in space.modes
+        if not is_open or space.node.state != "ready" or space.node.cordoned_by or space.is_imagined:
+            return None
+        usable = {space.cards[position].device.uuid for position in positions if _would_be_idle(space.cards[position])}
+        leaving = [a for a in space.assignments.values() if a.state in LEAVING]
+        gains = {each.job.id: _gain(space, each.job.assignments, usable) for each in candidates}
+        gone = _gain(space, leaving, usable)
+        if gone is None or None in gains.values():
+            return None
+        idle = sum([1 for p in positions if space.cards[p].mode == "idle" and space.cards[p].takes_work])
+        least = (need.cpu_milli, need.memory_mib, need.gpus)
+        has = (space.cpu_free_milli + gone[0], space.memory_free_mib + gone[1], idle + gone[2])
+        return _Counted(least, has, {number: gain for number, gain in gains.items() if gain is not None})
 
     def _free(self, node: NodeId) -> list[Occupant] | None:
         """Take victims off the trial until one more replica fits a node; None, and some taken, if it never does."""
@@ -277,6 +309,60 @@ class Search:
         stays = all(_firm_claims_fit(self._trial.space(node), self._job.id) for node in nodes)
         self._trial.undo(mark)
         return stays
+
+
+class _Counted(NamedTuple):
+    """CPU, memory and whole cards of a node: what one replica takes, what is free, what each leaves by going."""
+
+    least: tuple[int, int, int]
+    has: tuple[int, int, int]
+    gains: dict[JobId, tuple[int, int, int]]
+
+    def chosen(self, candidates: Iterable[Occupant]) -> list[Occupant] | None:
+        """As `Search._free` chooses: in this order until the replica fits, without those who then need not go."""
+        has, left = self.has, iter(candidates)
+        chosen: list[Occupant] = []
+        while not self._is_enough(has):
+            occupant = next(left, None)
+            if occupant is None:
+                return None
+            gain = self.gains[occupant.job.id]
+            has = (has[0] + gain[0], has[1] + gain[1], has[2] + gain[2])
+            chosen.append(occupant)
+        for occupant in sorted(chosen, key=_dear_first) if len(chosen) > 1 else ():
+            gain = self.gains[occupant.job.id]
+            without = (has[0] - gain[0], has[1] - gain[1], has[2] - gain[2])
+            if self._is_enough(without):
+                has = without
+                chosen.remove(occupant)
+        return chosen
+
+    def _is_enough(self, has: tuple[int, int, int]) -> bool:
+        least = self.least
+        return has[0] >= least[0] and has[1] >= least[1] and has[2] >= least[2]
+
+
+def _would_be_idle(card: Card) -> bool:
+    """A card that is held whole: whether it could be given away whole again as soon as it is left."""
+    return card.takes_work and not card.foreign and not (card.keeps_mode and card.in_mig)
+
+
+def _gain(space: NodeSpace, assignments: Iterable[Assignment], usable: set[str]) -> tuple[int, int, int] | None:
+    """CPU, memory and usable cards that these leave on a node; None where one of them holds a part of a card."""
+    cpu_milli = memory_mib = cards = 0
+    for assignment in assignments:
+        held = space.amounts.get(assignment.key)
+        if held is None or not assignment.is_live:
+            continue
+        cpu_milli, memory_mib = cpu_milli + held[0], memory_mib + held[1]
+        match assignment.partition:
+            case WholeCards(devices=devices):
+                cards += sum([1 for uuid in devices if uuid in usable])
+            case NoGpu():
+                pass
+            case _:
+                return None
+    return cpu_milli, memory_mib, cards
 
 
 def _firm_claims_fit(space: NodeSpace, owner: JobId) -> bool:
