@@ -58,6 +58,7 @@ from gpuyard_daemon.snapshots import SnapshotStore
 from gpuyard_daemon.standby import Ground, stand_by
 from gpuyard_daemon.upkeep import Upkeep
 from gpuyard_daemon.uploads import Courier, UploadStore
+from gpuyard_daemon.whereabouts import Whereabouts
 from gpuyard_protocol.bus.base import Bus, BusError, StreamUnavailable
 from gpuyard_protocol.bus.nats import connect
 from gpuyard_protocol.names import NodeId
@@ -137,7 +138,8 @@ class Daemon:
         self._lender = SnapshotLender(base.store)
         #: The lead is being handed over: what would else end the process is expected.
         self._is_leaving = False
-        self.audit = AuditLog(bus, clock.now_ms)
+        self.whereabouts = Whereabouts(config.state_directory / "keys")
+        self.audit = AuditLog(bus, clock.now_ms, self.whereabouts.of)
         self.joining = Joining(base.api_bus, config.state_directory, config.yard, self.audit)
         self._attend_to_nodes()
         store = config.state_directory / "nats" / "store"
@@ -255,6 +257,7 @@ class Daemon:
         self._spawn("audit", self.audit.run())
         if base.config.authenticate:
             await self.joining.open()
+            self._spawn("whereabouts", self.whereabouts.run(lambda: _connect(base.config, "sys", "_INBOX_D")))
             self._spawn("joining", self.joining.run())
         self._spawn("levels", every_async(levels.INTERVAL_S, self.levels.look))
         self._spawn("lending", every(FORGET_INTERVAL_S / 60, self._lender.forget))
@@ -549,6 +552,8 @@ async def _open_door(config: DaemonConfig, health: Health) -> HttpDoor | None:
 async def _connect(config: DaemonConfig, role: str, inbox_prefix: str) -> Bus:
     seed = config.seed(role)
     if seed is not None and not seed.exists():
+        if role == "sys":
+            raise BusError(f"there is no key {seed}")
         raise StartRefused(f"there is no key {seed}: `gpuyard up` makes the keys of a yard")
     return await connect(
         config.nats,

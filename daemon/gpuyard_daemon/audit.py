@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import msgspec
 import structlog
 
 from gpuyard_daemon.core.state.facts import AnswerRepeated, Fact, JobAccepted, RequestAnswered
@@ -139,8 +140,10 @@ async def open_audit(bus: Bus, yard: str, budget_bytes: int, replicas: int = 1) 
 
 
 class AuditLog:
-    def __init__(self, bus: Bus, now_ms: Callable[[], int]) -> None:
+    def __init__(self, bus: Bus, now_ms: Callable[[], int], where: Callable[[str], str] = lambda who: "") -> None:
+        """`where`: from which address a `user …` or `operator …` is connected, "" where that is not known."""
         self._bus = bus
+        self._where = where
         self._now_ms = now_ms
         self._turns: deque[_Turn] = deque()
         self._facts = 0
@@ -174,7 +177,7 @@ class AuditLog:
                 what=texts[1],
                 outcome=texts[2],
                 about=about[:TEXT_MAX],
-                where=where[:TEXT_MAX],
+                where=(where or self._where(who))[:TEXT_MAX],
             )
         )
         self._wake.set()
@@ -205,7 +208,7 @@ class AuditLog:
             for fact in turn.facts:
                 entry = _entry(turn.at_ms, fact, asked)
                 if entry is not None:
-                    self._add(entry)
+                    self._add(msgspec.structs.replace(entry, where=self._where(entry.who)[:TEXT_MAX]))
             done += len(turn.facts)
             if done >= SLICE_FACTS:
                 done = 0

@@ -6,6 +6,7 @@ import asyncio
 
 import pytest
 
+from gpuyard_daemon.whereabouts import Whereabouts
 from gpuyard_daemon.yard.operator_mode import Authority
 from gpuyard_protocol.audit import READING_VERBS
 from gpuyard_protocol.bus import nats
@@ -177,3 +178,27 @@ async def test_the_server_tells_of_lost_agents(roles: Roles, yard: RoleYard) -> 
     node = await nats.connect(yard.server.url, name="node n2", inbox_prefix=inbox, seed=str(seed))
     await node.close()
     assert b"n2" in (await heard.one()).data
+
+
+async def test_the_server_says_where_somebody_is(roles: Roles, yard: RoleYard) -> None:
+    """Who was there before, who comes, and who has gone."""
+    await roles.get("operator olga")
+    inbox, seed = yard.role("sys")
+    whereabouts = Whereabouts(yard.keys.directory)
+    looking = asyncio.create_task(
+        whereabouts.run(lambda: nats.connect(yard.server.url, name="where", inbox_prefix=inbox, seed=str(seed)))
+    )
+    try:
+        async with asyncio.timeout(10):
+            while whereabouts.of("operator olga") != "127.0.0.1":
+                await asyncio.sleep(0.01)
+            inbox, seed = yard.role("globex gus")
+            gus = await nats.connect(yard.server.url, name="gus", inbox_prefix=inbox, seed=str(seed))
+            while whereabouts.of("user globex/gus") != "127.0.0.1":
+                await asyncio.sleep(0.01)
+            await gus.close()
+        assert whereabouts.of("user globex/gus") == "127.0.0.1"
+        assert whereabouts.of("user globex/nobody") == ""
+    finally:
+        looking.cancel()
+        await asyncio.gather(looking, return_exceptions=True)

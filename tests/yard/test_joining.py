@@ -221,6 +221,7 @@ def test_the_audit_tells_who_did_what(yard: Yard) -> None:
     found = entries()
     assert sum(int(str(entry.get("count", 1))) for entry in found if entry["who"] == "user globex/gus") == 4
     added = [entry for entry in found if entry["what"] == "tenants add" and entry.get("about") == "tenant globex"]
+    assert "127.0.0.1" in {entry.get("where") for entry in found if entry["who"] == "user globex/gus"}
     assert [entry["outcome"] for entry in added] == ["ok"]
     assert str(added[0]["who"]).startswith("account ")
     assert added[0]["where"] == os.uname().nodename
