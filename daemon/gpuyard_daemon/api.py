@@ -388,7 +388,7 @@ class Api:
     async def _past_why(self, tenant: Tenant | None, job: JobId) -> WhyAnswer:
         view = await self._past_job(tenant, job)
         reason = f": {view.reason.text}" if view.reason else ""
-        return WhyAnswer(job=job, state=view.state, summary=f"job {job} has {_ENDED[view.state]}{reason}")
+        return WhyAnswer(job=job, state=view.state, summary=view.state + reason)
 
     def _is_visible(self, tenant: Tenant | None, job: JobId) -> bool:
         owner = self._core.job_owner(job)
@@ -521,9 +521,6 @@ class Api:
         """Nodes that still have something to run or to end, and how much."""
         counts = {node: self._core.held_on(node) for node in self._core.known_nodes()}
         return {node: count for node, count in counts.items() if count}
-
-
-_ENDED = {"succeeded": "succeeded", "failed": "failed", "cancelled": "been cancelled"}
 
 
 def _question(message: Message) -> _Question | None:

@@ -40,6 +40,8 @@ JobState: TypeAlias = Literal[
     "pending", "starting", "running", "suspended", "stopping", "succeeded", "failed", "cancelled"
 ]  # fmt: skip
 FINAL_STATES: frozenset[str] = frozenset({"succeeded", "failed", "cancelled"})
+#: The same of a job, in a sentence.
+ENDED_AS = {"succeeded": "has succeeded", "failed": "has failed", "cancelled": "was cancelled"}
 
 #: `afterok`: it succeeded. `afternotok`: it failed or was cancelled. `afterany`: it ended.
 DependencyKind: TypeAlias = Literal["afterok", "afternotok", "afterany"]

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from gpuyard.cli.options import flag_of
 from gpuyard.cli.output import rough
 from gpuyard_protocol.explaining import Holder, KeyTerm, Remedy
+from gpuyard_protocol.jobs import ENDED_AS
 from gpuyard_protocol.queries import DryRun, NodeReason, WhyAnswer
 from gpuyard_protocol.units import format_milli
 
@@ -17,7 +18,6 @@ _BASES = {
     "stopping": "it was told to end",
 }
 _VERDICTS = {"starts": "", "waits": "it would wait: ", "rejected": "it would be rejected: "}
-_STATES = {"succeeded": "has succeeded", "failed": "has failed", "cancelled": "was cancelled"}
 #: Terms with these values change nothing.
 _NOTHING = {"+0", "0", "no"}
 
@@ -33,7 +33,7 @@ def why_lines(answer: WhyAnswer, now_ms: int) -> Iterator[str]:
 
 def _state(answer: WhyAnswer) -> str:
     """`is pending: held by alice`, `is running on node-2`, `has failed: …`; what repeats the state is left out."""
-    said = _STATES.get(answer.state, f"is {answer.state}")
+    said = ENDED_AS.get(answer.state, f"is {answer.state}")
     rest = answer.summary.removeprefix(f"{answer.state}: ")
     if rest == answer.state:
         return said

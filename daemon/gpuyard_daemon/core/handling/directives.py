@@ -23,7 +23,7 @@ from gpuyard_daemon.core.state.inputs import (
     SuspendRequested,
 )
 from gpuyard_daemon.core.state.model import Array, Job
-from gpuyard_protocol.jobs import SubmissionAnswer, Why
+from gpuyard_protocol.jobs import ENDED_AS, SubmissionAnswer, Why
 
 Directive: TypeAlias = (
     CancelRequested | HoldRequested | ReleaseRequested | SuspendRequested | ResumeRequested | RequeueRequested
@@ -79,7 +79,7 @@ def own_job(draft: Draft, request: Directive | ScaleRequested) -> Job | None:
         refuse(draft, request, Why("NotYours", f"job {job.id} belongs to user {job.user}"))
         return None
     if job.is_final and not _of_array(request):
-        refuse(draft, request, Why("AlreadyEnded", f"job {job.id} has {job.state} already"))
+        refuse(draft, request, Why("AlreadyEnded", f"job {job.id} {ENDED_AS[job.state]} already"))
         return None
     return job
 

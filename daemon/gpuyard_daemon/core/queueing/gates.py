@@ -14,12 +14,13 @@ from typing import TypeAlias
 
 from gpuyard_daemon.core.state.arrays import Arrays
 from gpuyard_daemon.core.state.model import Array, Job
-from gpuyard_protocol.jobs import DependencyKind, Why
+from gpuyard_protocol.jobs import ENDED_AS, DependencyKind, Why
 from gpuyard_protocol.names import JobId, Tenant, User
 
 NEVER_SATISFIED = "DependencyNeverSatisfied"
 _Group: TypeAlias = tuple[Tenant, User, str]
 _VERBS: dict[DependencyKind, str] = {"afterok": "succeed", "afternotok": "not succeed", "afterany": "end"}
+_DID: dict[DependencyKind, str] = {"afterok": "succeeded", "afternotok": "did not succeed", "afterany": "ended"}
 
 
 def target_of(number: JobId, jobs: Mapping[JobId, Job], arrays: Arrays) -> Job | Array | None:
@@ -43,10 +44,10 @@ def outcome(kind: DependencyKind, target: Job | Array) -> bool | None:
 def never(kind: DependencyKind, target: Job | Array) -> Why:
     """Why a dependency can no longer be fulfilled."""
     if isinstance(target, Job):
-        what = f"job {target.id} would {_VERBS[kind]}, and that has {target.state}"
+        what = f"job {target.id} {_DID[kind]}, but that {ENDED_AS[target.state]}"
     else:
-        what = f"every element of array {target.id} would {_VERBS[kind]}, and not all have"
-    return Why(NEVER_SATISFIED, f"it was to start if {what}")
+        what = f"every element of array {target.id} {_DID[kind]}, but not all did"
+    return Why(NEVER_SATISFIED, f"it was to start once {what}")
 
 
 class Gates:
