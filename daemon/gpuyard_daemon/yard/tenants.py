@@ -79,8 +79,9 @@ def add(tenant: _TenantName, user: _Users = None, public_key: _PublicKey = "", s
     if public_key and len(names) != 1:
         raise typer.BadParameter("is the key of one user: name that one with --user", param_hint="--public-key")
     head = _open(state)
-    for name in (tenant, *names):
-        _check_name(name)
+    _check_name(tenant, "TENANT")
+    for name in names:
+        _check_name(name, "--user")
     if tenant in head.keys.public_tenants():
         raise GpuyardError(f"there is a tenant {tenant!r} already (more users: gpuyard tenants add-user {tenant}/NAME)")
     head.keys.add_tenant(tenant)
@@ -188,14 +189,14 @@ def _parse(whose: str) -> _Whose:
     tenant, slash, user = whose.partition("/")
     if not slash:
         raise typer.BadParameter(f"found {whose!r}; expected TENANT/USER", param_hint="TENANT/USER")
-    _check_name(tenant)
-    _check_name(user)
+    _check_name(tenant, "TENANT")
+    _check_name(user, "USER")
     return _Whose(tenant, user)
 
 
-def _check_name(name: str) -> None:
+def _check_name(name: str, what: str) -> None:
     if not is_name(name):
-        raise typer.BadParameter(f"found {name!r}; expected {NAME_EXPECTED}")
+        raise typer.BadParameter(f"found {name!r}; expected {NAME_EXPECTED}", param_hint=what)
 
 
 def _users_of(head: Head, tenant: Tenant) -> list[User]:
