@@ -42,7 +42,7 @@ PREEMPTED = "Preempted"
 #: Facts after which a job may stand in line that did not before.
 _ARRIVALS = (f.JobAccepted, f.ReplicaWanted, f.JobRequeued, f.JobWoken, f.JobReleased)
 #: Facts that move the levels of those who run, or after which somebody runs who did for long before.
-_LEVELS_MOVED = (f.TenantsShifted, f.SizesLearnt, f.PolicySet, f.SuspensionFailed, f.ReplicaResumed)
+_LEVELS_MOVED = frozenset((f.TenantsShifted, f.SizesLearnt, f.PolicySet, f.SuspensionFailed, f.ReplicaResumed))
 #: Plans made for one claimant before it has to wait for the next round.
 _PLANS_MAX = 4
 #: Jobs of one queue that a round looks at.
@@ -86,7 +86,7 @@ class Rounds:
             return
         if draft.facts:
             self._next_ms = None
-            if any(isinstance(fact, _LEVELS_MOVED) for fact in draft.facts):
+            if not _LEVELS_MOVED.isdisjoint(map(type, draft.facts)):
                 self.forget()
         period_ms = draft.now_ms - draft.now_ms % settings.preempt_every_ms
         if is_full := period_ms > last_record_ms or _made_way(draft):

@@ -143,7 +143,13 @@ class WaitingLine:
             if barrier.ready_key < 0:
                 self._offer(barrier)
         if queues_eased or shifted:
-            guaranteed = [self._guaranteed[name] for name in queues_eased if name in self._guaranteed]
+            # Where all of a nominal part is used nobody is within it, whatever was given back.
+            guaranteed = [
+                self._guaranteed[name]
+                for name in queues_eased
+                if name in self._guaranteed
+                and any(each.used_milli < each.nominal_milli for each in quota.allotments(name))
+            ]
             moved = {
                 number: queue for each in guaranteed for number, queue in list(each.items()) if self._is_moved(queue)
             }
