@@ -116,3 +116,13 @@ class PendingCalls:
         if self._calls:
             earliest = min(call.deadline for call in self._calls.values())
             self._timer = self._loop.call_at(earliest, self._sweep)
+
+
+def begun(begin: Callable[[], asyncio.Future[T]]) -> asyncio.Future[T]:
+    """The call that this begins, or where that fails at once a failed one: for whoever looks at the outcome later."""
+    try:
+        return begin()
+    except BusError as error:
+        failed: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        failed.set_exception(error)
+        return failed

@@ -32,7 +32,7 @@ from gpuyard_protocol.bus.base import (
     StreamState,
     StreamUnavailable,
 )
-from gpuyard_protocol.bus.calls import Decode, PendingCalls, T
+from gpuyard_protocol.bus.calls import Decode, PendingCalls, T, begun
 from gpuyard_protocol.bus.memory_stream import MemoryStream, Refusal
 from gpuyard_protocol.bus.wire import check_subject, decode_headers, encode_headers, subject_matches
 
@@ -307,12 +307,7 @@ class MemoryBus:
         timeout: float = 5.0,
         headers: Mapping[str, str] | None = None,
     ) -> asyncio.Future[PubAck]:
-        try:
-            return self._begin(subject, data, headers, timeout, jetstream.decode_ack)
-        except BusError as error:
-            future: asyncio.Future[PubAck] = self._loop.create_future()
-            future.set_exception(error)
-            return future
+        return begun(lambda: self._begin(subject, data, headers, timeout, jetstream.decode_ack))
 
     async def subscribe(
         self, subject: str, handler: MessageHandler, *, queue: str = "", pending_messages: int = 65536

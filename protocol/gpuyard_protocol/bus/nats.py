@@ -42,7 +42,7 @@ from gpuyard_protocol.bus.base import (
     StreamUnavailable,
     Unanswered,
 )
-from gpuyard_protocol.bus.calls import Decode, PendingCalls, T
+from gpuyard_protocol.bus.calls import Decode, PendingCalls, T, begun
 from gpuyard_protocol.bus.client import Connection, Route
 from gpuyard_protocol.bus.credentials import read_public_key, tls_context, untrusted
 from gpuyard_protocol.bus.reader import StreamReader
@@ -318,12 +318,7 @@ class NatsBus:
         timeout: float = 5.0,
         headers: Mapping[str, str] | None = None,
     ) -> asyncio.Future[PubAck]:
-        try:
-            return self._begin(subject, data, headers, timeout, jetstream.decode_ack)
-        except BusError as error:
-            future: asyncio.Future[PubAck] = self._loop.create_future()
-            future.set_exception(error)
-            return future
+        return begun(lambda: self._begin(subject, data, headers, timeout, jetstream.decode_ack))
 
     def _begin(
         self,
