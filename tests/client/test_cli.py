@@ -146,7 +146,9 @@ def test_run_of_a_gang_names_the_replicas(yard: Yard) -> None:
 
 def test_ctrl_c_lets_go_of_a_running_job(yard: Yard, sdk: gpuyard.SyncClient) -> None:
     """It says how to come back, and the job is none the worse."""
-    command = [sys.executable, "-m", "gpuyard.cli", "run", *SMALL, "--", "sh", "-c", "echo begun; sleep 1; echo done"]
+    go_on = yard.scratch / "go-on"
+    script = f"echo begun; until [ -e {go_on} ]; do sleep 0.1; done; echo done"
+    command = [sys.executable, "-m", "gpuyard.cli", "run", *SMALL, "--", "sh", "-c", script]
     process = subprocess.Popen(
         command,
         env={**os.environ, "GPUYARD_CONTEXT": str(yard.context)},
@@ -163,6 +165,7 @@ def test_ctrl_c_lets_go_of_a_running_job(yard: Yard, sdk: gpuyard.SyncClient) ->
     assert f"gpuyard logs -f {job}" in err
     assert f"gpuyard cancel {job}" in err
     assert "Traceback" not in err
+    go_on.touch()
     assert sdk.handle(int(job)).wait(timeout=20).state == "succeeded"
     assert ok(yard, "logs", job, "--tail", "1") == "done\n"
 
