@@ -55,7 +55,7 @@ def test_the_top_counts_as_just_above_the_smallest() -> None:
     assert not exchange.may_take(0, -64, 3, LEVEL_UNIT << 10, at_top=True), "the cost counts at the top, too"
 
 
-def test_who_was_preempted_runs_ten_restarts_before_the_next_time() -> None:
+def test_a_new_size_stays_for_ten_restarts() -> None:
     assert exchange.least_run_ms(60_000, 0) == PROBE_MS
     assert exchange.least_run_ms(60_000, 1) == 600_000
     assert exchange.least_run_ms(1000, 3) == PROBE_MS

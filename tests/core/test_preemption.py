@@ -129,19 +129,22 @@ def test_a_gang_that_must_go_frees_all_its_nodes_for_one_price() -> None:
     assert evicted in ([gang], [single, gang], [gang, single])
 
 
-def test_a_preempted_job_is_left_alone_until_it_has_earned_the_next_time() -> None:
+def test_who_has_done_much_gives_way_again_after_the_least_run() -> None:
+    """A time of rest for all would leave the small as the only victims when many come at once."""
     h = harness(8)
-    large = running_for(h, gives(gpus=8), 3 * HOUR)
+    large = running_for(h, gives(gpus=8, restart_ms=600_000), 30 * HOUR)
     first = h.submit(job(gpus=8))
     h.stopped(large)
     h.run(first)
     h.ended(first)
     h.run(large)
-    h.settle(most_ms=130_000)
     second = h.submit(job(gpus=8))
     assert h.states(large, second) == ["running", "pending"]
-    h.settle(most_ms=600_000)
+    h.settle(most_ms=130_000)
     assert h.states(large, second) == ["stopping", "pending"]
+    lost = [eviction.overhead_ms for claim in h.facts(ClaimMade) for eviction in claim.evictions]
+    assert lost[0] == 600_000
+    assert 120_000 <= lost[1] <= 130_000, "the second time it was at its start, and lost that"
 
 
 def test_a_claim_is_dropped_when_its_job_is_cancelled() -> None:

@@ -59,11 +59,10 @@ class JudgedHarness(CoreHarness):
             # A guest was let in on these terms.
             return
         at_ms = self.now_ms - self.now_ms % settings.preempt_every_ms
-        restart_ms = eviction.overhead_ms
-        if eviction.kind == "requeue":
-            restart_ms -= at_ms - victim.started_ms
         before, overhead_ms = victim.preemptions - 1, victim.overhead_ms - eviction.overhead_ms
-        assert at_ms - max(victim.started_ms, victim.runs_since_ms) >= exchange.least_run_ms(restart_ms, before)
+        assert at_ms - max(victim.started_ms, victim.runs_since_ms) >= exchange.LEAST_RUN_MS
+        if eviction.kind == "checkpoint":
+            assert eviction.overhead_ms <= at_ms - victim.started_ms, "at its start it loses the start alone"
         useful_ms = ran_ms(victim, at_ms) - overhead_ms
         assert not before or overhead_ms * exchange.CREDIT_DIVISOR <= useful_ms
         ranking = cluster.ranking

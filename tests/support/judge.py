@@ -236,10 +236,7 @@ class Judge(Scheduler):
         assert reclaiming.may_take(victim), f"quota does not give job {job.id} what job {victim.id} holds"
 
     def _may_exchange(self, job: Job, victim: Job, eviction: f.Eviction, now_ms: int, at_ms: int) -> bool:
-        restart_ms = eviction.overhead_ms
-        if eviction.kind == "requeue":
-            restart_ms -= at_ms - victim.started_ms
-        if at_ms - max(victim.started_ms, victim.runs_since_ms) < exchange.least_run_ms(restart_ms, victim.preemptions):
+        if at_ms - max(victim.started_ms, victim.runs_since_ms) < exchange.LEAST_RUN_MS:
             return False
         useful_ms = ran_ms(victim, at_ms) - victim.overhead_ms
         if victim.preemptions and victim.overhead_ms * exchange.CREDIT_DIVISOR > useful_ms:

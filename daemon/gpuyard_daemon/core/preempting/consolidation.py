@@ -3,8 +3,7 @@ slices are free, the small jobs off a node that others have room for.
 
 Not a preemption: whoever moves has room elsewhere right away, whatever its level. So it is not the exchange that
 counts, but the cost: what the moves cost, four times over, is less than what the claimant would hold in ten minutes. A
-longer time was worse where restarts are dear: who moved cannot be preempted for long. It is asked before anybody is
-preempted.
+longer time was worse where restarts are dear and the yard is not overloaded. It is asked before anybody is preempted.
 
 Two things bound it: all moves together may cost one part in a hundred of the GPU time that work has held, and each
 counts against the credit of the job that moves, as a preemption does. A bound by starts (one move in a hundred) left

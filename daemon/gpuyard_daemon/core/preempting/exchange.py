@@ -4,7 +4,12 @@ The exchange test: a victim goes only if it is at least one level larger than th
 victim's cost added to it. That is the argument for shortest-first with the price of the switch in it: dear victims
 protect themselves, and nobody can be evicted by what it itself evicted.
 
-Costs are GPU-milliseconds: the victim's GPUs times the run time that it will have to spend again.
+Costs are GPU-milliseconds: the victim's GPUs times the run time that it will have to spend again. Who is still at its
+start has only that to lose, so it is the cheapest to send back: cards that nobody better wants are not idle, and
+whoever comes does not wait for a start that has just begun.
+
+A fixed time of rest after each preemption would protect the large, who pay least for it, and leave the small as the
+only victims when many come at once; so what a job has lost may only be a part of what it has done since.
 """
 
 from __future__ import annotations
@@ -19,9 +24,12 @@ COST_WEIGHT: Final = 4
 MARGIN: Final = 1
 #: Level at which a job counts that has waited to the top: it is lifted a little further than its own size.
 TOP: Final = -1
-#: Preemptions may cost a job this part of its useful run time, beside the first, which is free.
-CREDIT_DIVISOR: Final = 20
-#: A job that has been preempted runs at least so many times its restart before it may be again.
+#: Preemptions may cost a job this part of its useful run time, beside the first, which is free: the same weight, now
+#: from the victim's side. At a twentieth the yard's long jobs are out of reach most of the time where starts are dear.
+CREDIT_DIVISOR: Final = COST_WEIGHT
+#: An attempt runs at least so long before it is ended for somebody of the same band: who ends at once ends.
+LEAST_RUN_MS: Final = PROBE_MS
+#: A job whose size was changed keeps it for so many times its restart.
 GAP_RESTARTS: Final = 10
 
 
@@ -32,6 +40,6 @@ def may_take(claimant_size: int, claimant_level: int, victim_level: int, cost: i
     return with_cost - lifted + MARGIN <= victim_level
 
 
-def least_run_ms(restart_ms: int, preemptions: int) -> int:
-    """How long an attempt runs before it may be ended for somebody of the same band."""
-    return max(PROBE_MS, GAP_RESTARTS * restart_ms) if preemptions else PROBE_MS
+def least_run_ms(restart_ms: int, resizes: int) -> int:
+    """How long an attempt of an elastic job keeps its size."""
+    return max(PROBE_MS, GAP_RESTARTS * restart_ms) if resizes else PROBE_MS

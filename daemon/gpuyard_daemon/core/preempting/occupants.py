@@ -116,11 +116,11 @@ def occupant_of(cluster: Cluster, settings: CoreSettings, job: Job, at_ms: int) 
     this_run_ms = at_ms - max(job.started_ms, job.runs_since_ms)
     kind = kind_of(cluster, job)
     restart_ms = _restart_ms(settings, job, kind)
-    overhead_ms = restart_ms if kind != "requeue" else restart_ms + at_ms - job.started_ms
+    overhead_ms = _overhead_ms(job, kind, restart_ms, at_ms)
     run_ms = ran_ms(job, at_ms)
     useful_ms = run_ms - job.overhead_ms
     owed_ms = job.overhead_ms * exchange.CREDIT_DIVISOR - useful_ms if job.preemptions else 0
-    missing_ms = max(exchange.least_run_ms(restart_ms, job.preemptions) - this_run_ms, owed_ms)
+    missing_ms = max(exchange.LEAST_RUN_MS - this_run_ms, owed_ms)
     # Who would lose all of its run is only given up if it is known to be large, and not for a guess at it.
     is_known = kind != "requeue" or run_ms < outlives_ms(job)
     exchangeable = missing_ms <= 0 and not job.service and is_known
@@ -152,6 +152,18 @@ def held_milli(job: Job) -> int:
     if job.spec.least_replicas == job.spec.replicas:
         return width_milli(job)
     return max(job.spec.least_replicas, len(job.assignments)) * need_milli(job.spec.need)
+
+
+def _overhead_ms(job: Job, kind: EvictionKind, restart_ms: int, at_ms: int) -> int:
+    """Run time that a job would have to spend again. One that keeps its progress has at its start only that to lose."""
+    ran_here_ms = at_ms - job.started_ms
+    match kind:
+        case "requeue":
+            return restart_ms + ran_here_ms
+        case "checkpoint":
+            return min(restart_ms, ran_here_ms)
+        case _:
+            return restart_ms
 
 
 def kind_of(cluster: Cluster, job: Job) -> EvictionKind:
