@@ -76,7 +76,9 @@ def test_a_job_leaves_its_card_and_comes_back_with_its_attempt() -> None:
     h.run(small)
     h.ended(small)
     assert [(order.key, order.step) for order in h.new_orders(Resume)] == [(key(large), 2)]
+    assert space.memory_free_mib == 1024 * 1024 - 1024 - 30_000, "its image is there until it is back"
     h.report("n-1", Resumed(key=key(large), step=2, at_ms=0))
+    assert space.memory_free_mib == 1024 * 1024 - 1024
     view = h.view(large)
     assert (view.state, view.attempt, view.placed[0].devices) == ("running", 1, ("GPU-n-1-0",))
     assert space.memory_free_mib == 1024 * 1024 - 1024
@@ -140,8 +142,12 @@ def test_a_job_that_cannot_come_back_yet_is_asked_again() -> None:
     h, large, small = suspended()
     h.run(small)
     h.ended(small)
+    space = h.core.cluster.pool.spaces["n-1"]
+    resuming_mib = space.memory_free_mib
     h.report("n-1", ResumeFailed(key=key(large), step=2, at_ms=0, code="PartitionUnavailable"))
     assert h.state(large) == "suspended"
+    assert h.core.cluster.jobs[large].assignments[0].image_mib == 30_000, "it is in the host's memory all the while"
+    assert space.memory_free_mib == resuming_mib
     h.check_no_other_orders()
     h.settle(most_ms=10_000)
     assert [order.step for order in h.new_orders(Resume)] == [3]

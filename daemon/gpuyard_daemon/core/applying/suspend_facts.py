@@ -83,9 +83,9 @@ def resuming(cluster: Cluster, fact: f.JobResuming, now_ms: int, effects: Effect
     _stop_waiting(cluster, job, now_ms)
     space = cluster.pool.spaces[assignment.node]
     cluster.pool.give(space, assignment)
-    assignment.partition, assignment.home, assignment.image_mib = assignment.home, None, 0
-    need = job.spec.need
-    cluster.pool.take(space, assignment, job.domain, need.cpu_milli, need.memory_mib)
+    # Its image goes when it is back, not when it is told to come.
+    assignment.partition, assignment.home = assignment.home, None
+    cluster.pool.take(space, assignment, job.domain, *assignment.held(job.spec.need))
     holdings.take(cluster, job, space, assignment, now_ms)
     holdings.run(cluster, job, space, assignment, now_ms)
     _order(cluster, assignment, effects)
@@ -95,6 +95,8 @@ def resuming(cluster: Cluster, fact: f.JobResuming, now_ms: int, effects: Effect
 def resumed(cluster: Cluster, fact: f.ReplicaResumed, now_ms: int, effects: Effects) -> None:
     job, assignment = _of(cluster, fact.key)
     cluster.move_assignment(job, assignment, "running")
+    assignment.image_mib = 0
+    cluster.pool.hold(cluster.pool.spaces[assignment.node], assignment, *assignment.held(job.spec.need))
     learning.begin_run_time(cluster, job, now_ms)
     _run(cluster, job, now_ms, effects, "runs again")
 
@@ -102,7 +104,7 @@ def resumed(cluster: Cluster, fact: f.ReplicaResumed, now_ms: int, effects: Effe
 def resumption_failed(cluster: Cluster, fact: f.ResumptionFailed, now_ms: int, effects: Effects) -> None:
     job, assignment = _of(cluster, fact.key)
     cluster.move_assignment(job, assignment, "suspended")
-    _leave_card(cluster, job, assignment, 0, now_ms)
+    _leave_card(cluster, job, assignment, assignment.image_mib, now_ms)
     job.resume_after_ms = fact.again_ms
     cluster.timers.set_job(fact.again_ms, Timer.RESUME, job.id)
     _wait(cluster, job, now_ms)

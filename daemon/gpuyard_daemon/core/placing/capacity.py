@@ -206,6 +206,14 @@ class NodeSpace:
             if card.mode == "idle" and card.takes_work:
                 self.idle_cards += 1
 
+    def hold(self, key: AssignmentKey, cpu_milli: int, memory_mib: int) -> None:
+        """From now on it holds so much of the host itself; its cards stay as they are."""
+        before_cpu, before_memory = self.amounts[key]
+        self.amounts[key] = (cpu_milli, memory_mib)
+        self._beside = self.measured = None
+        self.cpu_free_milli += before_cpu - cpu_milli
+        self.memory_free_mib += before_memory - memory_mib
+
     def refit(self) -> None:
         """Make cards and totals follow the node's inventory; what is held stays held."""
         node, inventory = self.node, self.node.inventory
@@ -449,6 +457,11 @@ class Pool:
         space.give(assignment.key, assignment.partition)
         self.held_milli += _held(space, assignment.partition)
         del space.assignments[assignment.key]
+        self.touch(space)
+
+    def hold(self, space: NodeSpace, assignment: Assignment, cpu_milli: int, memory_mib: int) -> None:
+        """Another amount of the host itself, on the place that it has."""
+        space.hold(assignment.key, cpu_milli, memory_mib)
         self.touch(space)
 
     def image_bound(self, assignment: Assignment) -> int:

@@ -147,7 +147,7 @@ def can_be_suspended(cluster: Cluster, job: Job, beside: Iterable[Job] = ()) -> 
         return False
     held_mib, coming_mib = 0, bound_mib
     for other in space.assignments.values():
-        if other.home is not None:
+        if other.image_mib:
             held_mib += other.image_mib
         elif other.state == "suspending":
             coming_mib += cluster.pool.image_bound(other)

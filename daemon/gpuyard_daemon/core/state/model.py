@@ -61,12 +61,12 @@ class Assignment(_Record):
     step: int = 0
     #: Its place while it is suspended; it holds only memory of the host then. None: it is not.
     home: Partition | None = None
-    #: Memory of the host that its work takes while it is suspended.
+    #: Memory of the host that its work takes while it is suspended, and until it is back on its card.
     image_mib: int = 0
 
     def held(self, need: ResourceNeed) -> tuple[int, int]:
         """(CPU, memory) of its node that it holds: suspended, no CPU, and memory for its image beside its own."""
-        return (need.cpu_milli, need.memory_mib) if self.home is None else (0, need.memory_mib + self.image_mib)
+        return need.cpu_milli if self.home is None else 0, need.memory_mib + self.image_mib
 
     @property
     def is_live(self) -> bool:
