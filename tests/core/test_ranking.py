@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from gpuyard_daemon.core.queueing import priority
-from gpuyard_daemon.core.queueing.fairness import HALF_LIFE_MS
+from gpuyard_daemon.core.queueing.fairness import HALF_LIFE_MS, OWED_PERIOD_MS
 from gpuyard_daemon.core.queueing.fixedpoint import decayed, exp2_parts, log2_parts
 from gpuyard_daemon.core.queueing.ranking import LIFT_GRID_MS, TOP_LEVEL, RankTerms
 from gpuyard_daemon.core.state.facts import SizesLearnt, TenantsShifted
@@ -106,16 +108,34 @@ def test_decay_goes_on_where_it_stopped(value: int, first_ms: int, second_ms: in
 
 
 @pytest.mark.parametrize(
-    ("usage", "share", "shift"), [(1, 1, 0), (2, 1, 2), (1, 4, -4), (10**9, 1, 12), (1, 10**9, -12)]
+    ("usage", "share", "shift"), [(1, 1, 0), (2, 1, 4), (1, 4, -8), (10**9, 1, 24), (1, 10**9, -24)]
 )
-def test_a_tenant_sinks_by_half_octaves_of_its_usage(usage: int, share: int, shift: int) -> None:
-    assert priority.tenant_shift(usage, share, 0) == shift
-    assert priority.tenant_shift(usage, share, shift) == shift
+def test_a_tenant_sinks_by_two_octaves_for_each_of_its_usage(usage: int, share: int, shift: int) -> None:
+    assert priority.tenant_shift(usage, share, 0, 0) == shift
+    assert priority.tenant_shift(usage, share, 0, shift) == shift
 
 
 def test_a_shift_holds_until_it_is_three_quarters_off() -> None:
-    assert priority.tenant_shift(120, 100, 0) == 0
-    assert priority.tenant_shift(145, 100, 0) == 1
+    assert priority.tenant_shift(113, 100, 0, 0) == 0
+    assert priority.tenant_shift(120, 100, 0, 0) == 1
+
+
+def test_what_lasts_is_added_to_a_shift_by_the_hour() -> None:
+    assert priority.drift(2, 1, HOUR) == 2000
+    assert priority.drift(1, 4, HOUR // 2) == -2000
+    assert priority.drift(5, 5, HOUR) == 0
+    assert priority.tenant_shift(1, 1, 6000, 0) == 6
+    assert priority.tenant_shift(1, 4, 6000, 0) == -2
+
+
+@pytest.mark.parametrize("shift", range(-priority.SHIFT_MAX, priority.SHIFT_MAX + 1))
+def test_small_jobs_are_shifted_less_and_never_fall_behind_larger_ones_of_their_tenant(shift: int) -> None:
+    levels = [priority.shifted(level, shift) for level in range(-8, priority.LEVEL_MAX + 1)]
+    assert levels == sorted(levels)
+    assert priority.shifted(0, shift) == 0
+    assert priority.shifted(-3, shift) == -3
+    assert priority.shifted(priority.SHIFT_MAX, shift) == priority.SHIFT_MAX + shift
+    assert priority.shifted(priority.LEVEL_MAX, shift) == priority.LEVEL_MAX + shift
 
 
 # --- order -----------------------------------------------------------------------------------------------------------
@@ -267,6 +287,40 @@ def test_charges_lose_half_their_weight_in_a_day() -> None:
     before = fairness.charged("acme", h.now_ms)
     assert 0 <= 8000 * 4 * HOUR - before <= before // 50
     assert abs(fairness.charged("acme", h.now_ms + HALF_LIFE_MS) * 2 - before) <= before // 50
+
+
+def test_who_waits_under_its_share_is_owed_more_by_the_hour_and_half_of_it_is_forgotten_in_two_days() -> None:
+    h = yard(8)
+    first = h.submit(msgspec.structs.replace(told(100, gpus=8), preemption="never"), tenant="acme")
+    h.run(first)
+    waiting = h.submit(told(2, gpus=8), tenant="umbrella")
+    found = []
+    for _ in range(5):
+        for _ in range(6):
+            h.turn(after_ms=OWED_PERIOD_MS)
+        fairness = h.core.cluster.fairness
+        found.append((fairness.owed("acme", h.now_ms), -fairness.owed("umbrella", h.now_ms)))
+    assert all(a < b for a, b in pairwise(found)), "both go on"
+    assert found[0][0] > 0 < found[0][1]
+    h.cancel(waiting)
+    before = found[-1][0]
+    h.turn(after_ms=2 * HALF_LIFE_MS)
+    assert abs(2 * h.core.cluster.fairness.owed("acme", h.now_ms) - before) <= before // 10, "nobody waits any more"
+
+
+def test_of_levels_that_a_shift_made_one_whoever_came_first_goes_first() -> None:
+    h = yard(8)
+    first = h.submit(msgspec.structs.replace(told(100, gpus=8), preemption="never"), tenant="acme")
+    h.run(first)
+    large, small = (h.submit(told(hours, gpus=8), tenant="umbrella") for hours in (0.3, 0.2))
+    assert terms(h, large).natural == terms(h, small).natural + 1
+    for _ in range(60):
+        h.turn(after_ms=OWED_PERIOD_MS)
+        if h.core.cluster.fairness.shift("umbrella") == -priority.SHIFT_MAX:
+            break
+    assert [terms(h, number).level for number in (large, small)] == [0, 0]
+    h.ended(first)
+    assert h.states(large, small) == ["starting", "pending"]
 
 
 def test_shifts_are_looked_at_once_a_minute_and_leave_no_fact_where_nothing_moved() -> None:

@@ -69,6 +69,9 @@ def _renamed(plain: Any, names: dict[str, str]) -> Any:
     match plain:
         case dict():
             return {_renamed(key, names): _renamed(value, names) for key, value in plain.items()}
+        case ["shifted", *tenants]:
+            # It names them in the order of their names.
+            return ["shifted", *[sorted(_renamed(each, names)) for each in tenants]]
         case list() | tuple():
             return [_renamed(each, names) for each in plain]
         case str():

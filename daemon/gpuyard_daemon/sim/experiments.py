@@ -15,9 +15,10 @@ from gpuyard_daemon.sim.board_pods import BoardPods
 from gpuyard_daemon.sim.churn import Churn
 from gpuyard_daemon.sim.core_jobs import CoreJobs
 from gpuyard_daemon.sim.core_pods import CorePods
+from gpuyard_daemon.sim.equal_tenants import equal_tenants
 from gpuyard_daemon.sim.fill import MARKS, fill, read_as_published
 from gpuyard_daemon.sim.history import GittinsTable
-from gpuyard_daemon.sim.jobs_run import JobPolicy, JobsRun, RunJob
+from gpuyard_daemon.sim.jobs_run import DAY_S, JobPolicy, JobsRun, RunJob
 from gpuyard_daemon.sim.measures import Measures, further_measures, job_measures
 from gpuyard_daemon.sim.openb import HostShape, read_asks, read_hosts
 from gpuyard_daemon.sim.placing import PLACEMENT_POLICIES, placement_policy, tie_order
@@ -106,6 +107,17 @@ def run_jobs(
     ]  # fmt: skip
     run = JobsRun(run_jobs, nodes, gpus_per_node, job_policy(policy, run_jobs, nodes, gpus_per_node))
     run.go()
+    return run
+
+
+def run_equal_tenants(
+    policy: str, load: float, days: int, nodes: int, gpus_per_node: int, restart_s: float, seed: int
+) -> JobsRun:
+    """Tenants of equal weight who want more than there is, for whole days, with run times unknown."""
+    jobs = equal_tenants(load, days, nodes * gpus_per_node, gpus_per_node, seed)
+    run_jobs = [RunJob(job, restart_s, None) for job in jobs]
+    run = JobsRun(run_jobs, nodes, gpus_per_node, job_policy(policy, run_jobs, nodes, gpus_per_node))
+    run.go(days * DAY_S)
     return run
 
 

@@ -7,6 +7,7 @@ costs work in proportion to its events.
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -165,10 +166,16 @@ class JobsRun:
         day = self.wanted[-1]
         day[job.tenant] = day.get(job.tenant, 0.0) + job.gpus * max(0.0, usable_s)
 
-    def go(self) -> None:
+    def go(self, until_s: float = math.inf) -> None:
+        """To the end of all jobs, or not beyond a moment; then what those who run have got is booked."""
         jobs, ends, policy = self.jobs, self._ends, self.policy
         while self._done < len(jobs):
             self.now_s = self._next_moment()
+            if self.now_s >= until_s:
+                self.now_s = until_s
+                for job in self.running.values():
+                    self._book(job)
+                break
             while len(self.wanted) * DAY_S <= self.now_s:
                 self._begin_day()
             limit_s = self.now_s + _MOMENT_S

@@ -87,6 +87,23 @@ def jain_entitled_24h(run: JobsRun) -> float:
     return _mean_jain(run, lambda wanted: entitlements(wanted, capacity))
 
 
+def fairness_measures(run: JobsRun) -> Measures:
+    """Both indices, and by tenant and day what it got over what it was entitled to."""
+    capacity = run.nodes * run.per_node * DAY_S
+    parts: dict[str, list[float]] = defaultdict(list)
+    for day, wanted in enumerate(run.wanted):
+        for tenant, due in sorted(entitlements(wanted, capacity).items()):
+            got = sum(run.held.get((hour, tenant), 0.0) for hour in range(day * 24, day * 24 + 24))
+            parts[tenant].append(round(got / due, 3))
+    return {
+        "policy": run.policy.name,
+        "jobs": len(run.jobs),
+        "jain_24h": round(jain_24h(run), 4),
+        "jain_entitled_24h": round(jain_entitled_24h(run), 4),
+        "of_due": dict(parts),
+    }
+
+
 def _mean_jain(run: JobsRun, due_of: Callable[[dict[str, float]], dict[str, float]]) -> float:
     got: dict[int, dict[str, float]] = defaultdict(lambda: defaultdict(float))
     for (hour, tenant), gpu_s in run.held.items():

@@ -2,8 +2,17 @@
 
 A tenant is charged for the GPU compute that it holds, doubled for each step of a job's class (so a class buys no more
 than it costs), and what was charged loses half its weight in a day. Its share is its weight's part of what all tenants
-were charged who have work now. Above its share its jobs sink by a level for every factor, and below it they rise: so a
-tenant with little work is served at once, and those with too much share what is left.
+were charged who have work now. Above its share its jobs sink by two octaves for every factor of two, and below it they
+rise: so a tenant with little work is served at once, and those with too much share what is left.
+
+Where that is not enough, time is: what answers a factor with so many levels leaves a factor for ever to whoever's jobs
+are larger by more than that, and a flood of short jobs would keep almost everything. So while a tenant that waits is
+under its share, it rises by an octave an hour for each factor of two, and those above theirs sink likewise, until the
+distance between their jobs is made up for. Half of that is forgotten in two days: it has to outlast the charges that it
+answers, or the two chase each other.
+
+Sizes decide how long people wait, and most jobs are small; who has how much of the yard is decided by the large. So
+small jobs are moved less (`priority.shifted`): fairness costs little waiting that way.
 
 Near the beginning nobody has used anything, and a quotient of small amounts means nothing: an hour of its part of the
 yard is added to either side.
@@ -17,12 +26,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from gpuyard_daemon.core.queueing.fixedpoint import decayed, grown
-from gpuyard_daemon.core.queueing.priority import tenant_shift
+from gpuyard_daemon.core.queueing.priority import SHIFT_MAX, drift, tenant_shift
 from gpuyard_daemon.core.state import facts as f
 from gpuyard_daemon.core.state.effects import Effects
 from gpuyard_daemon.core.state.model import Standing
 from gpuyard_protocol.jobs import PRIORITY_MIN
 from gpuyard_protocol.names import Tenant
+from gpuyard_protocol.units import MILLI
 
 if TYPE_CHECKING:
     from gpuyard_daemon.core.state.cluster import Cluster
@@ -33,8 +43,13 @@ HALF_LIFE_MS: Final = 24 * 3_600_000
 _PRIOR_MS: Final = 3_600_000
 #: Shifts are looked at once in each such period in which anything happens.
 PERIOD_MS: Final = 60_000
+_OWED_HALF_LIFE_MS: Final = 2 * HALF_LIFE_MS
+#: What is owed is summed up once in each such period.
+OWED_PERIOD_MS: Final = 600_000
 #: What was charged is summed up plainly for so long before it begins to decay.
 _FOLD_MS: Final = HALF_LIFE_MS // 256
+#: More than moves anybody the whole way is not summed up, so that it does not take as long to undo.
+_OWED_MAX: Final = SHIFT_MAX * MILLI
 
 
 class Fairness:
@@ -54,6 +69,21 @@ class Fairness:
         standing = self.standings.get(tenant)
         return standing.shift if standing is not None else 0
 
+    def standing(self, tenant: Tenant, now_ms: int) -> Standing:
+        """Of whoever has none yet, a new one."""
+        standing = self.standings.get(tenant)
+        if standing is None:
+            standing = self.standings[tenant] = Standing(tenant, now_ms, now_ms)
+        return standing
+
+    def owed(self, tenant: Tenant, now_ms: int) -> int:
+        """What being above its share (below 0: under it) came to, decayed; thousandths of a level."""
+        standing = self.standings.get(tenant)
+        if standing is None or not standing.owed:
+            return 0
+        left = decayed(abs(standing.owed), now_ms - standing.owed_ms, _OWED_HALF_LIFE_MS)
+        return left if standing.owed > 0 else -left
+
     def hold(self, tenant: Tenant, milli: int, user_class: int, now_ms: int) -> None:
         """A tenant holds so much more (or less)."""
         if not milli:
@@ -68,9 +98,7 @@ class Fairness:
         self._rates.clear()
 
     def _sum_up(self, tenant: Tenant, now_ms: int) -> None:
-        standing = self.standings.get(tenant)
-        if standing is None:
-            standing = self.standings[tenant] = Standing(tenant, now_ms, now_ms)
+        standing = self.standing(tenant, now_ms)
         if now_ms - standing.folded_ms >= _FOLD_MS:
             standing.charged = self.charged(tenant, now_ms)
             standing.recent, standing.folded_ms = 0, now_ms
@@ -100,38 +128,72 @@ def refresh(draft: Draft, last_record_ms: int) -> None:
 
     Which period that was follows from the last record's time, so a restored core looks at the same moments.
     """
-    if draft.now_ms // PERIOD_MS <= last_record_ms // PERIOD_MS:
+    now_ms = draft.now_ms
+    if now_ms // PERIOD_MS <= last_record_ms // PERIOD_MS:
         return
-    moved = tuple(_moved(draft.cluster, draft.now_ms))
-    if moved:
-        draft.add(f.TenantsShifted(moved))
+    cluster = draft.cluster
+    against = _usage_and_shares(cluster, now_ms)
+    owed = _summed(cluster, against, now_ms) if now_ms // OWED_PERIOD_MS > last_record_ms // OWED_PERIOD_MS else {}
+    moved = tuple(_moved(cluster, against, owed, now_ms))
+    if moved or owed:
+        draft.add(f.TenantsShifted(moved, tuple(owed.items())))
 
 
-def _moved(cluster: Cluster, now_ms: int) -> list[tuple[Tenant, int]]:
+def _usage_and_shares(cluster: Cluster, now_ms: int) -> dict[Tenant, tuple[int, int]]:
+    """(usage, share) of the tenants with work, both in the same measure, both above 0."""
     fairness = cluster.fairness
     active = sorted(name for name, jobs in cluster.lists.items() if name and jobs.unfinished)
     weights = {tenant: cluster.tenancy.weight(tenant) for tenant in active}
     charged = {tenant: fairness.charged(tenant, now_ms) for tenant in active}
     everything, all_weights = sum(charged.values()), sum(weights.values())
     prior = (cluster.pool.capacity_milli << -PRIORITY_MIN) * _PRIOR_MS
+    # Both times the sum of weights, to stay whole.
+    return {
+        tenant: (max(1, charged[tenant] * all_weights + prior * weight), max(1, (everything + prior) * weight))
+        for tenant, weight in weights.items()
+    }
+
+
+def _moved(
+    cluster: Cluster, against: dict[Tenant, tuple[int, int]], owed: dict[Tenant, int], now_ms: int
+) -> list[tuple[Tenant, int]]:
+    fairness = cluster.fairness
     moved = []
-    for tenant in active:
-        weight = weights[tenant]
-        # Both times the sum of weights, to stay whole.
-        usage = charged[tenant] * all_weights + prior * weight
-        share = (everything + prior) * weight
+    for tenant, (usage, share) in against.items():
         before = fairness.shift(tenant)
-        after = tenant_shift(max(1, usage), max(1, share), before)
+        due = owed[tenant] if tenant in owed else fairness.owed(tenant, now_ms)
+        after = tenant_shift(usage, share, due, before)
         if after != before:
             moved.append((tenant, after))
     return moved
 
 
+def _summed(cluster: Cluster, against: dict[Tenant, tuple[int, int]], now_ms: int) -> dict[Tenant, int]:
+    """What each is owed now, where that changed: somebody under its share waits."""
+    tenancy = cluster.tenancy
+    waiting = {job.tenant for job in cluster.waiting.values()}
+    wanting = {
+        tenant
+        for tenant, (usage, share) in against.items()
+        # Whoever is at its own limit could have no more.
+        if usage < share and tenant in waiting and not (tenancy.is_limited(tenant) and tenancy.room_milli(tenant) <= 0)
+    }
+    found = {}
+    for tenant, (usage, share) in against.items():
+        before = cluster.fairness.owed(tenant, now_ms)
+        if wanting and (usage > share or tenant in wanting):
+            after = before + drift(usage, share, OWED_PERIOD_MS)
+            after = max(-_OWED_MAX, min(_OWED_MAX, after))
+            if after != before:
+                found[tenant] = after
+    return found
+
+
 def shifted(cluster: Cluster, fact: f.TenantsShifted, now_ms: int, effects: Effects) -> None:
     fairness = cluster.fairness
     for tenant, shift in fact.shifts:
-        standing = fairness.standings.get(tenant)
-        if standing is None:
-            standing = fairness.standings[tenant] = Standing(tenant, now_ms, now_ms)
-        standing.shift = shift
+        fairness.standing(tenant, now_ms).shift = shift
         fairness.changed.add(tenant)
+    for tenant, owed in fact.owed:
+        standing = fairness.standing(tenant, now_ms)
+        standing.owed, standing.owed_ms = owed, now_ms

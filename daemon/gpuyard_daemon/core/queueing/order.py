@@ -18,10 +18,12 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterable, Iterator
+from itertools import groupby
 from typing import NamedTuple
 
 from gpuyard_daemon.core.placing.placement import Finder
 from gpuyard_daemon.core.queueing.barriers import Barriers
+from gpuyard_daemon.core.queueing.priority import shifted
 from gpuyard_daemon.core.queueing.queues import Barrier, Bucket, Group, Source
 from gpuyard_daemon.core.queueing.queues import ShapeQueue as ShapeQueue
 from gpuyard_daemon.core.queueing.ranking import (
@@ -126,11 +128,11 @@ class WaitingLine:
         cluster, quota = self._cluster, self._cluster.quota
         everybody, tenants_eased = cluster.tenancy.take_eased()
         queues_eased = quota.take_eased()
-        shifted = cluster.fairness.changed
+        moved_tenants = cluster.fairness.changed
         version = (quota.version, cluster.pool.inventory_version)
         if everybody or version != self._limits_version:
             self._limits_version = version
-            shifted.clear()
+            moved_tenants.clear()
             self._release([queue for queue in self._queues.values() if queue.held_back])
             self._barriers.clear()
             self._sources = {number: each for number, each in self._sources.items() if isinstance(each, Group)}
@@ -142,7 +144,7 @@ class WaitingLine:
         for barrier in self._barriers.opened(tenants_eased, queues_eased):
             if barrier.ready_key < 0:
                 self._offer(barrier)
-        if queues_eased or shifted:
+        if queues_eased or moved_tenants:
             # Where all of a nominal part is used nobody is within it, whatever was given back.
             guaranteed = [
                 self._guaranteed[name]
@@ -154,9 +156,9 @@ class WaitingLine:
                 number: queue for each in guaranteed for number, queue in list(each.items()) if self._is_moved(queue)
             }
             moved |= self._of_services if queues_eased else {}
-            if shifted:
-                moved |= {queue.number: queue for queue in self._queues.values() if queue.shape.tenant in shifted}
-                shifted.clear()
+            if moved_tenants:
+                moved |= {queue.number: queue for queue in self._queues.values() if queue.shape.tenant in moved_tenants}
+                moved_tenants.clear()
             self._rank_anew(moved.values())
         return False
 
@@ -247,7 +249,7 @@ class WaitingLine:
 
     def _key(self, queue: ShapeQueue, level: int, sequence: int, job: Job) -> int:
         if level != TOP_LEVEL:
-            level += self._cluster.fairness.shift(job.tenant)
+            level = shifted(level, self._cluster.fairness.shift(job.tenant))
         band = self._cluster.ranking.band_of(job) if queue.service or job.live else self._band(queue)
         return packed(band, level, sequence)
 
@@ -413,6 +415,12 @@ class WaitingLine:
         waiting, buckets = self._cluster.waiting, queue.buckets
         while buckets:
             level = min(buckets)
+            shift = self._cluster.fairness.shift(queue.shape.tenant)
+            if shift < 0 and level != TOP_LEVEL and len(buckets) > 1:
+                # Other levels may have become one with it: then whoever came first is first.
+                shown = shifted(level, shift)
+                alike = [each for each in buckets if shifted(each, shift) == shown]
+                level = min(alike, key=lambda each: buckets[each].least)
             sequence = buckets[level].least
             number = number_in(sequence)
             job = waiting.get(number)
@@ -502,8 +510,10 @@ class WaitingLine:
         """The first jobs of a queue, in order, at most so many."""
         waiting = self._cluster.waiting
         found: list[Job] = []
-        for level in sorted(queue.buckets):
-            sequences = queue.buckets[level].first(most - len(found))
+        buckets, shift = queue.buckets, self._cluster.fairness.shift(queue.shape.tenant)
+        for _, levels in groupby(sorted(buckets), lambda level: shifted(level, shift)):
+            rest = most - len(found)
+            sequences = heapq.nsmallest(rest, [each for level in levels for each in buckets[level].first(rest)])
             found += [job for each in sequences if (job := waiting.get(number_in(each))) is not None]
             if len(found) >= most:
                 break
@@ -551,7 +561,7 @@ class WaitingLine:
             if shift is None:
                 shift = shifts[one.tenant] = ranking.shift_of(one)
             for level, bucket in buckets.items():
-                shown = level if level == TOP_LEVEL else level + shift
+                shown = level if level == TOP_LEVEL else shifted(level, shift)
                 if band < band_mine or shown < level_mine:
                     yield (band, shown), bucket, len(bucket)
                 elif shown == level_mine and (count := bucket.before(sequence)):

@@ -33,10 +33,17 @@ LIFT_MIN_MS: Final = 150_000
 LIFT_FACTOR: Final = 128
 #: Levels by which one step of a user's class lifts: two octaves.
 CLASS_LEVELS: Final = 2 * PER_OCTAVE
-#: Tenants sink or rise by at most so many levels, and one that moves is at least so many parts of a level away.
-SHIFT_MAX: Final = 6 * PER_OCTAVE
+#: Jobs of this level and above sink or rise by the whole of their tenant's shift, smaller ones by the part of it that
+#: their level is of this. Nobody is shifted further, so a tenant's small jobs never fall behind its large ones.
+SHIFT_MAX: Final = 12 * PER_OCTAVE
+#: Octaves that a tenant sinks by at once for each factor of two above its share, …
+_SHIFT_OCTAVES: Final = 2
+#: … and octaves more for each hour in which it stays there.
+_DRIFT_OCTAVES: Final = 1
+#: A tenant that moves is at least so many parts of a level away.
 _SHIFT_PARTS: Final = 4
 _SHIFT_SLACK: Final = 3
+_HOUR_MS: Final = 3_600_000
 
 
 def natural_level(size: int) -> int:
@@ -106,18 +113,35 @@ def _lift_wait_ms(level: int, width_milli: int) -> int:
 # --- tenants ---------------------------------------------------------------------------------------------------------
 
 
-def tenant_shift(usage: int, share: int, before: int) -> int:
+def tenant_shift(usage: int, share: int, owed: int, before: int) -> int:
     """Levels by which a tenant is above its share, rounded; it moves only past three quarters of a level.
 
-    `usage`, `share`: decayed GPU time, and what an equal claim by weight would be; both above 0.
+    `usage`, `share`: decayed GPU time, and what an equal claim by weight would be; both above 0. `owed`: what `drift`
+    came to over time, thousandths of a level.
     """
-    # Parts of a level: 8 * log2(usage / share), by comparing eighth powers.
-    power = _SHIFT_PARTS * PER_OCTAVE
-    parts = _floor_log2(usage**power, share**power)
+    parts = _SHIFT_OCTAVES * _parts_above(usage, share) + owed * _SHIFT_PARTS // MILLI
     if abs(parts - _SHIFT_PARTS * before) <= _SHIFT_SLACK:
         return before
     rounded = (abs(parts) + _SHIFT_PARTS // 2) // _SHIFT_PARTS * (1 if parts >= 0 else -1)
     return max(-SHIFT_MAX, min(SHIFT_MAX, rounded))
+
+
+def drift(usage: int, share: int, passed_ms: int) -> int:
+    """What is added to a tenant's shift for having been above its share so long, thousandths of a level."""
+    parts = _DRIFT_OCTAVES * _parts_above(usage, share)
+    moved = abs(parts) * MILLI * passed_ms // (_SHIFT_PARTS * _HOUR_MS)
+    return moved if parts >= 0 else -moved
+
+
+def shifted(level: int, shift: int) -> int:
+    """A level with its tenant's shift in it: larger for a larger level, whatever the shift."""
+    return level + (shift * max(0, min(level, SHIFT_MAX)) + SHIFT_MAX // 2) // SHIFT_MAX
+
+
+def _parts_above(usage: int, share: int) -> int:
+    """Parts of a level between the two: 8 * log2(usage / share), by comparing eighth powers."""
+    power = _SHIFT_PARTS * PER_OCTAVE
+    return _floor_log2(usage**power, share**power)
 
 
 def _floor_log2(above: int, below: int) -> int:

@@ -142,19 +142,21 @@ class Ranking:
         lifted = aging + priority.CLASS_LEVELS * job.spec.priority
         if job.promised:
             lifted += promises.lifts(job, ran_ms(job, now_ms), now_ms)
-        return natural + self.shift_of(job) - lifted
+        return priority.shifted(natural - lifted, self.shift_of(job))
 
     def terms_of(self, job: Job, now_ms: int) -> RankTerms:
         """Every term of a job's key; also of a job that the core does not know (yet)."""
         size, size_from = self._size(job, now_ms)
         natural = job.level if job.waits_since_ms else priority.natural_level(size)
         aging, at_top = self._lifts(job, natural, now_ms)
+        deadline = promises.lifts(job, ran_ms(job, now_ms), now_ms)
+        unshifted = natural - aging - deadline - priority.CLASS_LEVELS * job.spec.priority
         return RankTerms(
             band=self.band_of(job),
             natural=natural,
-            tenant_shift=self.shift_of(job),
+            tenant_shift=priority.shifted(unshifted, self.shift_of(job)) - unshifted,
             aging=aging,
-            deadline=promises.lifts(job, ran_ms(job, now_ms), now_ms),
+            deadline=deadline,
             user_class=job.spec.priority,
             at_top=at_top,
             size_gpu_ms=size,
@@ -229,7 +231,7 @@ class Ranking:
         return found
 
     def shift_of(self, job: Job) -> int:
-        """Levels by which a job sinks for its tenant's usage."""
+        """Levels by which its tenant's large jobs sink for its usage (`priority.shifted`: and a smaller one)."""
         return self._cluster.fairness.shift(job.tenant)
 
     def natural_of(self, job: Job, now_ms: int) -> int:

@@ -509,6 +509,8 @@ class TenantsShifted(_Fact, frozen=True, tag="shifted"):
     """Tenants' usage moved against their shares: the levels by which their jobs sink (below 0: rise) from now on."""
 
     shifts: tuple[tuple[Tenant, int], ...]
+    #: What their being above (below 0: under) their shares came to over time, thousandths of a level.
+    owed: tuple[tuple[Tenant, int], ...] = ()
 
 
 # --- the yard --------------------------------------------------------------------------------------------------------

@@ -371,6 +371,9 @@ class Standing(_Record):
     recent: int = 0
     #: Levels by which its jobs sink; below 0 they rise.
     shift: int = 0
+    #: What being above its share (below 0: under it) came to over time, thousandths of a level, as of `owed_ms`.
+    owed: int = 0
+    owed_ms: int = 0
 
 
 class ModelUsage(_Record):
