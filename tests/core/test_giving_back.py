@@ -8,6 +8,7 @@ import msgspec
 
 from gpuyard_daemon.core.state.facts import ClaimMade
 from gpuyard_daemon.core.state.inputs import PolicyChanged, ServiceApplied
+from gpuyard_daemon.core.state.settings import CoreSettings
 from gpuyard_daemon.core.tenants.policy import Grant, Policy, QueuePolicy, TenantLimits
 from gpuyard_protocol.jobs import JobSpec, Preemption
 from gpuyard_protocol.services import ServiceSpec
@@ -20,9 +21,9 @@ def gives(kind: Preemption = "requeue", **fields: Any) -> JobSpec:
     return msgspec.structs.replace(job(**fields), preemption=kind)
 
 
-def shared_yard(*, scavengers: bool = False) -> CoreHarness:
+def shared_yard(*, scavengers: bool = False, settings: CoreSettings | None = None) -> CoreHarness:
     """Eight cards, half of them each queue's own; what is unused is lent."""
-    h = CoreHarness()
+    h = CoreHarness(settings)
     h.join(node("n-1", 8))
     queues = tuple(QueuePolicy(name, grants=(Grant(nominal_milli=4000),)) for name in ("acme", "umbrella"))
     if scavengers:
@@ -39,6 +40,17 @@ def run_some(h: CoreHarness, count: int, tenant: str, spec: JobSpec | None = Non
         h.run(number)
     h.settle(most_ms=minutes * MINUTE)
     return numbers
+
+
+def test_what_is_lent_for_seconds_comes_back_after_seconds() -> None:
+    h = shared_yard(settings=CoreSettings(reclaim_after_ms=1_000, preempt_every_ms=1_000))
+    lent = [h.submit(gives(gpus=1), tenant="umbrella") for _ in range(8)]
+    for number in lent:
+        h.run(number)
+    mine = h.submit(gives(gpus=1), tenant="acme")
+    h.settle(most_ms=5_000)
+    assert h.states(*lent).count("stopping") == 1
+    assert h.state(mine) == "pending"
 
 
 def test_a_queue_takes_back_what_is_its_own_and_no_more() -> None:

@@ -80,7 +80,7 @@ class Known:
             if known is not None and _still_holds(known[0], job, known[1], at_ms):
                 occupant = known[0]
                 if not is_plain:
-                    occupant = in_its_band(cluster, occupant, at_ms)
+                    occupant = in_its_band(cluster, settings, occupant, at_ms)
             else:
                 occupant = occupant_of(cluster, settings, job, at_ms)
             if _holds_for_long(settings, occupant):
@@ -90,9 +90,9 @@ class Known:
         return found
 
 
-def in_its_band(cluster: Cluster, occupant: Occupant, at_ms: int) -> Occupant:
+def in_its_band(cluster: Cluster, settings: CoreSettings, occupant: Occupant, at_ms: int) -> Occupant:
     """The same in the band that it is in now."""
-    if occupant.goes or not (occupant.exchangeable or band_matters(occupant.job, at_ms)):
+    if occupant.goes or not (occupant.exchangeable or band_matters(settings, occupant.job, at_ms)):
         return occupant
     band = cluster.ranking.band_of(occupant.job)
     return occupant if band == occupant.band else occupant._replace(band=band)
@@ -131,7 +131,7 @@ def occupant_of(cluster: Cluster, settings: CoreSettings, job: Job, at_ms: int) 
     return Occupant(
         job=job,
         attempt=job.attempt,
-        band=ranking.band_of(job) if exchangeable or band_matters(job, at_ms) else NOMINAL,
+        band=ranking.band_of(job) if exchangeable or band_matters(settings, job, at_ms) else NOMINAL,
         level=ranking.level_of(job, at_ms) if exchangeable else 0,
         kind=kind,
         overhead_ms=overhead_ms,
@@ -142,9 +142,9 @@ def occupant_of(cluster: Cluster, settings: CoreSettings, job: Job, at_ms: int) 
     )
 
 
-def band_matters(job: Job, at_ms: int) -> bool:
+def band_matters(settings: CoreSettings, job: Job, at_ms: int) -> bool:
     """Whether a job has run so long that its place may be claimed by the rules of the bands: nobody's is before."""
-    return at_ms - job.started_ms >= PROBE_MS
+    return at_ms - job.started_ms >= min(PROBE_MS, settings.reclaim_after_ms)
 
 
 def held_milli(job: Job) -> int:

@@ -115,7 +115,7 @@ class Rounds:
             # Their bands were just asked for, or everybody is in one.
             return [each for each in there if each.job.state == "running" and each.job.attempt == each.attempt]
         return [
-            in_its_band(cluster, occupant, period_ms)
+            in_its_band(cluster, settings, occupant, period_ms)
             for occupant in there
             if occupant.job.state == "running" and occupant.job.attempt == occupant.attempt
         ]
