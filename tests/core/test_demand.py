@@ -111,21 +111,21 @@ def goes_by(demand: LiveDemand, nodes: int) -> list[str]:
 
 def test_a_large_yard_takes_a_changed_mix_over_node_by_node() -> None:
     demand = LiveDemand()
-    arrive(demand, need(gpus=1), 16, nodes=70)
-    assert goes_by(demand, 70) == ["1×GPU"] * 70
+    arrive(demand, need(gpus=1), 16, nodes=38)
+    assert goes_by(demand, 38) == ["1×GPU"] * 38
     arrive(demand, need(gpus=8), 1600, nodes=20)
     assert goes_by(demand, 20) == ["8×GPU"] * 20
     changed = demand.version
     while demand.version == changed:
-        arrive(demand, need(gpus=2), 1, START_MS + 9 * DAY_MS, nodes=70)
-    assert goes_by(demand, 70) == ["2×GPU"] * 32 + ["8×GPU"] * 38
+        arrive(demand, need(gpus=2), 1, START_MS + 9 * DAY_MS, nodes=38)
+    assert goes_by(demand, 38) == ["2×GPU"] * 16 + ["8×GPU"] * 22
     restored = LiveDemand(msgspec.msgpack.decode(msgspec.msgpack.encode(demand.record), type=DemandRecord))
-    assert goes_by(restored, 70) == goes_by(demand, 70)
+    assert goes_by(restored, 38) == goes_by(demand, 38)
     for each in (demand, restored):
-        arrive(each, need(gpus=2), 1, START_MS + 9 * DAY_MS, nodes=70)
-        assert goes_by(each, 70) == ["2×GPU"] * 64 + ["8×GPU"] * 6
-        arrive(each, need(gpus=2), 1, START_MS + 9 * DAY_MS, nodes=70)
-        assert goes_by(each, 70) == ["2×GPU"] * 70
+        arrive(each, need(gpus=2), 1, START_MS + 9 * DAY_MS, nodes=38)
+        assert goes_by(each, 38) == ["2×GPU"] * 32 + ["8×GPU"] * 6
+        arrive(each, need(gpus=2), 1, START_MS + 9 * DAY_MS, nodes=38)
+        assert goes_by(each, 38) == ["2×GPU"] * 38
         assert not each.record.before
 
 
