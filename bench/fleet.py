@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from gpuyard_agent.sync_parts import SyncParts
 from gpuyard_protocol.bus.base import Bus, BusError, Message
@@ -93,6 +93,8 @@ class FakeAgent:
         #: The highest leader's epoch obeyed, and how many commands of earlier leaders came after it.
         self.epoch = 0
         self.stale = 0
+        #: Called with each order to start something new.
+        self.on_start: Callable[[Start], None] | None = None
         self.faults: list[str] = []
         #: Set to leave commands unanswered.
         self.is_mute = False
@@ -215,13 +217,15 @@ class FakeAgent:
     def _obey(self, orders: Iterable[Order]) -> None:
         for order in orders:
             match order:
-                case Start(key=key, hold=hold):
+                case Start(key=key, hold=hold) as start:
                     if key in self.started:
                         self.faults.append(f"started twice: {key}")
                         continue
                     self.started.add(key)
                     self.live.add(key)
                     self.news.set()
+                    if self.on_start is not None:
+                        self.on_start(start)
                     if hold:
                         self.report(Prepared(key=key, port=29500))
                     else:

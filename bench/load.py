@@ -1,9 +1,12 @@
 """A busy day for the daemon alone: heartbeats and telemetry of many nodes, and submissions at a steady rate.
 
 The nodes run nothing (`bench.fleet`), but say all that real ones say: a heartbeat and a sample of eight cards each
-second, and for each job its start and its end. Submissions come one by one, as many a second as asked for. What is
-measured: the daemon's CPU time, whether anything is left waiting, and how long decisions take, against the same yard
-with its nodes and no submissions.
+second, and for each job its start and its end. Submissions come one by one at even distances (with `--burst`, so many
+at once), as many a second as asked for. What is measured, against the same yard with its nodes and next to no
+submissions: the daemon's CPU time; whether anything is left waiting; what one decision takes (one start, or one proof
+that nothing that waits fits); how long after its arrival at the daemon a message's decision is in the journal; and how
+long after its sending a submission's job is commanded at a node. The last is taken here, where the nodes and the
+submitters are one process, so their own work is in it.
 """
 
 from __future__ import annotations
@@ -27,16 +30,15 @@ from gpuyard_protocol.bus.nats import connect
 from gpuyard_protocol.bus.publisher import WindowedPublisher
 from gpuyard_protocol.codec import encode
 from gpuyard_protocol.jobs import JobRequest
-from gpuyard_protocol.nodes import DeviceSample, Telemetry
+from gpuyard_protocol.nodes import DeviceSample, Start, Telemetry
 from gpuyard_protocol.subjects import submission, telemetry
 
 GPUS = 8
-#: Submissions are sent in as many slices a second.
-SLICES = 50
 USERS = 8
 #: Between two looks at what waits: few, since each costs the daemon the making of its whole page.
 LOOK_S = 5.0
-_BUCKET = re.compile(r'gpuyard_decision_latency_seconds_bucket\{le="([^"]+)"\} (\S+)')
+QUANTILES = (("p50", 0.5), ("p99", 0.99))
+_BUCKET = re.compile(r'^(gpuyard_decision_(?:latency_)?seconds)_bucket\{le="([^"]+)"\} (\S+)', re.MULTILINE)
 _WAITING = re.compile(r"^gpuyard_inbox_waiting (\S+)$", re.MULTILINE)
 
 
@@ -64,17 +66,36 @@ async def _measure_nodes(bus: Bus, nodes: list[str]) -> None:
         await asyncio.sleep(max(0.0, began + 1 - time.monotonic()))
 
 
-async def _submit(bus: Bus, rate: int, seconds: float) -> int:
-    request = encode(JobRequest(command=["/bin/true"], gpus=1))
-    publisher = WindowedPublisher(bus, window=256)
-    began, sent = time.monotonic(), 0
-    while (passed := time.monotonic() - began) < seconds:
-        while sent < rate * passed:
-            await publisher.submit(submission("acme", f"user-{sent % USERS}", "submit"), request)
-            sent += 1
-        await asyncio.sleep(1 / SLICES)
-    await publisher.drain()
-    return sent
+class Submitter:
+    """Sends jobs, and sees them arrive at nodes as commands."""
+
+    def __init__(self, bus: Bus) -> None:
+        self._bus = bus
+        self._number = 0
+        self._sent_at: dict[str, float] = {}
+        #: Seconds from the sending of each job to its command.
+        self.commanded_after_s: list[float] = []
+
+    def commanded(self, start: Start) -> None:
+        sent_at = self._sent_at.pop(start.launch.argv[-1], None)
+        if sent_at is not None:
+            self.commanded_after_s.append(time.monotonic() - sent_at)
+
+    async def submit(self, rate: int, burst: int, seconds: float) -> int:
+        publisher = WindowedPublisher(self._bus, window=256)
+        began, sent = time.monotonic(), 0
+        while (passed := time.monotonic() - began) < seconds:
+            if sent > rate * passed:
+                await asyncio.sleep(sent / rate - passed)
+                continue
+            for _ in range(burst):
+                self._number += 1
+                request = encode(JobRequest(command=["/bin/true", str(self._number)], gpus=1))
+                self._sent_at[str(self._number)] = time.monotonic()
+                await publisher.submit(submission("acme", f"user-{sent % USERS}", "submit"), request)
+                sent += 1
+        await publisher.drain()
+        return sent
 
 
 async def _metrics(directory: Path) -> str:
@@ -87,8 +108,11 @@ async def _metrics(directory: Path) -> str:
     return await asyncio.to_thread(read)
 
 
-async def _buckets(directory: Path) -> dict[float, float]:
-    return {float(bound): float(count) for bound, count in _BUCKET.findall(await _metrics(directory))}
+async def _buckets(directory: Path) -> dict[str, dict[float, float]]:
+    found: dict[str, dict[float, float]] = {}
+    for name, bound, count in _BUCKET.findall(await _metrics(directory)):
+        found.setdefault(name, {})[float(bound)] = float(count)
+    return found
 
 
 async def _watch_waiting(directory: Path, seen: list[int]) -> None:
@@ -99,7 +123,7 @@ async def _watch_waiting(directory: Path, seen: list[int]) -> None:
         await asyncio.sleep(LOOK_S)
 
 
-def _quantile_ms(before: dict[float, float], after: dict[float, float], share: float) -> float | None:
+def _quantile(before: dict[float, float], after: dict[float, float], share: float) -> float | None:
     """The quantile, taken to lie in its bucket (a fifth wide) in proportion to its rank."""
     counts = {bound: after[bound] - before.get(bound, 0.0) for bound in sorted(after)}
     rank = share * max(counts.values(), default=0.0)
@@ -107,7 +131,7 @@ def _quantile_ms(before: dict[float, float], after: dict[float, float], share: f
     for bound, count in counts.items():
         if count >= rank > 0:
             inside = bound - below_s if bound < float("inf") else 0.0
-            return round((below_s + inside * (rank - below) / (count - below)) * 1000, 2)
+            return below_s + inside * (rank - below) / (count - below)
         below_s, below = bound, count
     return None
 
@@ -115,11 +139,12 @@ def _quantile_ms(before: dict[float, float], after: dict[float, float], share: f
 class Span:
     """What one stretch of time cost the daemon."""
 
-    def __init__(self, daemon: psutil.Process, directory: Path) -> None:
-        self._daemon, self._directory = daemon, directory
+    def __init__(self, daemon: psutil.Process, directory: Path, submitter: Submitter) -> None:
+        self._daemon, self._directory, self._submitter = daemon, directory, submitter
 
     async def begin(self) -> None:
         self._buckets = await _buckets(self._directory)
+        self._submitter.commanded_after_s.clear()
         self._cpu, self._began = self._cpu_s(), time.monotonic()
 
     async def end(self) -> dict[str, object]:
@@ -128,15 +153,29 @@ class Span:
         return {
             "seconds": round(seconds, 1),
             "core_pct": round(100 * cpu_s / seconds, 1),
-            "decision_ms": {
-                "p50": _quantile_ms(self._buckets, buckets, 0.5),
-                "p99": _quantile_ms(self._buckets, buckets, 0.99),
-            },
+            "decision_us": self._quantiles(buckets, "gpuyard_decision_seconds", 1e6),
+            "decided_after_ms": self._quantiles(buckets, "gpuyard_decision_latency_seconds", 1e3),
+            "commanded_after_ms": _sampled(self._submitter.commanded_after_s, 1e3),
         }
+
+    def _quantiles(self, buckets: dict[str, dict[float, float]], name: str, times: float) -> dict[str, float | None]:
+        found = {}
+        for quantile, share in QUANTILES:
+            value = _quantile(self._buckets.get(name, {}), buckets[name], share)
+            found[quantile] = None if value is None else round(value * times, 2)
+        return found
 
     def _cpu_s(self) -> float:
         times = self._daemon.cpu_times()
         return times.user + times.system
+
+
+def _sampled(values: list[float], times: float) -> dict[str, float | None]:
+    ordered = sorted(values)
+    return {
+        quantile: round(ordered[int(share * len(ordered))] * times, 2) if ordered else None
+        for quantile, share in QUANTILES
+    }
 
 
 async def _stats(bus: Bus) -> dict[str, object]:
@@ -145,28 +184,30 @@ async def _stats(bus: Bus) -> dict[str, object]:
 
 
 async def _run(options: argparse.Namespace, directory: Path, url: str, daemon: psutil.Process) -> dict[str, object]:
-    bus, submitter = [await connect(url, name=name, inbox_prefix=f"_INBOX_{name}") for name in ("AGENTS", "USERS")]
-    await until_serving(directory, submitter)
+    bus, users = [await connect(url, name=name, inbox_prefix=f"_INBOX_{name}") for name in ("AGENTS", "USERS")]
+    await until_serving(directory, users)
+    submitter = Submitter(users)
     nodes = [f"node-{index}" for index in range(options.agents)]
     agents = [FakeAgent(bus, node, gpus=GPUS) for node in nodes]
     for agent in agents:
+        agent.on_start = submitter.commanded
         await agent.join()
     measuring = asyncio.get_running_loop().create_task(_measure_nodes(bus, nodes))
     await asyncio.sleep(3)
-    idle, busy = Span(daemon, directory), Span(daemon, directory)
+    idle, busy = [Span(daemon, directory, submitter) for _ in range(2)]
     await idle.begin()
     # Five submissions a second: there must be decisions to time.
-    await _submit(submitter, 5, options.idle_seconds)
+    await submitter.submit(5, 1, options.idle_seconds)
     idle_cost = await idle.end()
     waiting: list[int] = []
     await busy.begin()
     watching = asyncio.get_running_loop().create_task(_watch_waiting(directory, waiting))
-    sent = await _submit(submitter, options.rate, options.seconds)
+    sent = await submitter.submit(options.rate, options.burst, options.seconds)
     watching.cancel()
     cost = await busy.end()
     wanted = sent + int(5 * options.idle_seconds)
     ended = time.monotonic()
-    while int(str((await _stats(submitter))["finished"])) < wanted - 5:
+    while int(str((await _stats(users))["finished"])) < wanted - 5:
         if time.monotonic() - ended > 60:
             break
         await asyncio.sleep(0.05)
@@ -185,7 +226,7 @@ async def _run(options: argparse.Namespace, directory: Path, url: str, daemon: p
     for agent in agents:
         await agent.leave()
     await bus.close()
-    await submitter.close()
+    await users.close()
     return result
 
 
@@ -193,6 +234,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--agents", type=int, default=200)
     parser.add_argument("--rate", type=int, default=500, help="submissions a second")
+    parser.add_argument("--burst", type=int, default=1, help="submissions sent at once")
     parser.add_argument("--seconds", type=float, default=300)
     parser.add_argument("--idle-seconds", type=float, default=60)
     parser.add_argument("--json", action="store_true")

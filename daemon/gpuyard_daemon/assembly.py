@@ -263,7 +263,7 @@ class Daemon:
         self._spawn("lending", every(FORGET_INTERVAL_S / 60, self._lender.forget))
         self._spawn("forget", every_async(FORGET_INTERVAL_S, self._forget))
         base.health.standby_of = ""
-        base.health.waiting_since = lambda: runtime.inbox.oldest_at
+        base.health.waiting_since = lambda: runtime.inbox.stands_since
         base.health.is_serving = True
 
     def _alive(self) -> Alive:

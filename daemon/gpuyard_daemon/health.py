@@ -26,7 +26,7 @@ class Health:
         self.beat_at = monotonic()
         #: When the turn under way began; None between turns.
         self.turn_since: float | None = None
-        #: When the oldest input came in that no turn has taken yet; None: nothing waits.
+        #: Since when something waits and no turn has taken anything; None: nothing waits.
         self.waiting_since: Callable[[], float | None] = lambda: None
         self.is_connected: Callable[[], bool] = lambda: False
         self._connected_at = monotonic()

@@ -4,7 +4,9 @@ Three lines wait: messages of SUB, messages of REP, and facts that the shell its
 load, an operator's word). `take` empties as much of them as one turn may have. Reports go first, because they free
 resources, but never take the whole turn while submissions wait.
 
-Bounds: a turn takes at most `TURN_BYTES_MAX` and `TURN_INPUTS_MAX` (one message at least, whatever its size). When
+Bounds: a turn takes at most `TURN_BYTES_MAX`, `TURN_INPUTS_MAX`, and what the core can be expected to decide in
+`TURN_CORE_S` (`Pace`): when much has come in, the first of it need not wait until all of it is decided, and questions
+are answered in between. One message goes at least, whatever its size; what is left is the next turn's, at once. When
 more than `HIGH_WATER_MESSAGES` wait in a line, its reader is told to pause; what is not read yet stays in the stream,
 on disk. Of the shell's own facts the newest about a node, and the newest load of a service, takes the place of one that
 still waits: while the journal takes nothing they grow no further than the yard has nodes and services.
@@ -30,6 +32,11 @@ from gpuyard_daemon.core.state.inputs import (
 
 TURN_BYTES_MAX = 256 * 1024
 TURN_INPUTS_MAX = 500
+#: No fewer than this where as many wait: a turn has a cost of its own, its append above all.
+TURN_INPUTS_MIN = 16
+#: What the core should take for one turn, seconds. Several times what a durable append takes on a usual disk (0.1 to
+#: 3 ms), so that shorter turns cost little throughput; a moment for whoever asks something meanwhile.
+TURN_CORE_S = 0.02
 #: Of a turn's bytes and inputs, what reports may take while submissions wait.
 REPORTS_PART = 3 / 4
 HIGH_WATER_MESSAGES = 4096
@@ -44,6 +51,8 @@ class Waiting(NamedTuple):
     sequence: int
     size: int
     inputs: tuple[Input, ...]
+    #: Monotonic time at which it came in, seconds.
+    came_at: float
 
 
 class Taken(NamedTuple):
@@ -51,8 +60,24 @@ class Taken(NamedTuple):
 
     inputs: list[Input]
     cursors: Cursors
-    #: Monotonic time at which the oldest of it came in; None for nothing.
-    oldest_at: float | None
+    #: Monotonic time at which each message and fact of it came in, seconds.
+    came_at: list[float]
+
+
+class Pace:
+    """How many inputs a turn takes: as many as the core lately decided in `TURN_CORE_S`."""
+
+    def __init__(self) -> None:
+        self.inputs = TURN_INPUTS_MAX // 4
+
+    def turn_ended(self, inputs: int, core_s: float) -> None:
+        """Only a full turn says what so many cost: one of few inputs is mostly the cost of any turn."""
+        if inputs < self.inputs:
+            return
+        if core_s > TURN_CORE_S:
+            self.inputs = max(TURN_INPUTS_MIN, self.inputs // 2)
+        elif core_s < TURN_CORE_S / 2:
+            self.inputs = min(TURN_INPUTS_MAX, self.inputs * 2)
 
 
 class Line:
@@ -72,7 +97,7 @@ class Line:
             self.is_paused = True
             self.pause()
 
-    def take(self, into: list[Input], bytes_left: int, inputs_left: int, *, at_least_one: bool) -> tuple[int, int]:
+    def take(self, into: Taken, bytes_left: int, inputs_left: int, *, at_least_one: bool) -> tuple[int, int]:
         """Move whole messages into `into`; returns the bytes and inputs that are left."""
         while self.waiting:
             message = self.waiting[0]
@@ -81,7 +106,8 @@ class Line:
                 break
             at_least_one = False
             self.waiting.popleft()
-            into.extend(message.inputs)
+            into.inputs.extend(message.inputs)
+            into.came_at.append(message.came_at)
             self.position = message.sequence
             bytes_left -= message.size
             inputs_left -= len(message.inputs)
@@ -95,10 +121,11 @@ class Inbox:
     def __init__(self, cursors: Cursors, wake: Callable[[], None]) -> None:
         self.submissions = Line(cursors.submissions)
         self.reports = Line(cursors.reports)
-        #: By what they are about, in the order in which they came.
-        self._facts: dict[Hashable, Input] = {}
+        self.pace = Pace()
+        #: By what they are about, in the order in which they came, each with when it did.
+        self._facts: dict[Hashable, tuple[Input, float]] = {}
         self._wake = wake
-        self._oldest_at: float | None = None
+        self._stands_since: float | None = None
 
     def __bool__(self) -> bool:
         return bool(self._facts or self.reports.waiting or self.submissions.waiting)
@@ -107,27 +134,31 @@ class Inbox:
         return len(self._facts) + len(self.reports.waiting) + len(self.submissions.waiting)
 
     @property
-    def oldest_at(self) -> float | None:
-        """Monotonic time since which something waits; None: nothing does."""
-        return self._oldest_at if self else None
+    def stands_since(self) -> float | None:
+        """Monotonic time since which something waits and no turn has taken anything; None: nothing waits."""
+        return self._stands_since if self else None
 
     def add_fact(self, fact: Input) -> None:
         about = _about(fact)
         self._facts.pop(about, None)
-        self._facts[about] = fact
+        self._facts[about] = fact, time.monotonic()
         self.arrived()
 
     def arrived(self) -> None:
         """Something was put into one of the lines."""
-        if self._oldest_at is None:
-            self._oldest_at = time.monotonic()
+        if self._stands_since is None:
+            self._stands_since = time.monotonic()
         self._wake()
 
     def take(self) -> Taken:
         inputs: list[Input] = []
-        bytes_left, inputs_left = TURN_BYTES_MAX, TURN_INPUTS_MAX
+        came_at: list[float] = []
+        taken = Taken(inputs, self._cursors(), came_at)
+        bytes_left, inputs_left = TURN_BYTES_MAX, self.pace.inputs
         while self._facts and inputs_left > 0:
-            inputs.append(self._facts.pop(next(iter(self._facts))))
+            fact, at = self._facts.pop(next(iter(self._facts)))
+            inputs.append(fact)
+            came_at.append(at)
             bytes_left -= FACT_BYTES
             inputs_left -= 1
         if self.submissions.waiting:
@@ -136,11 +167,14 @@ class Inbox:
         else:
             kept_bytes = kept_inputs = 0
         bytes_left, inputs_left = self.reports.take(
-            inputs, bytes_left - kept_bytes, inputs_left - kept_inputs, at_least_one=not inputs
+            taken, bytes_left - kept_bytes, inputs_left - kept_inputs, at_least_one=not inputs
         )
-        self.submissions.take(inputs, bytes_left + kept_bytes, inputs_left + kept_inputs, at_least_one=not inputs)
-        oldest_at, self._oldest_at = self._oldest_at, time.monotonic() if self else None
-        return Taken(inputs, Cursors(self.submissions.position, self.reports.position), oldest_at)
+        self.submissions.take(taken, bytes_left + kept_bytes, inputs_left + kept_inputs, at_least_one=not inputs)
+        self._stands_since = time.monotonic() if self else None
+        return taken._replace(cursors=self._cursors())
+
+    def _cursors(self) -> Cursors:
+        return Cursors(self.submissions.position, self.reports.position)
 
 
 def _about(fact: Input) -> Hashable:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import time
 from collections import Counter
 from collections.abc import Callable
 
@@ -202,13 +203,15 @@ class Ingress:
     # -- what arrives ----------------------------------------------------------------------------------------------
 
     def _take_submissions(self, messages: list[StoredMessage]) -> None:
+        came_at = time.monotonic()
         for message in messages:
             try:
                 inputs = tuple([self._within_rate(found, message) for found in decode_submission(message, self.counts)])
             except Exception:  # a stored message that trips us up would do so again at every start, for ever
                 log.exception("submission.undecodable", sequence=message.sequence, subject=message.subject[:120])
                 inputs = _given_up(message, self.counts)
-            self._inbox.submissions.put(Waiting(message.sequence, len(message.data) + _weight(inputs), inputs))
+            size = len(message.data) + _weight(inputs)
+            self._inbox.submissions.put(Waiting(message.sequence, size, inputs, came_at))
         self._inbox.arrived()
 
     def _within_rate(self, found: Input, message: StoredMessage) -> Input:
@@ -232,10 +235,11 @@ class Ingress:
         )
 
     def _take_reports(self, messages: list[StoredMessage]) -> None:
+        came_at = time.monotonic()
         for message in messages:
             report = decode_report(message, self.counts)
             inputs = () if report is None else (report,)
-            self._inbox.reports.put(Waiting(message.sequence, len(message.data), inputs))
+            self._inbox.reports.put(Waiting(message.sequence, len(message.data), inputs, came_at))
         self._inbox.arrived()
 
 

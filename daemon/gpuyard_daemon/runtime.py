@@ -3,7 +3,8 @@
 A turn takes what the inbox holds, hands it to the core, and appends the core's record to the journal. Only when that
 is acknowledged do orders and events leave (write-ahead): a daemon that dies or is deposed in between has told nobody
 anything that the journal does not know. While the append is under way the next turn's inputs collect, so that load
-makes turns larger, not later; an idle yard's first input is handled at once.
+makes turns larger, not later, up to what can be decided in a moment (`inbox`); an idle yard's first input is handled at
+once.
 
 `is_settled` says whether the core's state is the journal's: true between turns. Whatever shows state to the outside
 (desired sets, answers) does so only then; `on_settled` is the moment.
@@ -168,11 +169,11 @@ class Runtime:
         self._is_unfinished = turn.unfinished
         self.is_settled = True
         self._health.turn_since = None
+        if not turn.unfinished:
+            # Starts, not inputs, are what an unfinished turn was long for.
+            self.inbox.pace.turn_ended(len(taken.inputs), decided - began)
         self._measures.turn_ended(
-            inputs=len(taken.inputs),
-            core_s=decided - began,
-            turn_s=time.monotonic() - began,
-            waited_s=None if taken.oldest_at is None else time.monotonic() - taken.oldest_at,
+            began=began, decided=decided, inputs=len(taken.inputs), came_at=taken.came_at, decisions=turn.decisions
         )
         for callback in self._on_settled:
             callback()

@@ -125,6 +125,18 @@ def test_a_turn_starts_at_most_its_bound_and_says_that_it_is_not_done() -> None:
     assert h.states(*numbers) == ["starting"] * 7
 
 
+def test_a_turn_counts_its_starts_and_the_proof_that_nothing_more_fits() -> None:
+    h = harness(node("n-1", 3), starts_per_turn=2)
+    numbers = h.submit_many([job(gpus=1)] * 4)
+    assert h.last.decisions == 2
+    h.turn()
+    assert h.last.decisions == 2  # the third start, and that the fourth has to wait
+    h.run(numbers[0])
+    assert h.last.decisions == 0
+    h.ended(numbers[0])
+    assert (h.states(numbers[3]), h.last.decisions) == (["starting"], 1)
+
+
 def test_a_late_comer_of_higher_priority_goes_before_what_a_full_turn_left_over() -> None:
     """Its shape was in line already, behind another shape of the same priority that came after it."""
     h = harness(node("n-1", 8), starts_per_turn=1)

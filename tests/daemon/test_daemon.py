@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 from bench.fleet import FakeAgent
+from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.samples import Sample
 
 from gpuyard_daemon.config import EXIT_BAD_CONFIG
 from gpuyard_daemon.exits import EXIT_TEMPORARY
@@ -20,7 +22,7 @@ from gpuyard_protocol.bus.base import Bus, BusError, StoredMessage
 from gpuyard_protocol.bus.nats import connect
 from gpuyard_protocol.codec import encode
 from gpuyard_protocol.jobs import JobView
-from gpuyard_protocol.nodes import LogChunk
+from gpuyard_protocol.nodes import DeviceSample, LogChunk, Telemetry
 from gpuyard_protocol.queries import (
     JobQuery,
     JobsPage,
@@ -38,6 +40,7 @@ from gpuyard_protocol.queries import (
     SubmissionStatus,
     WhyAnswer,
 )
+from gpuyard_protocol.subjects import telemetry
 from support.daemon import DaemonProcess, Tenant, until
 from support.nats import NatsProcess
 
@@ -464,6 +467,7 @@ async def test_pages_for_people_and_prometheus(bus: Bus, tenant: Tenant, daemon:
             ("/", "Yard main"),
             ("/stats", '"finished":1'),
             ("/metrics", "gpuyard_decision_latency_seconds_bucket"),
+            ("/metrics", "gpuyard_decision_seconds_bucket"),
             ("/healthz", "ok"),
             ("/readyz", "ok"),
         ):
@@ -472,4 +476,31 @@ async def test_pages_for_people_and_prometheus(bus: Bus, tenant: Tenant, daemon:
             assert "secret-name" not in text
         assert await asyncio.to_thread(daemon.metric, 'gpuyard_jobs{state="succeeded"}') == 1
         assert await asyncio.to_thread(daemon.metric, "gpuyard_journal_append_seconds_count") > 1
+        assert await asyncio.to_thread(daemon.metric, "gpuyard_decision_seconds_count") == 1
         assert await asyncio.to_thread(daemon.metric, 'gpuyard_mode_gpus{mode="idle"}') == 8
+
+
+async def test_every_card_that_its_node_tells_of_is_on_the_page_for_prometheus(bus: Bus, daemon: DaemonProcess) -> None:
+    odd = 'GPU-"odd"\\\n'
+    async with fleet(bus, 150):
+        for node in range(150):
+            cards = (
+                DeviceSample(uuid="GPU-a", utilization_pct=50, memory_used_mib=1, memory_total_mib=2),
+                DeviceSample(uuid=odd, memory_total_mib=3),
+            )
+            told = Telemetry(node=f"node-{node}", at_ms=0, devices=cards)
+            await bus.publish(telemetry(told.node), encode(told))
+
+        async def samples() -> dict[str, list[Sample]] | None:
+            _, text = await asyncio.to_thread(daemon.get, "/metrics")
+            found = {family.name: family.samples for family in text_string_to_metric_families(text)}
+            counts = [len(found[f"gpuyard_{name}"]) for name in ("gpu_memory_bytes", "node_heard_seconds")]
+            return found if counts == [300, 150] else None
+
+        found = await until(samples, "all cards")
+        assert {sample.labels["gpu"]: sample.value for sample in found["gpuyard_gpu_memory_bytes"]} == {
+            "GPU-a": 2 * 2**20,
+            odd: 3 * 2**20,
+        }
+        assert {sample.value for sample in found["gpuyard_gpu_utilization_ratio"]} == {0.5}
+        assert len(found["gpuyard_gpu_memory_used_bytes"]) == 150

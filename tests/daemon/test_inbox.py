@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from gpuyard_daemon.core.state.inputs import (
     Cursors,
+    Input,
     JobSubmitted,
     LoadReported,
     NodeDeclaredDead,
@@ -16,7 +17,9 @@ from gpuyard_daemon.inbox import (
     HIGH_WATER_MESSAGES,
     LOW_WATER_MESSAGES,
     TURN_BYTES_MAX,
+    TURN_CORE_S,
     TURN_INPUTS_MAX,
+    TURN_INPUTS_MIN,
     Inbox,
     Waiting,
 )
@@ -26,19 +29,22 @@ JOB = JobSubmitted(tenant="acme", user="alice", submission_id="s1", spec=JobSpec
 REPORT = NodeReported(node="n-1", instance="i", boot_id="b", first=1, reports=())
 
 
+def waiting(sequence: int, size: int, inputs: tuple[Input, ...]) -> Waiting:
+    return Waiting(sequence, size, inputs, came_at=float(sequence))
+
+
 def inbox() -> Inbox:
     return Inbox(Cursors(10, 20), wake=lambda: None)
 
 
 def test_an_empty_inbox_gives_nothing_and_keeps_its_place() -> None:
-    taken = inbox().take()
-    assert (taken.inputs, taken.cursors, taken.oldest_at) == ([], Cursors(10, 20), None)
+    assert inbox().take() == ([], Cursors(10, 20), [])
 
 
 def test_a_turn_takes_at_most_its_bytes() -> None:
     box = inbox()
     for number in range(10):
-        box.submissions.put(Waiting(11 + number, TURN_BYTES_MAX // 4, (JOB,)))
+        box.submissions.put(waiting(11 + number, TURN_BYTES_MAX // 4, (JOB,)))
     assert box.take().cursors == Cursors(14, 20)
     assert box.take().cursors == Cursors(18, 20)
     assert box.take().cursors == Cursors(20, 20)
@@ -47,34 +53,63 @@ def test_a_turn_takes_at_most_its_bytes() -> None:
 
 def test_a_message_above_the_bound_gets_a_turn_of_its_own() -> None:
     box = inbox()
-    box.submissions.put(Waiting(11, 10, (JOB,)))
-    box.submissions.put(Waiting(12, TURN_BYTES_MAX * 4, (JOB,) * 1000))
-    box.submissions.put(Waiting(13, 10, (JOB,)))
+    box.submissions.put(waiting(11, 10, (JOB,)))
+    box.submissions.put(waiting(12, TURN_BYTES_MAX * 4, (JOB,) * 1000))
+    box.submissions.put(waiting(13, 10, (JOB,)))
     assert [len(box.take().inputs) for _ in range(3)] == [1, 1000, 1]
 
 
 def test_reports_go_first_and_leave_room_for_submissions() -> None:
     box = inbox()
     for number in range(2000):
-        box.reports.put(Waiting(21 + number, 10, (REPORT,)))
-        box.submissions.put(Waiting(11 + number, 10, (JOB,)))
+        box.reports.put(waiting(21 + number, 10, (REPORT,)))
+        box.submissions.put(waiting(11 + number, 10, (JOB,)))
+    box.pace.inputs = TURN_INPUTS_MAX
     inputs = box.take().inputs
     assert len(inputs) == TURN_INPUTS_MAX
     assert inputs[0] is REPORT
     assert inputs.count(JOB) == TURN_INPUTS_MAX // 4
 
 
+def test_a_turn_takes_what_the_core_can_decide_in_a_moment() -> None:
+    """Much that waits is decided in turns of about that length; one of few inputs says nothing about what many cost."""
+    box = inbox()
+    for number in range(5000):
+        box.submissions.put(waiting(11 + number, 10, (JOB,)))
+    each_s, sizes = TURN_CORE_S / 50, list[int]()
+    while box:
+        taken = box.take()
+        sizes.append(len(taken.inputs))
+        assert taken.came_at == [float(box.submissions.position - back) for back in reversed(range(sizes[-1]))]
+        box.pace.turn_ended(sizes[-1], sizes[-1] * each_s)
+    assert sum(sizes) == 5000
+    assert all(size * each_s <= TURN_CORE_S for size in sizes[2:])
+    assert all(size * each_s >= TURN_CORE_S / 2 for size in sizes[2:-1])
+    box.pace.turn_ended(1, 60.0)
+    assert box.pace.inputs == sizes[-2]
+
+
+def test_a_slow_core_still_gets_several_inputs_a_turn_and_a_fast_one_no_more_than_the_bound() -> None:
+    box = inbox()
+    for _ in range(20):
+        box.pace.turn_ended(TURN_INPUTS_MAX, 10.0)
+    assert box.pace.inputs == TURN_INPUTS_MIN
+    for _ in range(20):
+        box.pace.turn_ended(TURN_INPUTS_MAX, 0.0)
+    assert box.pace.inputs == TURN_INPUTS_MAX
+
+
 def test_the_shells_own_facts_come_before_everything_that_is_read() -> None:
     box = inbox()
-    box.reports.put(Waiting(21, 10, (REPORT,)))
+    box.reports.put(waiting(21, 10, (REPORT,)))
     box.add_fact(NodeSuspected(node="n-1"))
     assert box.take().inputs == [NodeSuspected(node="n-1"), REPORT]
 
 
 def test_poison_moves_the_cursor_and_gives_no_input() -> None:
     box = inbox()
-    box.submissions.put(Waiting(11, 10, ()))
-    assert box.take()[:2] == ([], Cursors(11, 20))
+    box.submissions.put(waiting(11, 10, ()))
+    assert box.take() == ([], Cursors(11, 20), [11.0])
 
 
 def test_a_flood_pauses_its_reader_until_it_is_worked_off() -> None:
@@ -82,7 +117,7 @@ def test_a_flood_pauses_its_reader_until_it_is_worked_off() -> None:
     box.submissions.pause = lambda: calls.append("pause")
     box.submissions.resume = lambda: calls.append("resume")
     for number in range(HIGH_WATER_MESSAGES + 10):
-        box.submissions.put(Waiting(11 + number, 1, (JOB,)))
+        box.submissions.put(waiting(11 + number, 1, (JOB,)))
     assert calls == ["pause"]
     while len(box) > LOW_WATER_MESSAGES:
         box.take()

@@ -100,7 +100,7 @@ class Scheduler:
         fairness.refresh(draft, self.now_ms)
         self._rounds.give_up(draft, self._line, self.now_ms)
         serve_claims(draft)
-        decided = len(draft.facts)
+        decided, proofs = len(draft.facts), self._line.proofs
         unfinished = place_waiting(draft, self._line, lambda rank: resume_waiting(draft, rank))
         services.make_room_for_new(draft)
         self._rounds.hold(draft, self._line, self.now_ms)
@@ -110,12 +110,19 @@ class Scheduler:
         switching.note_switches(draft)
         self._handled_ms = draft.now_ms
         unfinished = dependencies.end_doomed(draft) or unfinished
+        starts = sum([type(fact) is f.JobPlaced for fact in draft.facts])
+        decisions = starts + (self._line.proofs > proofs)
         if not draft.facts and cursors == self.cursors:
-            return Turn(record=None, unfinished=unfinished)
+            return Turn(record=None, unfinished=unfinished, decisions=decisions)
         record = Record(turn=self.turn + 1, now_ms=draft.now_ms, cursors=cursors, facts=tuple(draft.facts))
         self._note(record)
+        effects = draft.effects
         return Turn(
-            record=record, orders=draft.effects.orders(), notices=draft.effects.notices(), unfinished=unfinished
+            record=record,
+            orders=effects.orders(),
+            notices=effects.notices(),
+            unfinished=unfinished,
+            decisions=decisions,
         )
 
     def next_deadline_ms(self) -> int | None:

@@ -1,13 +1,14 @@
 """`/metrics`: names, units and sources of every figure, in one place, in a registry of the daemon's own.
 
 Everything is read at the moment of the scrape from where it is kept anyway; nothing is counted twice for Prometheus's
-sake.
+sake. A large yard has thousands of lines by card: they are written piece by piece, and turns go on in between.
 """
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
@@ -16,6 +17,23 @@ from prometheus_client.registry import Collector
 from gpuyard_daemon.health import Health
 from gpuyard_daemon.http.sources import Sources
 from gpuyard_daemon.measures import Histogram
+from gpuyard_protocol.nodes import DeviceSample, Telemetry
+
+#: Nodes whose cards are written at once: about a millisecond.
+NODES_AT_ONCE = 100
+_CARDS: tuple[tuple[str, str, Callable[[DeviceSample], float | None]], ...] = (
+    (
+        "gpuyard_gpu_utilization_ratio",
+        "Of each card, as its driver says",
+        lambda card: None if card.utilization_pct is None else card.utilization_pct / 100,
+    ),
+    (
+        "gpuyard_gpu_memory_used_bytes",
+        "Of each card, as its driver says",
+        lambda card: None if card.memory_used_mib is None else card.memory_used_mib * 2**20,
+    ),
+    ("gpuyard_gpu_memory_bytes", "Of each card, as its driver says", lambda card: card.memory_total_mib * 2**20),
+)
 
 
 class DaemonCollector(Collector):
@@ -24,7 +42,7 @@ class DaemonCollector(Collector):
 
     def collect(self) -> Iterable[Metric]:
         yield from self._yard()
-        yield from self._cards()
+        yield self._heard()
         yield from self._turns()
         yield from self._messages()
         yield from self._upkeep()
@@ -56,23 +74,11 @@ class DaemonCollector(Collector):
         yield _counter("gpuyard_requests_rejected", "Requests that were refused", gauges.rejected)
         yield _counter("gpuyard_job_wait_seconds", "Waits from submission to first start", stats.wait_sum_ms / 1000)
 
-    def _cards(self) -> Iterator[Metric]:
+    def _heard(self) -> Metric:
         monitor = self._of.monitor
-        utilization = _per_card("gpuyard_gpu_utilization_ratio", "Of each card, as its driver says")
-        used = _per_card("gpuyard_gpu_memory_used_bytes", "Of each card, as its driver says")
-        total = _per_card("gpuyard_gpu_memory_bytes", "Of each card, as its driver says")
-        heard = GaugeMetricFamily("gpuyard_node_heard_seconds", "Since each node's last heartbeat", labels=["node"])
-        for node, telemetry in sorted(monitor.telemetry.items()):
-            if (heard_ms := monitor.heard_ms_ago(node)) >= 0:
-                heard.add_metric([node], heard_ms / 1000)
-            for sample in telemetry.devices:
-                labels = [node, sample.uuid]
-                if sample.utilization_pct is not None:
-                    utilization.add_metric(labels, sample.utilization_pct / 100)
-                if sample.memory_used_mib is not None:
-                    used.add_metric(labels, sample.memory_used_mib * 2**20)
-                total.add_metric(labels, sample.memory_total_mib * 2**20)
-        yield from (utilization, used, total, heard)
+        heard = ((node, monitor.heard_ms_ago(node) / 1000) for node in sorted(monitor.telemetry))
+        since = [(node, seconds) for node, seconds in heard if seconds >= 0]
+        return _by_label("gpuyard_node_heard_seconds", "Since each node's last heartbeat", "node", since)
 
     # -- the daemon --------------------------------------------------------------------------------------------------
 
@@ -80,9 +86,14 @@ class DaemonCollector(Collector):
         measures, health = self._of.measures, self._of.health
         for name, text, histogram in (
             (
-                "gpuyard_decision_latency_seconds",
-                "From an input's arrival to its decision in the journal",
+                "gpuyard_decision_seconds",
+                "One start, or one proof that nothing that waits fits: a turn's scheduling time shared out among them",
                 measures.decision_s,
+            ),
+            (
+                "gpuyard_decision_latency_seconds",
+                "From the arrival of each request or report to its decision in the journal",
+                measures.decided_after_s,
             ),
             ("gpuyard_turn_seconds", "Whole turns", measures.turn_s),
             ("gpuyard_turn_core_seconds", "The scheduler's part of a turn", measures.core_s),
@@ -169,15 +180,49 @@ class _StandbyCollector(Collector):
         yield _gauge("gpuyard_standby_behind", "Messages of the journal not applied yet", self._health.standby_behind)
 
 
-def exposition(sources: Sources) -> Callable[[], bytes]:
+def exposition(sources: Sources) -> Callable[[], Awaitable[bytes]]:
     """The text of a scrape."""
-    registry = CollectorRegistry(auto_describe=False)
-    registry.register(DaemonCollector(sources))
-    return lambda: generate_latest(registry)
+
+    async def read() -> bytes:
+        pieces = []
+        for family in DaemonCollector(sources).collect():
+            pieces.append(generate_latest(_Only(family)))
+            await asyncio.sleep(0)
+        nodes = sorted(sources.monitor.telemetry.items())
+        for name, text, value_of in _CARDS:
+            pieces.append(f"# HELP {name} {text}\n# TYPE {name} gauge\n".encode())
+            for first in range(0, len(nodes), NODES_AT_ONCE):
+                pieces.append(_card_lines(name, value_of, nodes[first : first + NODES_AT_ONCE]))
+                await asyncio.sleep(0)
+        return b"".join(pieces)
+
+    return read
 
 
-def _per_card(name: str, text: str) -> GaugeMetricFamily:
-    return GaugeMetricFamily(name, text, labels=["node", "gpu"])
+class _Only(Collector):
+    """One family, to be written alone."""
+
+    def __init__(self, family: Metric) -> None:
+        self._family = family
+
+    def collect(self) -> Iterable[Metric]:
+        return (self._family,)
+
+
+def _card_lines(
+    name: str, value_of: Callable[[DeviceSample], float | None], nodes: Iterable[tuple[str, Telemetry]]
+) -> bytes:
+    lines = [
+        f'{name}{{node="{node}",gpu="{_escaped(card.uuid)}"}} {float(value)}\n'
+        for node, telemetry in nodes
+        for card in telemetry.devices
+        if (value := value_of(card)) is not None
+    ]
+    return "".join(lines).encode()
+
+
+def _escaped(text: str) -> str:
+    return text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
 
 
 def _gauge(name: str, text: str, value: float) -> Metric:

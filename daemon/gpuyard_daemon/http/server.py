@@ -6,7 +6,7 @@ decided now.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 from aiohttp import web
 
@@ -33,7 +33,7 @@ class HttpDoor(GuardedDoor):
         super().__init__(host, port, guard, pages)
         self._health = health
         self._sources: Sources | None = None
-        self._exposition: Callable[[], bytes] = bytes
+        self._exposition: Callable[[], Awaitable[bytes]] | None = None
 
     def show(self, sources: Sources) -> None:
         self._sources = sources
@@ -47,7 +47,7 @@ class HttpDoor(GuardedDoor):
         return _verdict(self._health.unready_because())
 
     async def _on_metrics(self, _: web.Request) -> web.Response:
-        text = self._exposition() if self._sources is not None else standby_exposition(self._health)
+        text = await self._exposition() if self._exposition is not None else standby_exposition(self._health)
         return web.Response(body=text, headers={"Content-Type": EXPOSITION})
 
     async def _on_stats(self, _: web.Request) -> web.Response:

@@ -70,6 +70,8 @@ class WaitingLine:
         self._queues: dict[tuple[object, ...], ShapeQueue] = {}
         self._by_number: dict[int, ShapeQueue] = {}
         self._numbers = 0
+        #: How often somebody was found not to fit, or not to be allowed to start.
+        self.proofs = 0
         #: More queues than this, and those that are empty go.
         self._drop_at = _IDLE_QUEUES_MAX
         self._stands: dict[JobId, _Stand] = {}
@@ -460,6 +462,7 @@ class WaitingLine:
 
     def block(self, queue: ShapeQueue) -> None:
         """The head of this queue fits nowhere, so nobody who fits the same nodes does, until a node changes."""
+        self.proofs += 1
         group = self._group_of(queue)
         group.blocked = True
         group.ready_key = -1
@@ -469,6 +472,7 @@ class WaitingLine:
         """A limit stands in the way of the one that `next` named: the tenant's, or that of a queue of the quota tree
         (`over`). `costly`: only with the cards that it would get now.
         """
+        self.proofs += 1
         obstacles = [] if over is None else [each for each in self.obstacles(queue) if each is not None]
         group = self._group_of(queue)
         if group.heads and group.heads[0] == (queue.ready_key, queue.number):
