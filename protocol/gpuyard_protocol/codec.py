@@ -130,7 +130,9 @@ def _explain(kind: type[Any], data: bytes, complaint: str) -> Malformed:
     if own := _OWN.match(what):
         return Malformed(path, own["found"], own["expected"])
     found = _value_at(data, path)
-    if what.startswith("Invalid enum value") and (words := _words_allowed(_shape_at(kind, path))):
+    if what.startswith("Invalid enum value") and (
+        words := [word for word in _words_allowed(_shape_at(kind, path)) if word]
+    ):
         return Malformed(path, found, f"one of: {', '.join(words)}", nearest(found.strip('"'), words))
     if expected := _EXPECTED.match(what):
         kinds = (_SPOKEN.get(name.strip(), name.strip()) for name in expected["kinds"].strip("`").split("|"))

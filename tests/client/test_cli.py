@@ -59,6 +59,12 @@ def test_a_dry_run_tells_and_submits_nothing(yard: Yard, sdk: gpuyard.SyncClient
     before = [view.job for view in sdk.jobs(all=True, limit=1)]
     told = ok(yard, "submit", "--dry-run", "-g", "2", *SMALL, "--", "true")
     assert told.startswith("it would start at once on node-1\n  replica 0: node-1, 2 whole on ")
+    refused = yard.cli("submit", "--dry-run", "-g", "20", "--", "true")
+    assert refused.stdout.endswith("\n  --gpus: found 20×GPU; expected at most 8; nearest: 8\n")
+    senseless = yard.cli("submit", "--dry-run", "-g", "90", "--", "true")
+    assert senseless.stdout == (
+        "it would be rejected: --gpus: found 90; expected a number between 0 and 64 (per replica)\n"
+    )
     refused = yard.cli("submit", "--dry-run", "--json", "-g", "20", "--", "true")
     assert refused.returncode == 1
     assert json.loads(refused.stdout)["refusal"]["nearest"] == "8"
@@ -243,6 +249,19 @@ def test_nodes_and_stats(yard: Yard) -> None:
             "gpuyard: --submission-id: found 'two words'; expected",
         ),
         (("submit", "--gpus", "two", "true"), 2, "--gpus' / '-g': found 'two'; expected a whole number"),
+        (("submit", "--depends-on", "17", "true"), 1, "gpuyard: --depends-on: found '17'; expected 'afterok:JOB'"),
+        (("submit", "--throughput", "A30=3", "-g", "1", "true"), 1, "gpuyard: --throughput A30: found 3.0; expected a"),
+        (("submit", "--gpu-model", "A30", "true"), 1, "gpuyard: --gpu-model: found 'A30'; expected --gpus, --gpu,"),
+        (("submit", "--gpu-load", "x", "--gpu", "0.1", "true"), 1, "expected one of: compute, light, memory"),
+        (("submit", "--preemption", "x", "true"), 1, 'gpuyard: --preemption: found "x"; expected one of: checkpoint,'),
+        (("load", "chat", "-1"), 2, "'CONCURRENCY': found -1; expected a whole number of at least 0"),
+        (("load", "chat", "1", "--for", "soon"), 2, "'--for': found 'soon'; expected a length of time"),
+        (("audit", "-n", "0"), 2, "found 0; expected a whole number from 1 to 1,000,000"),
+        (("logs", "1", "--tail", "some"), 2, "found 'some'; expected a whole number of at least 0"),
+        (("top", "--every", "nan"), 2, "found 'nan'; expected a number of seconds of at least 0.2, such as 0.5"),
+        (("drain", "node-1", "--timeout", "-1"), 2, "found '-1'; expected a length of time"),
+        (("up", "--nodes", "0"), 2, "'--nodes': found 0; expected a whole number from 1 to 256"),
+        (("simulate", "trace.csv", "--nodes", "few"), 2, "found 'few'; expected a whole number of at least 1"),
         (("logs", "1", "-r", "7"), 1, "job 1 has no replica 7: its replicas are 0 to 0"),
         (("logs", "1", "--attempt", "9"), 1, "job 1 has had no attempt 9: the newest is 1"),
         (("cancel", "1"), 1, "gpuyard: job 1 has succeeded already (see: gpuyard why 1)\n"),

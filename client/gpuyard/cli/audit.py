@@ -10,13 +10,15 @@ import typer
 from gpuyard.cli.output import AsJson, clock, print_json, remark
 from gpuyard.cli.session import session_of
 from gpuyard.cli.tables import print_table
+from gpuyard.cli.values import count
 from gpuyard_protocol.audit import ENTRIES_PAGE_MAX, AuditEntry
 
 COLUMNS = ("TIME", "WHO", "WHAT", "#TIMES", "ABOUT", "OUTCOME", "FROM")
 ENTRIES_MAX = 1_000_000
 
 _Limit = Annotated[
-    int, typer.Option("--limit", "-n", metavar="N", min=1, max=ENTRIES_MAX, help="The newest so many entries.")
+    int,
+    typer.Option("--limit", "-n", metavar="N", parser=count(1, ENTRIES_MAX), help="The newest so many entries."),
 ]
 
 

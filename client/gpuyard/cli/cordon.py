@@ -15,6 +15,7 @@ import typer
 from gpuyard.cli.nodes import is_used
 from gpuyard.cli.output import remark, say
 from gpuyard.cli.session import session_of
+from gpuyard.cli.values import length_s
 from gpuyard.errors import GpuyardError
 
 if TYPE_CHECKING:
@@ -27,7 +28,12 @@ _Nodes = Annotated[list[str], typer.Argument(metavar="NODE...", help="As `gpuyar
 _Reason = Annotated[str, typer.Option("--reason", metavar="TEXT", help="For everybody who looks.")]
 _REQUEUE = typer.Option("--requeue", help="Stop jobs there that may be preempted; they wait again, uncharged.")
 _NO_WAIT = typer.Option("--no-wait", help="Do not wait until the nodes are empty.")
-_TIMEOUT = typer.Option("--timeout", metavar="SECONDS", min=0.0, help="Wait so long at most; 0: as long as it takes.")
+_TIMEOUT = typer.Option(
+    "--timeout",
+    metavar="TIME",
+    parser=length_s,
+    help="Wait so long at most: 90s, 5m (default: as long as it takes).",
+)
 
 
 def register(app: typer.Typer) -> None:

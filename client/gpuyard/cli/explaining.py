@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from gpuyard.cli.options import flag_of
 from gpuyard.cli.output import rough
@@ -111,15 +111,18 @@ def _terms(terms: tuple[KeyTerm, ...]) -> Iterator[str]:
         yield f"  {term.text}" if is_told else f"  {term.value}  {term.text}"
 
 
-def dry_run_lines(answer: DryRun, now_ms: int) -> Iterator[str]:
-    yield f"{_VERDICTS[answer.verdict]}{answer.summary}"
+def dry_run_lines(answer: DryRun, now_ms: int, named: Callable[[str], str] = str) -> Iterator[str]:
+    """What would become of a job; `named` says how whoever asks calls the place that a path names."""
+    path = answer.refusal.path if answer.refusal is not None else ""
+    is_placed = bool(path) and answer.summary.startswith(path)
+    yield _VERDICTS[answer.verdict] + (named(path) + answer.summary.removeprefix(path) if is_placed else answer.summary)
     if answer.elements:
         yield f"  (an array of {answer.elements} jobs; this is about the first)"
     for replica in answer.placed:
         devices = f" on {', '.join(replica.devices)}" if replica.devices else ""
         yield f"  replica {replica.replica}: {replica.node}, {replica.partition}{devices}"
-    if answer.refusal is not None and answer.refusal.path:
+    if answer.refusal is not None and path and not is_placed:
         near = f"; nearest: {answer.refusal.nearest}" if answer.refusal.nearest else ""
-        yield f"  {answer.refusal.path}: found {answer.refusal.found}; expected {answer.refusal.expected}{near}"
+        yield f"  {named(path)}: found {answer.refusal.found}; expected {answer.refusal.expected}{near}"
     if answer.why is not None:
         yield from waiting_lines(answer.why, now_ms)

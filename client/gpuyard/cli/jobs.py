@@ -11,7 +11,7 @@ from gpuyard.cli.explaining import why_lines
 from gpuyard.cli.output import AsJson, ago, clock, now_ms, print_fields, print_json, remark, rough, say
 from gpuyard.cli.session import session_of
 from gpuyard.cli.tables import print_table
-from gpuyard.cli.values import job_number
+from gpuyard.cli.values import count, job_number
 from gpuyard_protocol.jobs import FINAL_STATES, JobSpec, JobView, ReplicaView
 from gpuyard_protocol.names import nearest
 from gpuyard_protocol.queries import WhyAnswer
@@ -27,6 +27,7 @@ DEFAULT_ROWS = 100
 EXPLAINED_ROWS = 20
 COLUMNS = ("#JOB", "NAME", "USER", "STATE", "WANTS", "SUBMITTED", "#TIME", "NODES OR REASON")
 
+_Limit = typer.Option("--limit", "-l", metavar="N", parser=count(0), help="At most so many, 0: all.")
 JobNumber = Annotated[int, typer.Argument(metavar="JOB", help="The job's number.", parser=job_number)]
 _StateFlag = typer.Option("--state", "-s", metavar="STATE", help="Only these; repeatable.", show_default=False)
 
@@ -47,7 +48,7 @@ def jobs(
     state: Annotated[list[str] | None, _StateFlag] = None,
     user: Annotated[str, typer.Option("--user", "-u", metavar="USER", help="Only this user's.")] = "",
     service: Annotated[str, typer.Option("--service", metavar="NAME", help="Only replicas of this service.")] = "",
-    limit: Annotated[int, typer.Option("--limit", "-l", min=0, help="At most so many, 0: all.")] = DEFAULT_ROWS,
+    limit: Annotated[int, _Limit] = DEFAULT_ROWS,
     as_json: AsJson = False,
 ) -> None:
     """List jobs, newest first."""

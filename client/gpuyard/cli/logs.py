@@ -10,6 +10,7 @@ import typer
 from gpuyard.cli.jobs import JobNumber
 from gpuyard.cli.output import remark
 from gpuyard.cli.session import session_of
+from gpuyard.cli.values import count
 
 if TYPE_CHECKING:
     from gpuyard.client import Client
@@ -29,10 +30,13 @@ def logs(
     job: JobNumber,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on as the job writes, until it ends.")] = False,
     err: Annotated[bool, typer.Option("--err", help="Its standard error instead of its standard output.")] = False,
-    replica: Annotated[int, typer.Option("--replica", "-r", min=0, help="Which replica.")] = 0,
-    attempt: Annotated[int, typer.Option("--attempt", min=0, help="Which attempt, 0: the newest.")] = 0,
+    replica: Annotated[int, typer.Option("--replica", "-r", metavar="N", parser=count(0), help="Which replica.")] = 0,
+    attempt: Annotated[
+        int, typer.Option("--attempt", metavar="N", parser=count(0), help="Which attempt, 0: the newest.")
+    ] = 0,
     tail: Annotated[
-        int | None, typer.Option("--tail", "-n", min=0, metavar="LINES", help="Only the last so many lines.")
+        int | None,
+        typer.Option("--tail", "-n", metavar="LINES", parser=count(0), help="Only the last so many lines."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object for each line.")] = False,
 ) -> None:

@@ -21,6 +21,7 @@ from gpuyard.cli.output import remark
 from gpuyard.cli.values import whole
 from gpuyard.errors import GpuyardError, Rejected
 from gpuyard.requests import job_request, read_items
+from gpuyard_protocol.jobs import JobRequest
 
 Command = Annotated[
     list[str] | None,
@@ -62,6 +63,23 @@ _UPLOAD = _option(
 _CPUS = _option("--cpus", metavar="N", text="CPU cores per replica: 4, 0.5, 500m.")
 _MEMORY = _option("--memory", metavar="SIZE", text="Host memory per replica: 8Gi.")
 _TIME = _option("--time", "-t", metavar="TIME", text="Limit: 90s, 1h30m, 1-12:00:00; a bare number is minutes.")
+_GPU_PROCESSES = _option(
+    "--gpu-processes",
+    metavar="N",
+    parser=whole,
+    text="CUDA processes at once: of a share, each gets its part of the memory.",
+)
+_GPU_LOAD = _option(
+    "--gpu-load", metavar="compute|memory|light", text="What a share leans on, to choose its neighbours."
+)
+_MPS = _option("--mps", text="Beside --mig: the job's own CUDA processes share the instance under MPS.")
+_PREEMPTION = _option(
+    "--preemption",
+    metavar="HOW",
+    text="How it gives way: requeue (default), checkpoint (SIGTERM to save), suspend (to host memory), never.",
+)
+_RESTART_TIME = _option("--restart-time", metavar="TIME", text="What a new start costs it before it goes on: 5m.")
+_STOP_GRACE = _option("--stop-grace", metavar="TIME", text="Between SIGTERM and SIGKILL: 30s.")
 _PRIORITY = _option(
     "--priority",
     metavar="-2..2",
@@ -100,7 +118,9 @@ _FILE = _option("--file", "-f", metavar="FILE", text="Job file, YAML or TOML ('-
 
 #: Fields of a request whose flag has another name.
 _FLAG_NAMES = {"node_labels": "label", "nodes": "node", "secrets": "secret", "time_limit": "time"}
-_FIELD = re.compile(r"\$\.(\w+)")
+_FIELD = re.compile(r"\$\.(\w+)(?:\[\d+\]|\.([\w.-]+))?")
+#: Fields as refusals name them: "expected 'gpus' or 'mig' beside it".
+_QUOTED_FIELD = re.compile(r"'(" + "|".join(sorted(JobRequest.__struct_fields__)) + ")'")
 #: Where a message of many has the job: its place in the file says more.
 _IN_BATCH = re.compile(r"^\$\.jobs\[\d+\]")
 
@@ -120,6 +140,9 @@ class JobOptions:
     mig: Annotated[str | None, _MIG] = None
     isolation: Annotated[str | None, _ISOLATION] = None
     gpu_model: Annotated[str | None, _GPU_MODEL] = None
+    gpu_processes: Annotated[int | None, _GPU_PROCESSES] = None
+    gpu_load: Annotated[str | None, _GPU_LOAD] = None
+    mps: Annotated[bool, _MPS] = False
     replicas: Annotated[int | None, _REPLICAS] = None
     min_replicas: Annotated[int | None, _MIN_REPLICAS] = None
     total_gpus: Annotated[int | None, _TOTAL_GPUS] = None
@@ -136,6 +159,9 @@ class JobOptions:
     estimate: Annotated[str | None, _ESTIMATE] = None
     deadline: Annotated[str | None, _DEADLINE] = None
     retries: Annotated[int | None, _RETRIES] = None
+    preemption: Annotated[str | None, _PREEMPTION] = None
+    restart_time: Annotated[str | None, _RESTART_TIME] = None
+    stop_grace: Annotated[str | None, _STOP_GRACE] = None
     on_node_lost: Annotated[str | None, _ON_NODE_LOST] = None
     lease: Annotated[str | None, _LEASE] = None
     env: Annotated[list[str] | None, _ENV] = None
@@ -181,14 +207,24 @@ class JobOptions:
 
     def told(self, refusal: Rejected, place: int = 0, count: int = 1) -> GpuyardError:
         """A refusal with the flag, or the place in the file, where what it is about was said."""
-        text = _IN_BATCH.sub("$", str(refusal))
-        field = _FIELD.match(refusal.path) if text.startswith(refusal.path) else None
-        if field is not None and field[1] in self._flags():
-            return GpuyardError(flag_of(field[1]) + text.removeprefix(field[0]))
-        if self.file is None:
+        path, text = _IN_BATCH.sub("$", refusal.path), _IN_BATCH.sub("$", str(refusal))
+        if path and text.startswith(path):
+            text = self.named(path) + self.in_flags(text.removeprefix(path))
+        if self.file is None or text.startswith("--"):
             return GpuyardError(text)
         where = f"job {place + 1} of {self.file}" if count > 1 else self.file
         return GpuyardError(f"{where}: {text}")
+
+    def named(self, path: str) -> str:
+        """`--gpus` for `$.gpus`, `--env A` for `$.env.A`, where a flag said it; what a file says keeps its path."""
+        field = _FIELD.match(path)
+        if field is None or field[1] not in self._flags():
+            return path
+        return flag_of(field[1]) + (f" {field[2]}" if field[2] else "") + path.removeprefix(field[0])
+
+    def in_flags(self, text: str) -> str:
+        """What is said of other fields, in flags where there is no file whose words they would be."""
+        return text if self.file is not None else _QUOTED_FIELD.sub(lambda field: flag_of(field[1]), text)
 
     def _flags(self) -> dict[str, Any]:
         given: dict[str, Any] = {
@@ -198,6 +234,9 @@ class JobOptions:
             "mig": self.mig,
             "isolation": self.isolation,
             "gpu_model": self.gpu_model,
+            "gpu_processes": self.gpu_processes,
+            "gpu_load": self.gpu_load,
+            "mps": self.mps or None,
             "replicas": self.replicas,
             "min_replicas": self.min_replicas,
             "total_gpus": self.total_gpus,
@@ -213,6 +252,9 @@ class JobOptions:
             "estimate": None if self.estimate is None else _time_limit(self.estimate),
             "deadline": self.deadline,
             "retries": self.retries,
+            "preemption": self.preemption,
+            "restart_time": self.restart_time,
+            "stop_grace": self.stop_grace,
             "on_node_lost": self.on_node_lost,
             "lease": None if self.lease is None else _time_limit(self.lease),
             "env": _pairs(self.env, "--env"),

@@ -11,9 +11,9 @@ import typer
 from gpuyard.cli.output import AsJson, print_json, say
 from gpuyard.cli.services import ServiceArgument, faltering, known_services
 from gpuyard.cli.session import session_of
+from gpuyard.cli.values import length_s
 from gpuyard.errors import GpuyardError
 from gpuyard_protocol.services import ServiceView
-from gpuyard_protocol.units import Duration
 
 if TYPE_CHECKING:
     from gpuyard.client import Client
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 LOOK_EVERY_S = 0.5
 _What = typer.Argument(metavar="JOB|SERVICE", help="An elastic job's number, or a service's name.")
 _Replicas = typer.Argument(metavar="N|MIN:MAX", help="Replicas; of a service also the fewest and the most: 2:8.")
-_Timeout = typer.Option("--timeout", metavar="TIME", help="Give up after so long: 5m.")
+_Timeout = typer.Option("--timeout", metavar="TIME", parser=length_s, help="Give up after so long: 90s, 5m.")
 
 
 def register(app: typer.Typer) -> None:
@@ -35,7 +35,10 @@ def register(app: typer.Typer) -> None:
 
 
 def scale(ctx: typer.Context, what: Annotated[str, _What], replicas: Annotated[str, _Replicas]) -> None:
-    """Say how many replicas an elastic job has at most, or a service: gpuyard scale 17 4, gpuyard scale chat 2:8"""
+    """Set how many replicas an elastic job or a service may have.
+
+    gpuyard scale 17 4, gpuyard scale chat 2:8
+    """
     least, most = _range(replicas)
 
     async def work(yard: Client) -> None:
@@ -60,11 +63,11 @@ def _range(text: str) -> tuple[int, int | None]:
 def status(
     ctx: typer.Context,
     service: ServiceArgument,
-    timeout: Annotated[str, _Timeout] = "",
+    timeout: Annotated[float, _Timeout] = 0.0,
     as_json: AsJson = False,
 ) -> None:
     """Wait until every replica of a service is of its newest specification and runs."""
-    until = time.monotonic() + _seconds(timeout) if timeout else None
+    until = time.monotonic() + timeout if timeout else None
 
     async def work(yard: Client) -> ServiceView:
         said = ""
@@ -77,7 +80,7 @@ def status(
             if is_through(view):
                 return view
             if until is not None and time.monotonic() > until:
-                raise GpuyardError(f"service {service}: {text}; gave up after {timeout}")
+                raise GpuyardError(f"service {service}: {text}; gave up after {timeout:g} s")
             await asyncio.sleep(LOOK_EVERY_S)
 
     view = session_of(ctx).run(work)
@@ -115,10 +118,3 @@ def _roll(ctx: typer.Context, service: str, *, undo: bool) -> None:
         await yard.rollout(service, undo=undo)
 
     session_of(ctx).run(work)
-
-
-def _seconds(text: str) -> float:
-    try:
-        return int(Duration.parse(text)) / 1000
-    except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="--timeout") from None

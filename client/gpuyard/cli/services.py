@@ -10,12 +10,12 @@ import typer
 from gpuyard.cli.output import AsJson, ago, now_ms, print_json, remark, say
 from gpuyard.cli.session import session_of
 from gpuyard.cli.tables import print_table
+from gpuyard.cli.values import amount, count, length_s
 from gpuyard.errors import GpuyardError, Rejected
 from gpuyard.requests import read_items
 from gpuyard_protocol.jobs import SubmissionAnswer
 from gpuyard_protocol.names import nearest
 from gpuyard_protocol.services import ServiceView
-from gpuyard_protocol.units import Duration
 
 if TYPE_CHECKING:
     from gpuyard.client import Client
@@ -28,16 +28,18 @@ COLUMNS = (
 
 ServiceArgument = Annotated[str, typer.Argument(metavar="SERVICE", help="The service's name.")]
 _File = typer.Option("--file", "-f", metavar="FILE", help="Services, YAML or TOML ('-': standard input).")
-_Concurrency = typer.Argument(metavar="CONCURRENCY", help="Requests in flight, over all replicas.", min=0)
+_Concurrency = typer.Argument(metavar="CONCURRENCY", help="Requests in flight, over all replicas.", parser=count(0))
+_P95 = typer.Option("--p95-ms", metavar="MS", parser=count(0), help="95th percentile of the latency.")
 _Source = typer.Option("--source", help="Who reports; the loads of different sources add up.")
-_For = typer.Option("--for", metavar="TIME", help="Repeat each second for so long: 30s, 5m.")
+_For = typer.Option("--for", metavar="TIME", parser=length_s, help="Repeat each second for so long: 30s, 5m.")
 
 
 def register(app: typer.Typer) -> None:
     app.command("apply")(apply)
     app.command("services")(services)
     app.command("delete")(delete)
-    app.command("load")(load)
+    # So that a negative load is a number that is refused, and no option.
+    app.command("load", context_settings={"ignore_unknown_options": True})(load)
 
 
 def apply(ctx: typer.Context, file: Annotated[str, _File], as_json: AsJson = False) -> None:
@@ -140,14 +142,14 @@ def load(
     ctx: typer.Context,
     service: ServiceArgument,
     concurrency: Annotated[int, _Concurrency],
-    queue: Annotated[int, typer.Option("--queue", min=0, help="Requests that wait.")] = 0,
-    qps: Annotated[float, typer.Option("--qps", min=0.0, help="Requests per second.")] = 0.0,
-    p95_ms: Annotated[int, typer.Option("--p95-ms", min=0, help="95th percentile of the latency.")] = 0,
+    queue: Annotated[int, typer.Option("--queue", metavar="N", parser=count(0), help="Requests that wait.")] = 0,
+    qps: Annotated[float, typer.Option("--qps", metavar="N", parser=amount(0), help="Requests per second.")] = 0.0,
+    p95_ms: Annotated[int, _P95] = 0,
     source: Annotated[str, _Source] = "gpuyard-load",
-    lasting: Annotated[str, _For] = "",
+    lasting: Annotated[float, _For] = 0.0,
 ) -> None:
     """Report a service's load, as a gateway would: gpuyard load chat 40"""
-    reports = _report_count(lasting)
+    reports = max(1, int(lasting / REPORT_EVERY_S))
 
     async def work(yard: Client) -> None:
         await known_services(yard, service)
@@ -158,12 +160,3 @@ def load(
 
     session_of(ctx).run(work)
     say(f"Reported a load of {concurrency} for service {service}")
-
-
-def _report_count(lasting: str) -> int:
-    if not lasting:
-        return 1
-    try:
-        return max(1, int(Duration.parse(lasting)) // 1000)
-    except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="--for") from None

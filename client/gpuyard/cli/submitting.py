@@ -40,7 +40,7 @@ def submit(
     options.check(requests)
     requests = hand_in(ctx, requests)
     if dry_run:
-        _plan(ctx, requests, as_json=as_json)
+        _plan(ctx, options, requests, as_json=as_json)
         return
 
     async def work(yard: Client) -> list[Job | Rejected]:
@@ -86,7 +86,7 @@ def hand_in(ctx: typer.Context, requests: list[dict[str, Any]]) -> list[dict[str
     ]
 
 
-def _plan(ctx: typer.Context, requests: list[dict[str, Any]], *, as_json: bool) -> None:
+def _plan(ctx: typer.Context, options: JobOptions, requests: list[dict[str, Any]], *, as_json: bool) -> None:
     """What would become of each job, asked alone; exit code 1 if any would be rejected."""
 
     async def work(yard: Client) -> list[DryRun]:
@@ -100,7 +100,7 @@ def _plan(ctx: typer.Context, requests: list[dict[str, Any]], *, as_json: bool) 
         for place, plan in enumerate(plans):
             if len(plans) > 1:
                 say(f"job {place + 1}:")
-            for line in dry_run_lines(plan, now):
+            for line in dry_run_lines(plan, now, options.named):
                 say(line)
     if any(plan.verdict == "rejected" for plan in plans):
         raise typer.Exit(1)

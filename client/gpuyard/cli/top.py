@@ -14,6 +14,7 @@ import typer
 
 from gpuyard.cli.output import AsJson, is_interactive, now_ms, print_json, rough, say
 from gpuyard.cli.session import session_of
+from gpuyard.cli.values import amount
 from gpuyard_protocol.jobs import JobView
 from gpuyard_protocol.queries import PAGE_ROWS_MAX, CardView, JobsQuery, NodeView, Stats, WhyAnswer
 from gpuyard_protocol.units import MILLI, format_milli
@@ -31,7 +32,7 @@ _FILLS = "▁▂▃▄▅▆▇█"
 #: Without colour a letter says how a card is cut.
 _LETTERS = {"whole": "W", "mps": "S", "mig": "M", "timeslice": "T", "idle": "·"}
 
-_Every = typer.Option("--every", "-n", metavar="SECONDS", min=0.2, help="Between two pictures.")
+_Every = typer.Option("--every", "-n", metavar="SECONDS", parser=amount(0.2, "seconds"), help="Between two pictures.")
 
 
 class Scene(NamedTuple):

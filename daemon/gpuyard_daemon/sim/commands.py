@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from gpuyard.cli.values import count
+
 if TYPE_CHECKING:
     from gpuyard_daemon.sim.jobs_run import JobsRun
 
@@ -28,9 +30,11 @@ _Policies = Annotated[
     list[str] | None,
     typer.Option("--policy", metavar="NAME", help="Again for more than one (default: gpuyard, fifo-skip, srsf)."),
 ]
-_Nodes = Annotated[int, typer.Option("--nodes", min=1, help="Nodes of the simulated cluster.")]
-_PerNode = Annotated[int, typer.Option("--gpus-per-node", min=1, max=64)]
-_Durations = Annotated[str, typer.Option("--durations", help=f"What the policy is told: {', '.join(_DURATIONS)}.")]
+_Nodes = Annotated[int, typer.Option("--nodes", metavar="N", parser=count(1), help="Nodes of the simulated cluster.")]
+_PerNode = Annotated[int, typer.Option("--gpus-per-node", metavar="N", parser=count(1, 64), help="Cards of each.")]
+_Durations = Annotated[
+    str, typer.Option("--durations", metavar="WHAT", help=f"What the policy is told: {', '.join(_DURATIONS)}.")
+]
 _Restart = Annotated[
     str, typer.Option("--restart-s", metavar="SECONDS|model", help="Without progress at each start, or by model.")
 ]

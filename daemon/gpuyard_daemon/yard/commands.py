@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
+from gpuyard.cli.values import amount, count
 from gpuyard.context import CONTEXT_VARIABLE, default_state_dir
 from gpuyard.errors import GpuyardError
 from gpuyard_daemon.yard import init, joining, tenants
@@ -40,12 +41,14 @@ State = Annotated[
     ),
 ]
 _Simulate = typer.Option("--simulate", metavar="SPEC", help="Model cards instead of using real ones: 8xH100-80GB.")
-_Nodes = typer.Option("--nodes", metavar="N", min=1, max=256, help="Agents to start; more than 1 only with --simulate.")
+_Nodes = typer.Option(
+    "--nodes", metavar="N", parser=count(1, 256), help="Agents to start; more than 1 only with --simulate."
+)
 _Nats = typer.Option(
     "--nats", metavar="URL", help="Use this NATS server, or cluster (URL,URL,URL), instead of one of its own."
 )
 _Port = typer.Option(
-    "--port", metavar="PORT", min=0, max=65535, help="Of the NATS server; 0: any (default: as before, or 4222)."
+    "--port", metavar="PORT", parser=count(0, 65535), help="Of the NATS server; 0: any (default: as before, or 4222)."
 )
 _RunAs = typer.Option(
     "--run-as", metavar="USER", help="Account that jobs run as (default for root: the sudo user, or nobody)."
@@ -61,12 +64,14 @@ _Http = typer.Option(
 _Standby = typer.Option("--standby", help="Also run a second daemon that takes over when the first one is gone.")
 _Detach = typer.Option("--detach", "-d", help="Return once the yard is ready; stop it with `gpuyard down`.")
 _Now = typer.Option("--now", help="Do not wait for the jobs' grace.")
-_Seconds = typer.Option("--seconds", metavar="N", min=5, max=3600, help="Length of the mixed workload.")
+_Seconds = typer.Option("--seconds", metavar="N", parser=count(5, 3600), help="Length of the mixed workload.")
 _Trace = typer.Option("--trace", metavar="FILE", help="Replay this trace instead (CSV, also .gz).")
-_Speed = typer.Option("--speed", metavar="N", min=1, help="With --trace: so many times faster than it was recorded.")
-_Limit = typer.Option("--limit", metavar="N", min=1, help="With --trace: only the first N jobs.")
-_DemoNodes = typer.Option("--nodes", metavar="N", min=1, max=64, help="Nodes (default: 4, with --trace 8).")
-_Gpus = typer.Option("--gpus", metavar="N", min=1, max=64, help="Cards of each node.")
+_Speed = typer.Option(
+    "--speed", metavar="N", parser=amount(1), help="With --trace: so many times faster than it was recorded."
+)
+_Limit = typer.Option("--limit", metavar="N", parser=count(1), help="With --trace: only the first N jobs.")
+_DemoNodes = typer.Option("--nodes", metavar="N", parser=count(1, 64), help="Nodes (default: 4, with --trace 8).")
+_Gpus = typer.Option("--gpus", metavar="N", parser=count(1, 64), help="Cards of each node.")
 _Json = typer.Option("--json", help="Print the summary as one JSON object on standard output.")
 
 
