@@ -13,7 +13,7 @@ from gpuyard_daemon.core.queueing import learning
 from gpuyard_daemon.core.queueing.ranking import BORROWING
 from gpuyard_daemon.core.state import facts as f
 from gpuyard_daemon.core.state.effects import Effects, start_order
-from gpuyard_daemon.core.state.model import CONTAINERS, EARLIER_ATTEMPTS_MAX, Assignment, Job, Verdict
+from gpuyard_daemon.core.state.model import CONTAINERS, EARLIER_ATTEMPTS_MAX, Assignment, Job, Verdict, account_of
 from gpuyard_daemon.core.state.states import InvariantViolated
 from gpuyard_daemon.core.state.timers import Timer
 from gpuyard_daemon.core.tenants import holdings
@@ -35,7 +35,7 @@ def placed(cluster: Cluster, fact: f.JobPlaced, now_ms: int, effects: Effects) -
     job.attempt += 1
     job.prepare_until_ms = fact.prepare_until_ms
     job.exit_code = None
-    job.started_ms = 0
+    job.started_ms = job.scaled_ms = 0
     job.why = None
     job.assignments = []
     for placement in fact.placements:
@@ -212,7 +212,8 @@ def started(cluster: Cluster, fact: f.ReplicaStarted, now_ms: int, effects: Effe
     holdings.run(cluster, job, cluster.pool.spaces[assignment.node], assignment, now_ms)
     node = cluster.nodes[assignment.node]
     if node.avoided:
-        served = (CONTAINERS,) if job.spec.need.containers else ()
+        need = job.spec.need
+        served = (account_of(need, job.tenant, job.user), *((CONTAINERS,) if need.containers else ()))
         node_facts.forget_avoidance(cluster, node, mode_of(assignment.partition), *served)
     if not job.first_started_ms:
         job.first_started_ms = now_ms

@@ -1,9 +1,9 @@
 """How many replicas an owner wants: of an elastic job at most, of a service at least and at most; and rollouts.
 
-A job that has more than its owner wants starts anew with as many at once; one that has fewer grows as soon as there is
-room that nobody waits for. A service's word changes its specification, as applying it again would, and no replica is
-replaced for it. A rollout replaces all of them, one by one: a restart by equal ones, an undo by those of the
-specification before.
+A job that has more than its owner wants starts anew with as many at once, or as soon as it runs; one that has fewer
+grows as soon as there is room that nobody waits for. A service's word changes its specification, as applying it again
+would, and no replica is replaced for it. A rollout replaces all of them, one by one: a restart by equal ones, an undo
+by those of the specification before.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from msgspec.structs import replace
 from gpuyard_daemon.core.handling.answers import answer, answer_again_chosen, refuse
 from gpuyard_daemon.core.handling.directives import own_job
 from gpuyard_daemon.core.handling.services import rescale
-from gpuyard_daemon.core.preempting.resizing import RESIZED, shrink_to
+from gpuyard_daemon.core.preempting.resizing import shrink_to_most
 from gpuyard_daemon.core.state import facts as f
 from gpuyard_daemon.core.state.draft import Draft
 from gpuyard_daemon.core.state.inputs import RolloutAsked, ScaleRequested, ServiceScaleAsked
@@ -47,11 +47,11 @@ def _scale(draft: Draft, job: Job, request: ScaleRequested) -> Why | None:
         return Why("NotElastic", f"job {job.id} has {least} replica{'s' if least > 1 else ''} and no other size: {how}")
     if wanted < least:
         return Why("BelowLeast", f"job {job.id} needs {least} replicas at least, and {wanted} were asked for")
-    if wanted != job.most_replicas:
+    if wanted != job.most_replicas or (job.live and len(job.assignments) < wanted):
+        # Said again, it is meant for the present attempt too.
         draft.add(f.JobScaled(job.id, wanted))
     if job.is_resizable and len(job.assignments) > wanted:
-        why = Why(RESIZED, f"starts anew with {wanted} replicas, not {len(job.assignments)}: its owner wants no more")
-        shrink_to(draft, job, wanted, why)
+        shrink_to_most(draft, job)
     return None
 
 

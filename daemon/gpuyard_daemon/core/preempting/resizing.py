@@ -126,9 +126,13 @@ def _kept_out(cluster: Cluster, line: WaitingLine, tenant: Tenant) -> Job | None
 
 
 def _give_back(draft: Draft, line: WaitingLine) -> list[int]:
-    """Jobs under a limit go back to their least for others under it; when time alone lets the next do so."""
+    """Jobs under a limit go back to their least for others under it, and those that have more than their owners want
+    since they said so, to that; when time alone lets the next do so."""
     cluster, moments = draft.cluster, []
     for job in sorted(cluster.wide.values(), key=lambda each: each.id)[:_JOBS_MAX]:
+        if job.is_resizable and len(job.assignments) > job.most_replicas:
+            shrink_to_most(draft, job)
+            continue
         if not cluster.tenancy.is_limited(job.tenant) or not job.is_resizable or job.spec.preemption == "never":
             continue
         out = _kept_out(cluster, line, job.tenant)
@@ -158,7 +162,7 @@ def _look_at(draft: Draft, line: WaitingLine, job: Job, waiting: list[Shape] | N
     cluster, now_ms = draft.cluster, draft.now_ms
     if not job.is_resizable:
         return 0
-    is_asked = job.scaled_ms > job.started_ms
+    is_asked = job.scaled_ms > 0
     ripe_ms = 0 if is_asked else ripe_after_ms(cluster, draft.settings, job)
     if ripe_ms is None:
         return 0
@@ -190,6 +194,12 @@ def worth_after_ms(cluster: Cluster, settings: CoreSettings, job: Job, size: int
     """How long it must have run for growing to so many replicas to pay."""
     more = size - len(job.assignments)
     return exchange.COST_WEIGHT * restart_of(cluster, settings, job) * size // max(1, more)
+
+
+def shrink_to_most(draft: Draft, job: Job) -> None:
+    """Go on with no more than its owner wants."""
+    text = f"starts anew with {job.most_replicas} replicas, not {len(job.assignments)}: its owner wants no more"
+    shrink_to(draft, job, job.most_replicas, Why(RESIZED, text))
 
 
 def shrink_to(draft: Draft, job: Job, replicas: int, why: Why) -> None:

@@ -157,8 +157,8 @@ class Job(_Record):
     idled: bool = False
     #: Unless it has been released by then, such a job ends; 0: whenever.
     idle_end_ms: int = 0
-    #: Of an elastic job: times that its size was changed while it ran; the most replicas that its owner wants now, and
-    #: since when. 0: as its specification says.
+    #: Of an elastic job: times that its size was changed while it ran; the most replicas that its owner wants now, 0:
+    #: as its specification says; and when the owner said so of the present attempt, 0: not.
     resizes: int = 0
     scaled_to: int = 0
     scaled_ms: int = 0
@@ -218,8 +218,13 @@ class Claim(_Record):
 CONTAINERS = "containers"
 
 
+def account_of(need: ResourceNeed, tenant: Tenant, user: User) -> str:
+    """What a node is left alone for where it has no account for somebody: shares may run as another than the rest."""
+    return f"{tenant}/{user}" + (" shares" if need.is_share else "")
+
+
 class Avoidance(_Record):
-    """What a node could not set up lately: a mode, or `CONTAINERS`."""
+    """What a node could not set up lately: a mode, `CONTAINERS`, or an account as `account_of` names it."""
 
     #: Nothing of the kind goes there until then; 0: it may be tried again.
     until_ms: int
