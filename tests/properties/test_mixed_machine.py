@@ -12,9 +12,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
 from support.judge import JudgedHarness
 from support.machines import machine_settings
-from support.mixed_yard import MixedYard
+from support.mixed_yard import NUMBERS, MixedYard
 
-numbers = st.integers(0, 20_000)
+numbers = st.integers(0, NUMBERS)
 small = st.integers(0, 30)
 
 
@@ -43,11 +43,11 @@ class MixedMachine(RuleBasedStateMachine):
     def tenants_submit(self, name: str, a: int, b: int) -> None:
         self.yard.play(name, a, b)
 
-    @rule(name=st.sampled_from(("direct", "direct", "service", "load", "policy")), a=small, b=small)
+    @rule(name=st.sampled_from(("direct", "direct", "scale", "service", "load", "policy")), a=small, b=small)
     def somebody_directs(self, name: str, a: int, b: int) -> None:
         self.yard.play(name, a, b)
 
-    @rule(name=st.sampled_from(("obey", "one obeys", "end", "end", "late")), a=small, b=small)
+    @rule(name=st.sampled_from(("obey", "one obeys", "end", "end", "idle", "late")), a=small, b=small)
     def nodes_work(self, name: str, a: int, b: int) -> None:
         self.yard.play(name, a, b)
 

@@ -157,9 +157,10 @@ class World:
                     self.end(node, key, "exited")
                 self.deliver(node)
             core = self.harness.core
-            if any(space.assignments for space in core.cluster.pool.spaces.values()):
+            held = [each for space in core.cluster.pool.spaces.values() for each in space.assignments.values()]
+            if any(each.home is None for each in held):
                 continue
-            if not any(job.state == "pending" for job in core.cluster.jobs.values()):
+            if not held and not any(job.state == "pending" for job in core.cluster.jobs.values()):
                 return
             # Nothing runs: only time can bring something.
             due_ms = core.next_deadline_ms()

@@ -1,17 +1,21 @@
 """A twin that judges: it takes over records fact by fact, and looks at each decision just before it comes true.
 
 What it asks is said again from the rules, not from the code that decides: who may be told to go and how, that nobody
-goes without need, that nobody passes an equal who goes first, that what is kept is kept for few. It sees the state in
+goes without need, that nobody passes an equal who goes first, that what is kept is kept for few, that elastic jobs get
+what nobody waits for and give it back. It sees the state in
 which a decision was made, so nothing has to be guessed from what it led to.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 
 from gpuyard_daemon.core.placing.capacity import NodeSpace
+from gpuyard_daemon.core.placing.feasibility import Shape
 from gpuyard_daemon.core.preempting import exchange
 from gpuyard_daemon.core.preempting.consolidation import within_budget
+from gpuyard_daemon.core.preempting.occupants import restart_of
 from gpuyard_daemon.core.preempting.reclaim import Reclaiming
 from gpuyard_daemon.core.preempting.reservations import RESERVATIONS_MAX
 from gpuyard_daemon.core.queueing.priority import PROBE_MS
@@ -22,7 +26,8 @@ from gpuyard_daemon.core.state.effects import Effects
 from gpuyard_daemon.core.state.model import LEAVING, Assignment, Claim, Job
 from gpuyard_daemon.core.state.settings import CoreSettings
 from gpuyard_daemon.core.state.turn import Record, Turn
-from gpuyard_daemon.core.tenants.tenancy import held_by
+from gpuyard_daemon.core.tenants.limits import may_hold, within_quota
+from gpuyard_daemon.core.tenants.tenancy import held_by, least_held
 from gpuyard_protocol.names import AssignmentKey, JobId, NodeId
 from gpuyard_protocol.resources import NoGpu, TimeSliceShare, WholeCards, devices_of
 from support.builders import CoreHarness
@@ -54,6 +59,10 @@ class Judge(Scheduler):
                     self._claimed(fact, record.now_ms)
                 case f.JobResuming():
                     self._resumes(fact)
+                case f.JobWidened():
+                    self._widened(fact, record.now_ms)
+                case f.JobResizing():
+                    self._resized(fact, record.now_ms)
                 case f.ClaimDropped():
                     self._moved = fact.job if fact.why.code == "ClaimMoved" else 0
                 case _:
@@ -80,8 +89,10 @@ class Judge(Scheduler):
             return
         claim = cluster.claims.of(job.id)
         if claim is not None and list(fact.placements) == claim.placements:
+            assert fact.resized == (claim.kind == "resize")
             self._count("kept place")
             return
+        assert len(fact.placements) == job.spec.least_replicas, "a job starts with its least"
         self._count("free place")
         mine = cluster.ranking.rank_of(job, now_ms)
         for other in cluster.waiting.values():
@@ -91,7 +102,7 @@ class Judge(Scheduler):
 
     def _is_equal(self, job: Job, other: Job) -> bool:
         """Whether two jobs fit the same places, and the same limits hold for both."""
-        if (job.spec.need, job.spec.replicas) != (other.spec.need, other.spec.replicas):
+        if (job.spec.need, job.spec.least_replicas) != (other.spec.need, other.spec.least_replicas):
             return False
         if (job.tenant, job.user, job.spec.queue) == (other.tenant, other.user, other.spec.queue):
             return True
@@ -112,6 +123,67 @@ class Judge(Scheduler):
         cards = [space.by_uuid[uuid] for uuid in devices_of(assignment.home)]
         assert all(card.takes_work and card.could_take(assignment.home, job.tenant) for card in cards)
         assert space.cpu_free_milli >= job.spec.need.cpu_milli
+
+    # --- sizes -------------------------------------------------------------------------------------------------------
+
+    def _widened(self, fact: f.JobWidened, now_ms: int) -> None:
+        self._count("wide start")
+        job = self.cluster.jobs[fact.job]
+        assert job.is_elastic
+        assert job.state == "starting"
+        assert len(job.assignments) + len(fact.placements) <= job.most_replicas
+        self._lent(job, fact.placements, now_ms)
+
+    def _resized(self, fact: f.JobResizing, now_ms: int) -> None:
+        cluster, job = self.cluster, self.cluster.jobs[fact.job]
+        assert job.is_resizable
+        has = [f.Placement(each.node, each.partition) for each in job.assignments]
+        ran_ms = now_ms - job.started_ms
+        assert job.spec.least_replicas <= len(fact.placements) <= job.most_replicas or len(has) > job.most_replicas
+        if len(fact.placements) < len(has):
+            assert list(fact.placements) == has[: len(fact.placements)]
+            if len(fact.placements) == job.most_replicas and job.scaled_ms:
+                self._count("shrunk by its owner")
+                return
+            self._count("shrunk for its tenant's limit")
+            assert job.spec.preemption != "never"
+            assert cluster.tenancy.is_limited(job.tenant)
+            assert ran_ms >= exchange.least_run_ms(restart_of(cluster, self.settings, job), job.resizes)
+            return
+        assert list(fact.placements[: len(has)]) == has
+        more = fact.placements[len(has) :]
+        self._lent(job, more, now_ms)
+        if job.scaled_ms:
+            self._count("grown for its owner")
+            return
+        self._count("grown")
+        assert job.spec.preemption == "checkpoint", "what saves nothing does not grow by itself"
+        restart_ms = restart_of(cluster, self.settings, job)
+        assert ran_ms >= exchange.least_run_ms(restart_ms, job.resizes)
+        assert (ran_ms + 1) * len(more) >= exchange.COST_WEIGHT * restart_ms * len(fact.placements)
+
+    def _lent(self, job: Job, more: tuple[f.Placement, ...], now_ms: int) -> None:
+        """Beyond its least: on GPUs that nobody waits for and that nobody is to come back to."""
+        cluster = self.cluster
+        nodes = {place.node for place in more}
+        assert not nodes & self._shut()
+        assert self._fits(Claim(job.id, "resize", list(more), now_ms))
+        assert may_hold(cluster, job, more), f"job {job.id} gets more than its tenant may hold"
+        assert not nodes & {each.assignments[0].node for each in cluster.suspended.values()}
+        for other in cluster.waiting.values():
+            if other is not job and not self._is_at_limit(other):
+                need = other.spec.need
+                shape = Shape(need, 1, other.tenant, other.user)
+                wanted = [name for name in nodes if shape.eligible(cluster.pool.spaces[name])[0] is None]
+                assert not wanted, f"job {other.id} has a use for {wanted}, and job {job.id} is lent places there"
+
+    def _is_at_limit(self, job: Job) -> bool:
+        cluster = self.cluster
+        if not cluster.tenancy.has_room(job.tenant, least_held(job.spec.need, job.spec.least_replicas)):
+            return True
+        claim = cluster.claims.of(job.id)
+        # What it waits for is kept for it already.
+        return (claim is not None and claim.kind == "resize") or within_quota(cluster, job) is not None
 
     # --- claims ------------------------------------------------------------------------------------------------------
 
@@ -136,6 +208,9 @@ class Judge(Scheduler):
         taken: list[Job] = []
         softly: list[Job] = []
         for eviction, victim in zip(fact.evictions, victims, strict=True):
+            if eviction.kind == "shrink":
+                self._shrinks(job, victim, eviction, now_ms)
+                continue
             self._ladder(job, eviction, victim, softly, now_ms)
             if eviction.kind == "suspend":
                 softly.append(victim)
@@ -151,6 +226,17 @@ class Judge(Scheduler):
             taken.append(victim)
         self._needed(fact, victims, now_ms)
         self._within_limits(fact, job, victims)
+
+    def _shrinks(self, job: Job, victim: Job, eviction: f.Eviction, now_ms: int) -> None:
+        """What it has above its least is whosever waits in its band or a better one, after a while."""
+        self._count("eviction by shrink")
+        assert victim.spec.preemption != "never"
+        assert victim.is_resizable
+        assert len(eviction.keeps) == victim.spec.least_replicas < len(victim.assignments)
+        assert len(_stay(victim, eviction)) == len(eviction.keeps), "it keeps what it has"
+        assert self.cluster.ranking.band_of(job) <= self.cluster.ranking.band_of(victim)
+        restart_ms = restart_of(self.cluster, self.settings, victim)
+        assert now_ms - victim.started_ms >= exchange.least_run_ms(restart_ms, victim.resizes)
 
     def _reserved(self, fact: f.ClaimMade, now_ms: int) -> None:
         cluster = self.cluster
@@ -254,18 +340,19 @@ class Judge(Scheduler):
     def _needed(self, fact: f.ClaimMade, victims: list[Job], now_ms: int) -> None:
         """Nobody goes who could stay, and what they leave is enough."""
         claim = Claim(fact.job, fact.kind, list(fact.placements), now_ms)
-        others = [other for other in self.cluster.claims if other.kind == "preempt"]
+        others = [other for other in self.cluster.claims if other.kind in ("preempt", "resize")]
         nodes = {placement.node for placement in fact.placements}
         if any(place.node in nodes for other in self.cluster.claims for place in other.placements):
             # Who has to go depends on what is kept for others then: only that all of it fits is for `invariants`.
             return
         softly = {eviction.job for eviction in fact.evictions if eviction.kind == "suspend"}
-        assert self._fits(claim, gone=victims, beside=others, softly=softly), f"not enough leaves for job {fact.job}"
-        for victim, eviction in zip(victims, fact.evictions, strict=True):
+        going = [_going(victim, eviction) for victim, eviction in zip(victims, fact.evictions, strict=True)]
+        gone = set().union(*going)
+        assert self._fits(claim, gone=gone, beside=others, softly=softly), f"not enough leaves for job {fact.job}"
+        for mine, eviction in zip(going, fact.evictions, strict=True):
             if _GUEST not in eviction.why.text:
-                rest = [other for other in victims if other is not victim]
-                assert not self._fits(claim, gone=rest, beside=others, softly=softly), (
-                    f"job {victim.id} goes for job {fact.job} without need"
+                assert not self._fits(claim, gone=gone - mine, beside=others, softly=softly), (
+                    f"job {eviction.job} goes for job {fact.job} without need"
                 )
 
     def _within_limits(self, fact: f.ClaimMade, job: Job, victims: list[Job]) -> None:
@@ -277,15 +364,19 @@ class Judge(Scheduler):
         limit = dict(tenancy.policy.tenants).get(job.tenant, tenancy.policy.default).gpus_max_milli
         if limit:
             held = tenancy.held_milli.get(job.tenant, 0)
-            less = sum(self._width(each) for each in victims if each.tenant == job.tenant)
+            less = sum(
+                self._width(each, _going(each, eviction))
+                for each, eviction in zip(victims, fact.evictions, strict=True)
+                if each.tenant == job.tenant
+            )
             assert held - less + self._asked(job) <= limit, f"tenant {job.tenant} would be over its limit"
 
-    def _width(self, job: Job) -> int:
+    def _width(self, job: Job, going: set[AssignmentKey]) -> int:
         spaces = self.cluster.pool.spaces
-        return sum([held_by(spaces[each.node], each.partition) for each in job.assignments if each.is_live])
+        return sum([held_by(spaces[each.node], each.partition) for each in job.assignments if each.key in going])
 
     def _asked(self, job: Job) -> int:
-        return 1000 * job.spec.need.gpus * job.spec.replicas
+        return 1000 * job.spec.need.gpus * job.spec.least_replicas
 
     # --- trying it out -----------------------------------------------------------------------------------------------
 
@@ -293,13 +384,13 @@ class Judge(Scheduler):
         self,
         claim: Claim,
         *,
-        gone: Iterable[Job] | None = None,
+        gone: set[AssignmentKey] | None = None,
         beside: Iterable[Claim] = (),
         softly: Iterable[JobId] = (),
     ) -> bool:
-        """Whether places are free: now, or once some jobs have gone, and whoever leaves anyway."""
+        """Whether places are free: now, or once some replicas have gone, and whoever leaves anyway."""
         cluster = self.cluster
-        leaving = {a.key for job in gone or () for a in job.assignments if a.is_live}
+        leaving = gone or set()
         soft = set(softly)
         claims = [*beside, claim]
         for node in dict.fromkeys([placement.node for placement in claim.placements]):
@@ -317,6 +408,24 @@ class Judge(Scheduler):
                     if placement.node == node and not _take(space, owner, placement, number, replica):
                         return False
         return True
+
+
+def _stay(victim: Job, eviction: f.Eviction) -> set[AssignmentKey]:
+    """Replicas of one that shrinks whose places it keeps."""
+    keeps = Counter(eviction.keeps)
+    stay = set()
+    for each in victim.assignments:
+        place = f.Placement(each.node, each.partition)
+        if keeps[place]:
+            keeps[place] -= 1
+            stay.add(each.key)
+    return stay
+
+
+def _going(victim: Job, eviction: f.Eviction) -> set[AssignmentKey]:
+    """What leaves its place for good."""
+    stay = _stay(victim, eviction) if eviction.kind == "shrink" else set()
+    return {each.key for each in victim.assignments if each.is_live and each.key not in stay}
 
 
 def _take(space: NodeSpace, owner: Job, placement: f.Placement, number: int, replica: int) -> bool:

@@ -1,8 +1,9 @@
 """A small yard in which everything happens at once: what there is to do, as moves of a name and two numbers.
 
-Jobs of every kind and ladder, gangs, arrays, dependencies, services with floors, quotas that are borrowed and taken
-back, reservations, cordons, nodes that fall silent and cards that fail. A move is total (whatever the numbers, it does
-something sensible or nothing), so that hypothesis can draw and shrink moves, and a seed can make thousands.
+Jobs of every kind and ladder, gangs, elastic jobs, arrays, dependencies, deadlines, services with floors, quotas that
+are borrowed and taken back, reservations, cards that are kept free for a larger instance or that switch modes, cordons,
+nodes that fall silent and cards that fail. A move is total (whatever the numbers, it does something sensible or
+nothing), so that hypothesis can draw and shrink moves, and a seed can make thousands.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from gpuyard_daemon.core.tenants.limits import may_hold, within_quota
 from gpuyard_daemon.core.tenants.policy import Grant, Policy, QueuePolicy, TenantLimits
 from gpuyard_daemon.core.tenants.quota import Obstacle
 from gpuyard_protocol.jobs import DependencyKind, JobSpec, Preemption, parse_array
-from gpuyard_protocol.nodes import Inventory
+from gpuyard_protocol.nodes import Idle, Inventory
 from gpuyard_protocol.resources import devices_of
 from gpuyard_protocol.services import ServiceSpec
 from support.builders import CoreHarness, gpu, job, linked_in_pairs, need, node
@@ -45,6 +46,10 @@ NEEDS: Final[tuple[dict[str, Any], ...]] = (
 )  # fmt: skip
 KINDS: Final[tuple[Preemption, ...]] = ("suspend", "checkpoint", "requeue", "suspend", "never", "checkpoint")
 REPLICAS: Final = (1, 1, 1, 2, 3)
+#: Above those: the most that an elastic job has.
+LENT: Final = (0, 0, 0, 1, 4)
+#: Larger than any number that `spec_of` reads to its end.
+NUMBERS: Final = 10**10
 ENDS: Final = (
     ("exited", 0, 0, ""), ("exited", 3, 0, ""), ("signalled", 0, 9, ""), ("refused", 0, 0, "PartitionUnavailable"),
     ("lost", 0, 0, "SuspendBroken"), ("exited", 0, 0, ""),
@@ -75,11 +80,12 @@ POLICIES: Final = (
 def inventories() -> list[Inventory]:
     """Two nodes of four cards, one linked in pairs and with memory for two images; a small one that cannot suspend."""
     small = [gpu(index, node="n-3", model="NVIDIA A30", memory_mib=24_000, modes=("whole", "mps")) for index in (0, 1)]
+    slow = [msgspec.structs.replace(gpu(index, node="n-2"), mig_switch_ms=6 * SECOND) for index in range(4)]
     return [
         msgspec.structs.replace(
             node("n-1", devices=linked_in_pairs("n-1", 4), cpu_milli=16_000, keeps_leases=True), suspend_mib=170_000
         ),
-        msgspec.structs.replace(node("n-2", 4, labels={"rack": "a"}), suspend_mib=500_000),
+        msgspec.structs.replace(node("n-2", devices=slow, labels={"rack": "a"}), suspend_mib=500_000),
         node("n-3", devices=small),
     ]
 
@@ -99,15 +105,24 @@ def spec_of(number: int) -> JobSpec:
     """A job of any kind; the smaller the number the simpler."""
     digits = Digits(number)
     wants, kind = digits.one_of(NEEDS), digits.one_of(KINDS)
-    replicas = digits.one_of(REPLICAS)
-    made = job(replicas=replicas, priority=digits.one_of((0, 0, 1, -1)), retries=digits.one_of((0, 1)), **wants)
+    least = digits.one_of(REPLICAS)
+    priority, retries = digits.one_of((0, 0, 1, -1)), digits.one_of((0, 1))
+    restart_ms = digits.one_of((0, 10 * SECOND, 600 * SECOND))
+    lent = digits.one_of(LENT)
+    name = digits.one_of(("", "", "", "alone"))
+    estimate_ms = digits.one_of((0, 0, 5 * MINUTE, 600 * MINUTE))
     return msgspec.structs.replace(
-        made,
+        job(replicas=least + lent, priority=priority, retries=retries, name=name, **wants),
+        min_replicas=least if lent else 0,
         preemption=kind,
-        restart_ms=digits.one_of((0, 10 * SECOND, 600 * SECOND)),
-        estimate_ms=digits.one_of((0, 0, 5 * MINUTE, 600 * MINUTE)),
+        restart_ms=restart_ms,
+        estimate_ms=estimate_ms,
         time_limit_ms=digits.one_of((0, 0, 0, 30 * MINUTE)),
         lease_ms=digits.one_of((0, 0, 10 * SECOND)),
+        deadline_after_ms=digits.one_of((0, 0, 20 * MINUTE, 24 * 60 * MINUTE)) if estimate_ms else 0,
+        begin_after_ms=digits.one_of((0, 0, 0, 5 * MINUTE)),
+        hold=digits.one_of((False,) * 9 + (True,)),
+        singleton=bool(name) and digits.one_of((True, False)),
         on_node_lost="restart" if number % 7 == 6 else "",
     )
 
@@ -124,10 +139,11 @@ class MixedYard:
         self._requests = 0
         self.moves: dict[str, Callable[[int, int], None]] = {
             "submit": self._submit, "crowd": self._crowd, "array": self._array, "dependent": self._dependent,
-            "direct": self._direct, "service": self._service, "load": self._load, "obey": self._obey,
-            "one obeys": self._one_obeys, "end": self._end, "heard": self._heard, "late": self._late,
-            "agent": self._agent, "cordon": self._cordon, "card": self._card, "policy": self._policy,
-            "seconds": self._seconds, "minutes": self._minutes, "days": self._days, "restart": self._restart,
+            "cut": self._cut, "direct": self._direct, "scale": self._scale, "service": self._service,
+            "load": self._load, "obey": self._obey, "one obeys": self._one_obeys, "idle": self._idle,
+            "end": self._end, "heard": self._heard, "late": self._late, "agent": self._agent, "cordon": self._cordon,
+            "card": self._card, "policy": self._policy, "seconds": self._seconds, "minutes": self._minutes,
+            "lull": self._lull, "days": self._days, "restart": self._restart,
         }  # fmt: skip
 
     def play(self, name: str, a: int, b: int) -> None:
@@ -160,6 +176,13 @@ class MixedYard:
         spec = msgspec.structs.replace(spec_of(a), array=parse_array(("0-3", "0-4%2")[b % 2]))
         self.harness.submit(spec, tenant=TENANTS[b % 3])
 
+    def _cut(self, a: int, b: int) -> None:
+        """Cards in small pieces, for times that are known, and somebody who needs a larger one."""
+        small = job(mig="1g.10gb", estimate_ms=(a % 4 + 2) * MINUTE)
+        self.harness.submit_many([small] * (b % 9 + 2), tenant=TENANTS[a % 3])
+        wants: tuple[dict[str, Any], ...] = ({"mig": "3g.40gb"}, {"mig": "7g.80gb"}, {"gpus": 1}, {"gpus": 2})
+        self.harness.submit(job(estimate_ms=600 * MINUTE, **wants[a % 4]), tenant=TENANTS[b % 3])
+
     def _dependent(self, a: int, b: int) -> None:
         kinds: tuple[DependencyKind, ...] = ("afterok", "afterany", "afternotok")
         targets = ((kinds[a % 3], max(1, self.harness.core.cluster.last_job - b % 4)),)
@@ -173,7 +196,21 @@ class MixedYard:
                 i.HoldRequested, i.ReleaseRequested, i.RequeueRequested, i.SuspendRequested, i.ResumeRequested,
                 i.CancelRequested,
             )  # fmt: skip
-            self._ask(verbs[b % len(verbs)], tenant=chosen.tenant, user=chosen.user, job=chosen.id)
+            whole_array = b // len(verbs) % 2 == 1
+            self._ask(verbs[b % len(verbs)], tenant=chosen.tenant, user=chosen.user, job=chosen.id, array=whole_array)
+
+    def _scale(self, a: int, b: int) -> None:
+        elastic = [each for each in self._jobs.values() if each.is_elastic and not each.is_final]
+        if elastic and b % 4:
+            chosen = elastic[a % len(elastic)]
+            self._ask(i.ScaleRequested, tenant=chosen.tenant, user=chosen.user, job=chosen.id, replicas=b % 8)
+        elif b % 8:
+            name, low = ("chat", "embed")[a % 2], b % 3
+            self._ask(
+                i.ServiceScaleAsked, tenant="acme", user="alice", service=name, min_replicas=low, max_replicas=low + 1
+            )
+        else:
+            self._ask(i.RolloutAsked, tenant="acme", user="alice", service=("chat", "embed")[a % 2], undo=a % 4 < 2)
 
     def _service(self, a: int, b: int) -> None:
         name = ("chat", "embed")[a % 2]
@@ -208,6 +245,16 @@ class MixedYard:
         if target.is_up and some:
             self._past.append(self.world.batch(target, first, some))
             self.world.deliver(target, len(some))
+
+    def _idle(self, a: int, b: int) -> None:
+        """A node says of one that runs there that its card computes nothing."""
+        live = [(target, key) for target in self.world.nodes.values() if target.is_up for key in target.live("running")]
+        if live:
+            target, key = live[a % len(live)]
+            release_ms = (0, 30 * MINUTE)[b % 3 % 2]
+            report = Idle(key=key, at_ms=0, idle_ms=MINUTE, stage="suspend" if b % 2 else "warn", release_ms=release_ms)
+            target.outbox.append(report)
+            self.world.deliver(target)
 
     def _takes_orders(self, target: WorldNode) -> None:
         self.world.sync(target)
@@ -276,6 +323,17 @@ class MixedYard:
             self.harness.settle(most_ms=11 * SECOND)
         self.harness.turn(after_ms=(1, 3, 11, 61)[a % 4] * MINUTE)
 
+    def _lull(self, a: int, b: int) -> None:
+        """Whoever runs ends, but for the elastic; they have the yard for themselves for a while."""
+        for _ in range(3):
+            self._obey(0, 0)
+            for target in self.world.nodes.values():
+                for key in target.live("running") if target.is_up else ():
+                    if not self._jobs[key.job].is_elastic:
+                        self.world.end(target, key, "exited")
+                self.world.deliver(target)
+        self.harness.settle(most_ms=(2, 20, 90)[a % 3] * MINUTE)
+
     def _days(self, a: int, b: int) -> None:
         self._obey(0, 0)
         self.harness.turn(after_ms=(6, 24, 90)[a % 3] * 60 * MINUTE)
@@ -299,8 +357,8 @@ class MixedYard:
 
     def _could_start(self, waiting: Job) -> bool:
         cluster, spec = self.harness.core.cluster, waiting.spec
-        shape = Shape(spec.need, spec.replicas, waiting.tenant, waiting.user)
-        if spec.replicas == 1:
+        shape = Shape(spec.need, spec.least_replicas, waiting.tenant, waiting.user)
+        if shape.replicas == 1:
             fits = any(type(judge(space, shape)) is int for space in cluster.pool.spaces.values())
         else:
             together = Offers(Candidates(shape), spanning=False)
@@ -309,7 +367,7 @@ class MixedYard:
             )
         if not fits:
             return False
-        queue = ShapeQueue((spec.need, spec.replicas, waiting.tenant, waiting.user), 0, 4000)
+        queue = ShapeQueue((spec.need, spec.least_replicas, waiting.tenant, waiting.user), 0, 4000)
         if not cluster.tenancy.has_room(waiting.tenant, queue.least_milli(cluster.pool)):
             return False
         if cluster.quota.has_quotas:
@@ -358,14 +416,17 @@ class MixedYard:
         assert len(cluster.claims) == 0
         assert not cluster.suspended
         assert not cluster.leaving
+        assert not cluster.growing
+        assert not cluster.wide
+        assert not cluster.promised
         assert cluster.pool.held_milli == 0
 
 
 #: How often each move comes in a story made from a seed.
 WEIGHTS: Final = {
-    "submit": 20, "crowd": 4, "array": 3, "dependent": 2, "direct": 6, "service": 2, "load": 3, "obey": 14,
-    "one obeys": 8, "end": 12, "heard": 4, "late": 2, "agent": 2, "cordon": 2, "card": 2, "policy": 2, "seconds": 8,
-    "minutes": 10, "days": 3, "restart": 2,
+    "submit": 20, "crowd": 4, "array": 3, "dependent": 2, "cut": 3, "direct": 6, "scale": 3, "service": 2, "load": 3,
+    "obey": 14, "one obeys": 8, "idle": 2, "end": 12, "heard": 4, "late": 2, "agent": 2, "cordon": 2, "card": 2,
+    "policy": 2, "seconds": 8, "minutes": 10, "lull": 3, "days": 3, "restart": 2,
 }  # fmt: skip
 
 
@@ -373,7 +434,7 @@ def story(seed: int, steps: int) -> list[tuple[str, int, int]]:
     """Moves made from a seed."""
     rng = random.Random(seed)
     names, weights = list(WEIGHTS), list(WEIGHTS.values())
-    return [(rng.choices(names, weights)[0], rng.randrange(20_000), rng.randrange(30)) for _ in range(steps)]
+    return [(rng.choices(names, weights)[0], rng.randrange(NUMBERS), rng.randrange(30)) for _ in range(steps)]
 
 
 def fingerprint(harness: CoreHarness) -> str:
