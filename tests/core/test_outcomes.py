@@ -33,6 +33,11 @@ def outcome(h: CoreHarness, number: int) -> tuple[str, str, int | None, int, int
     return view.state, view.reason.code if view.reason else "", view.exit_code, view.attempt, view.retries_left
 
 
+def where(h: CoreHarness, number: int) -> str:
+    (node,) = h.nodes_of(number)
+    return node
+
+
 def test_a_job_runs_and_succeeds(yard: CoreHarness) -> None:
     number = yard.submit(job(gpus=1))
     yard.now_ms += 100
@@ -171,12 +176,46 @@ def test_a_node_whose_container_engine_fails_one_job_is_left_alone_for_container
     assert not yard.core.cluster.nodes["n-1"].avoided
 
 
-def test_a_user_without_an_account_on_a_node_closes_it_to_nobody(yard: CoreHarness) -> None:
+def test_a_user_without_an_account_on_a_node_goes_elsewhere_and_closes_it_to_nobody(yard: CoreHarness) -> None:
+    yard.join(node("n-2", 2))
     number = yard.submit(job(gpus=1))
+    first, other = where(yard, number), {"n-1": "n-2", "n-2": "n-1"}[where(yard, number)]
     end(yard, number, "refused", code="AccountMissing", detail="there is no account 'alice' on this node")
-    assert not yard.core.cluster.nodes["n-1"].avoided
-    other = yard.submit(job(gpus=1))
-    assert yard.state(other) == "starting"
+    assert where(yard, number) == other
+    assert [view.reason for view in yard.core.node_views(None) if view.node == first] == [
+        "left alone for 1 user without an account after a refusal"
+    ]
+    end(yard, number, "refused", code="AccountMissing", detail="there is no account 'alice' on this node")
+    yard.settle(most_ms=1000)
+    assert yard.state(number) == "pending"
+    answer = yard.core.why(number)
+    assert answer is not None
+    assert answer.summary == "the node had no account for acme/alice lately (on 2 of 2 nodes)"
+    assert [each.reason.text for each in answer.reasons] == [
+        "the node had no account for acme/alice lately, and is tried again in 9s"
+    ]
+    assert (answer.holders, answer.estimate.basis if answer.estimate else "") == ((), "none")
+    colleague = yard.submit(job(gpus=1), user="bob")
+    assert where(yard, colleague)
+    share = yard.submit(job(share_milli=500))
+    assert where(yard, share)
+    # Then the operator makes the account.
+    yard.settle(most_ms=10_000)
+    yard.run(number)
+    assert not yard.core.cluster.nodes[where(yard, number)].avoided
+    assert where(yard, yard.submit(job(gpus=1))) == where(yard, number)
+
+
+def test_a_user_without_any_account_is_asked_for_ever_more_rarely(yard: CoreHarness) -> None:
+    number = yard.submit(job(gpus=1))
+    tries = 0
+    until_ms = yard.now_ms + 3_600_000
+    while yard.now_ms < until_ms:
+        if yard.state(number) == "starting":
+            tries += 1
+            end(yard, number, "refused", code="AccountMissing")
+        yard.settle(most_ms=60_000)
+    assert tries <= 12
 
 
 def test_resources_are_free_only_when_the_node_says_so(yard: CoreHarness) -> None:

@@ -47,6 +47,10 @@ def text_of(reason: Reason, shape: Shape) -> str:
             return f"no card can give {need.describe()}"
         case Reason.MODE_MISSING:
             return f"no card can be shared with isolation {need.isolation}"
+        case Reason.ACCOUNT_AVOIDED:
+            return (
+                f"the node had no account for {'shares of ' if need.is_share else ''}{shape.tenant}/{shape.user} lately"
+            )
         case Reason.CPUS_BUSY:
             return f"fewer than {format_milli(need.cpu_milli)} CPU cores free"
         case Reason.MEMORY_BUSY:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from gpuyard_daemon.core.explaining.reasons import count_cards, text_of
 from gpuyard_daemon.core.placing.capacity import NodeSpace, Pool
 from gpuyard_daemon.core.placing.census import Census, NodeKind
-from gpuyard_daemon.core.placing.feasibility import LASTING, Reason, Shape, carve, judge
+from gpuyard_daemon.core.placing.feasibility import CLOSED, LASTING, Reason, Shape, carve, judge
 from gpuyard_daemon.core.placing.gangs import offer_of
 from gpuyard_daemon.core.tenants.tenancy import held_by
 from gpuyard_protocol.explaining import CardReason
@@ -89,6 +89,10 @@ class Survey(NamedTuple):
         able = [f for f in self.findings if not (isinstance(f.verdict, Reason) and f.verdict in LASTING)]
         return sorted(able, key=lambda f: (-f.room, -_ORDER.index(f.verdict) if isinstance(f.verdict, Reason) else -99,
                                            -f.group.space.idle_cards))  # fmt: skip
+
+    def held(self) -> list[Finding]:
+        """Of these, what takes work now: elsewhere it makes no difference who holds what."""
+        return [f for f in self.nearest() if not (isinstance(f.verdict, Reason) and f.verdict in CLOSED)]
 
     def reasons(self) -> tuple[NodeReason, ...]:
         """By nodes: what may pass first, then what lasts; of either, the most frequent first."""

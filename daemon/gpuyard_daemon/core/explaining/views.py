@@ -264,7 +264,11 @@ def _cordon(node: Node) -> str:
 
 
 def _avoidance(space: NodeSpace) -> str:
-    modes = sorted(mode for mode, avoidance in space.node.avoided.items() if avoidance.until_ms)
+    names = sorted(name for name, avoidance in space.node.avoided.items() if avoidance.until_ms)
+    modes = [name for name in names if "/" not in name]
+    # Whose they are is between their owner (`why`) and whoever runs the yard (the agent's log).
+    accounts = len(names) - len(modes)
+    modes += [f"{accounts} user{'s' if accounts > 1 else ''} without an account"] if accounts else []
     return f"left alone for {', '.join(modes)} after a refusal" if modes else ""
 
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from gpuyard_daemon.core.explaining import switches
+from gpuyard_daemon.core.explaining import cooldowns
 from gpuyard_daemon.core.explaining.forecast import AHEAD_MAX, Forecast
 from gpuyard_daemon.core.explaining.holders import expected_end, holders_of, holders_on, rows
 from gpuyard_daemon.core.explaining.reasons import key_terms
@@ -73,18 +73,19 @@ class Explainer:
         survey = self.surveyor.survey(shape, job.id)
         limit = self._over_limit(survey, job)
         ahead = self._line.ahead_of(job, now_ms)
-        switch_ms = switches.soonest_ms(cluster, survey)
+        ends = cooldowns.ends_of(cluster, survey)
+        switch_ms = ends.get(Reason.SWITCHED_LATELY, 0)
         answer = msgspec.structs.replace(
             answer,
             summary=self._kept_for(job, asked.viewer) or _summary(cluster, survey, limit),
-            reasons=switches.with_end(survey.reasons(), switch_ms, now_ms),
+            reasons=cooldowns.with_ends(survey.reasons(), ends, now_ms),
             position=ahead + 1,
             ahead=ahead,
             limit=limit,
         )
         if asked.brief or cluster.draining or not cluster.nodes:
             return answer
-        held = holders_on(cluster, shape, survey.nearest(), now_ms)
+        held = holders_on(cluster, shape, survey.held(), now_ms)
         starts = survey.starts and limit is None
         first_ahead = None if starts else self._first_ahead(job, now_ms, ahead)
         return msgspec.structs.replace(
@@ -97,7 +98,7 @@ class Explainer:
             else Remedies(cluster, self.surveyor, job, survey, asked.viewer).find(held, first_ahead, limit),
             estimate=StartEstimate(basis="now", text="with the next turn", at_ms=now_ms)
             if starts
-            else switches.estimate(switch_ms, now_ms)
+            else cooldowns.estimate_of_switch(switch_ms, now_ms)
             if switch_ms and not ahead and limit is None and job.spec.replicas == 1
             else Forecast(cluster, job, survey, now_ms).estimate(held, first_ahead, ahead, limit),
         )

@@ -23,7 +23,7 @@ from gpuyard_daemon.core.preempting.suspension import take_report
 from gpuyard_daemon.core.state import facts as f
 from gpuyard_daemon.core.state.draft import Draft
 from gpuyard_daemon.core.state.inputs import NodeReported
-from gpuyard_daemon.core.state.model import CONTAINERS, Assignment, Job, Node
+from gpuyard_daemon.core.state.model import CONTAINERS, Assignment, Job, Node, account_of
 from gpuyard_protocol.jobs import Why
 from gpuyard_protocol.names import AssignmentKey, NodeId
 from gpuyard_protocol.nodes import (
@@ -170,12 +170,16 @@ def _end(draft: Draft, fact: f.ReplicaEnded) -> None:
 def _avoid(draft: Draft, node_id: NodeId, assignment: Assignment) -> None:
     """Leave the node alone for what it could not set up, for a while, longer each time in a row.
 
-    That is the mode, unless it is known to be something that others do not ask for: whoever's account is missing waits
-    longer each time, and nobody else does.
+    That is the mode, unless it is known to be something that others do not ask for: containers, or an account.
     """
-    if assignment.code == "AccountMissing":
-        return
-    mode = CONTAINERS if assignment.code == "ContainerEngineMissing" else mode_of(assignment.partition)
+    job = draft.cluster.jobs[assignment.key.job]
+    match assignment.code:
+        case "AccountMissing":
+            mode = account_of(job.spec.need, job.tenant, job.user)
+        case "ContainerEngineMissing":
+            mode = CONTAINERS
+        case _:
+            mode = mode_of(assignment.partition)
     known = draft.cluster.nodes[node_id].avoided.get(mode)
     if known is not None and known.until_ms:
         return

@@ -18,7 +18,7 @@ import numpy as np
 from gpuyard_daemon.core.placing.claimed import Freed, claim_on
 from gpuyard_daemon.core.placing.partitions import Card, Look
 from gpuyard_daemon.core.placing.topology import Wiring, rack_of, wiring_of
-from gpuyard_daemon.core.state.model import CONTAINERS, LEAVING, Assignment, Node
+from gpuyard_daemon.core.state.model import LEAVING, Assignment, Node
 from gpuyard_daemon.core.state.states import InvariantViolated
 from gpuyard_protocol.names import AssignmentKey, JobId, NodeId, Tenant
 from gpuyard_protocol.nodes import Inventory
@@ -30,8 +30,8 @@ ANY_MODE: tuple[Mode, ...] = ("idle", *MODES)
 
 
 Groups: TypeAlias = np.ndarray[tuple[int], np.dtype[np.int64]]
-#: Kind, free CPU and memory, modes, looks of the cards.
-Condition: TypeAlias = tuple[int, int, int, tuple[Mode, ...], tuple[Look, ...], bool]
+#: Kind, free CPU and memory, modes, looks of the cards, what else the node is left alone for.
+Condition: TypeAlias = tuple[int, int, int, tuple[Mode, ...], tuple[Look, ...], tuple[str, ...]]
 #: What a demand mix makes of a node: room on each card, idle compute, what each demand could use of it, and the waste.
 Measure: TypeAlias = tuple[list[int], int, Sequence[int], int]
 #: Kinds of node met so far: numbers that mean nothing but equality.
@@ -72,6 +72,7 @@ class NodeSpace:
         "memory_free_mib",
         "modes",
         "node",
+        "shut",
         "version",
         "wiring",
     )
@@ -87,6 +88,8 @@ class NodeSpace:
         self.idle_cards = 0
         #: Modes the node may be asked for now: all but those it is left alone for.
         self.modes: tuple[Mode, ...] = ANY_MODE
+        #: What else it is left alone for: `CONTAINERS`, and whom it had no account for (`account_of`).
+        self.shut: tuple[str, ...] = ()
         #: An empty copy, up and healthy whatever the node is now.
         self.is_imagined = False
         #: Live assignments on this node.
@@ -132,11 +135,11 @@ class NodeSpace:
             inventory = self.node.inventory
             twin.cpu_free_milli = inventory.cpu_milli if inventory else 0
             twin.memory_free_mib = inventory.memory_mib if inventory else 0
-            twin.modes = ANY_MODE
+            twin.modes, twin.shut = ANY_MODE, ()
         else:
             twin.cards = [card.copy(with_holders=with_holders) for card in self.cards]
-            twin.cpu_free_milli, twin.memory_free_mib, twin.modes = (
-                self.cpu_free_milli, self.memory_free_mib, self.modes,
+            twin.cpu_free_milli, twin.memory_free_mib, twin.modes, twin.shut = (
+                self.cpu_free_milli, self.memory_free_mib, self.modes, self.shut,
             )  # fmt: skip
         twin.by_uuid = {card.device.uuid: card for card in twin.cards}
         twin.idle_cards = _count_idle(twin.cards)
@@ -259,13 +262,7 @@ class NodeSpace:
             looks.sort()
         takes_work = self.node.state == "ready" and not self.node.cordoned_by
         modes = self.modes if takes_work or self.is_imagined else ()
-        return self.kind, self.cpu_free_milli, self.memory_free_mib, modes, tuple(looks), self.avoids_containers
-
-    @property
-    def avoids_containers(self) -> bool:
-        """Its container engine would not serve lately."""
-        known = self.node.avoided.get(CONTAINERS) if self.node.avoided and not self.is_imagined else None
-        return known is not None and known.until_ms > 0
+        return self.kind, self.cpu_free_milli, self.memory_free_mib, modes, tuple(looks), self.shut
 
     def set_totals(self, inventory: Inventory, cpu_held_milli: int, memory_held_mib: int) -> None:
         self.cpu_free_milli = inventory.cpu_milli - cpu_held_milli
@@ -328,7 +325,7 @@ class Pool:
 
     __slots__ = (
         "_conditions", "_numbers_given", "_placed_at", "_shared", "accounts", "by_number", "capacity_milli",
-        "card_kinds", "changes", "held_milli", "inventory_version", "spaces",
+        "card_kinds", "changes", "held_milli", "inventory_version", "shut_nodes", "spaces",
     )  # fmt: skip
 
     def __init__(self) -> None:
@@ -346,12 +343,14 @@ class Pool:
         self._placed_at: tuple[int, Groups | None, Groups | None] = (-1, None, None)
         #: Whom nodes have accounts for, each pattern list once, with how many nodes.
         self.accounts: dict[tuple[str, ...], int] = {}
+        #: How many nodes are left alone for each thing that any node is: keys of `NodeSpace.shut`.
+        self.shut_nodes: dict[str, int] = {}
         #: How many cards of each kind the nodes have.
         self.card_kinds: dict[int, int] = {}
         #: GPU compute held by jobs (a card counts at most once, however over-subscribed), and present.
         self.held_milli = 0
         self.capacity_milli = 0
-        #: Grows when any node's inventory changes.
+        #: Grows when any node's inventory changes, or what it is left alone for beside modes.
         self.inventory_version = 0
 
     def add(self, node: Node) -> NodeSpace:
@@ -500,6 +499,18 @@ class Pool:
     def unclaim(self, space: NodeSpace, job: JobId) -> None:
         """Keep nothing for a job any more."""
         space.claims = [claim for claim in space.claims if claim.job != job]
+        self.touch(space)
+
+    def shut(self, space: NodeSpace, names: tuple[str, ...]) -> None:
+        """Leave a node alone for these, or for nothing any more."""
+        if names != space.shut:
+            for each, change in ((space.shut, -1), (names, 1)):
+                for name in each:
+                    left = self.shut_nodes.pop(name, 0) + change
+                    if left:
+                        self.shut_nodes[name] = left
+            space.shut = names
+            self.inventory_version += 1
         self.touch(space)
 
     def refit(self, space: NodeSpace, cpu_held_milli: int, memory_held_mib: int) -> None:

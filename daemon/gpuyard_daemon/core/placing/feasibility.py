@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from gpuyard_daemon.core.placing.capacity import ANY_MODE, NodeSpace
 from gpuyard_daemon.core.placing.partitions import Card, Look, cut, fit, geometry_of, mode_for
+from gpuyard_daemon.core.state.model import CONTAINERS, account_of
 from gpuyard_daemon.core.state.states import InvariantViolated
 from gpuyard_protocol.names import JobId, Tenant, User
 from gpuyard_protocol.nodes import Inventory
@@ -60,6 +61,7 @@ class Reason(StrEnum):
     CARDS_UNHEALTHY = "CardsUnhealthy"
     CORDONED = "NodeCordoned"
     ENGINE_AVOIDED = "ContainersAvoided"
+    ACCOUNT_AVOIDED = "AccountAvoided"
     MODE_AVOIDED = "ModeAvoided"
     # What others hold.
     CPUS_BUSY = "CpusBusy"
@@ -79,6 +81,14 @@ LASTING = frozenset(
         Reason.NODE_NOT_NAMED, Reason.LABEL_MISSING, Reason.NO_ACCOUNT, Reason.NO_ENGINE, Reason.NO_GPU,
         Reason.MODEL_MISSING, Reason.CARD_TOO_SMALL, Reason.TOO_FEW_CARDS, Reason.PROFILE_MISSING, Reason.MODE_MISSING,
         Reason.TOO_FEW_CPUS, Reason.TOO_LITTLE_MEMORY, Reason.AGENT_TOO_OLD,
+    }
+)  # fmt: skip
+
+#: Reasons of a node that takes nothing of the kind now, whoever holds what there.
+CLOSED = frozenset(
+    {
+        Reason.NOT_JOINED, Reason.SUSPECTED, Reason.LOST, Reason.INCOMPATIBLE, Reason.CORDONED,
+        Reason.ENGINE_AVOIDED, Reason.ACCOUNT_AVOIDED, Reason.MODE_AVOIDED,
     }
 )  # fmt: skip
 
@@ -183,8 +193,11 @@ def could_go(space: NodeSpace, shape: Shape, *, owner: JobId = 0) -> Reason | No
         return _BY_STATE[node.state]
     if node.cordoned_by and not space.is_imagined:
         return Reason.CORDONED
-    if need.containers and space.avoids_containers:
-        return Reason.ENGINE_AVOIDED
+    if space.shut:
+        if need.containers and CONTAINERS in space.shut:
+            return Reason.ENGINE_AVOIDED
+        if account_of(need, shape.tenant, shape.user) in space.shut:
+            return Reason.ACCOUNT_AVOIDED
     if space.cpu_free_milli < need.cpu_milli:
         return Reason.CPUS_BUSY
     if space.memory_free_mib < need.memory_mib:

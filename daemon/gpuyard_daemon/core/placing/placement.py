@@ -26,6 +26,7 @@ from gpuyard_daemon.core.placing.feasibility import Reason, Shape, carve_from, j
 from gpuyard_daemon.core.placing.fragmentation import DemandMix
 from gpuyard_daemon.core.placing.partitions import Look
 from gpuyard_daemon.core.placing.scoring import UNFIT, about_as_good, choose
+from gpuyard_daemon.core.state.model import account_of
 from gpuyard_protocol.names import Tenant, User
 from gpuyard_protocol.resources import Partition, ResourceNeed
 
@@ -92,7 +93,11 @@ class Finder:
         if self._who_version != pool.inventory_version:
             self._who_version = pool.inventory_version
             self._whole_yard_open = all("*/*" in accounts for accounts in pool.accounts)
-        return None if self._whole_yard_open else (shape.tenant, shape.user)
+        if self._whole_yard_open and not (
+            pool.shut_nodes and account_of(shape.need, shape.tenant, shape.user) in pool.shut_nodes
+        ):
+            return None
+        return shape.tenant, shape.user
 
     def memos(self, key: MemoKey) -> tuple[Memo, Memo]:
         """Scores by condition, under the mix in use and under the one before."""

@@ -198,10 +198,11 @@ class Cluster:
             self.refit(space)
 
     def restore_modes(self, node: Node) -> None:
-        """Make the modes that a node may be asked for follow from what is to be avoided there."""
+        """Make what a node may be asked for follow from what is to be avoided there."""
+        avoided = {name for name, avoidance in node.avoided.items() if avoidance.until_ms}
         space = self.pool.spaces[node.id]
-        space.modes = tuple(m for m in ANY_MODE if not (m in node.avoided and node.avoided[m].until_ms))
-        self.pool.touch(space)
+        space.modes = tuple(mode for mode in ANY_MODE if mode not in avoided)
+        self.pool.shut(space, tuple(sorted(avoided.difference(ANY_MODE))))
 
     # the yard
 

@@ -383,7 +383,7 @@ class NodeForgotten(_Fact, frozen=True, tag="node-removed"):
 
 
 class NodeAvoided(_Fact, frozen=True, tag="avoided"):
-    """A node could not set up a mode, or containers: nothing more of that kind goes there until then."""
+    """A node could not set up a mode, containers or an account: nothing more of that kind goes there until then."""
 
     node: NodeId
     #: As a key of `Node.avoided`.
