@@ -139,7 +139,7 @@ class Daemon:
         #: The lead is being handed over: what would else end the process is expected.
         self._is_leaving = False
         self.whereabouts = Whereabouts(config.state_directory / "keys")
-        self.audit = AuditLog(bus, clock.now_ms, self.whereabouts.of)
+        self.audit = AuditLog(bus, clock.now_ms, self.whereabouts if config.authenticate else None)
         self.joining = Joining(base.api_bus, config.state_directory, config.yard, self.audit)
         self._attend_to_nodes()
         store = config.state_directory / "nats" / "store"
@@ -358,7 +358,7 @@ class Daemon:
     async def _last_audit(self) -> None:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(STOP_EVENTS_S):
-                await self.audit.flush()
+                await self.audit.flush(is_last=True)
 
     # -- for the pages ------------------------------------------------------------------------------------------------
 

@@ -2,10 +2,12 @@
 
 It stands beside the scheduling loop, never in its way: a turn leaves its inputs and facts here by reference, and they
 are told apart, joined and sent within the second. What would be the same entry again (one user's thousand accepted
-jobs) becomes one entry with a count. Operators' actions are sent at once. What waits is bounded; what is dropped at
-the bound is counted, and the count is in the next batch.
+jobs) becomes one entry with a count. Operators' actions are sent at once. Whoever acts right after connecting may do so
+before it is heard from where: such an entry waits until it is, a few seconds at most, and then says `unknown`. What
+waits is bounded; what is dropped at the bound is counted, and the count is in the next batch.
 
-A daemon that is killed takes the last second with it. What it decided is in the journal all the same.
+A daemon that is killed takes the last second with it (of those whose address is not known yet, the last three). What
+it decided is in the journal all the same.
 """
 
 from __future__ import annotations
@@ -13,9 +15,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import secrets
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import msgspec
 import structlog
@@ -55,6 +58,11 @@ from gpuyard_protocol.jobs import SubmissionAnswer
 log = structlog.get_logger("audit")
 
 FLUSH_S = 1.0
+#: How long an entry waits for its address, and how often it is looked whether that has come.
+WHERE_WAIT_S = 3.0
+WHERE_LOOK_S = 0.1
+#: Said instead of an address that nobody knows.
+UNKNOWN = "unknown"
 #: Facts of turns that wait to be told apart.
 FACTS_MAX = 100_000
 #: Entries (after joining) that wait to be sent.
@@ -95,13 +103,38 @@ _VERBS: dict[type[_Request], str] = {
 }
 
 
-class _Run:
-    """Entries alike but for what they are about."""
+class Where(Protocol):
+    """Who knows from where people act (`whereabouts`)."""
 
-    def __init__(self, entry: AuditEntry) -> None:
+    def of(self, who: str, at: float | None = None) -> str:
+        """From where somebody was connected at a monotonic time; "" where it is not known."""
+
+    def seek(self, who: str) -> bool:
+        """It should be found out: `of` will be asked again. False: it cannot be."""
+
+
+class _Nowhere:
+    """For a log on its own."""
+
+    def of(self, who: str, at: float | None = None) -> str:
+        return ""
+
+    def seek(self, who: str) -> bool:
+        return False
+
+
+class _Run:
+    """Entries alike but for what they are about. `noted_at`: monotonic."""
+
+    def __init__(self, entry: AuditEntry, noted_at: float) -> None:
         self.first = entry
         self.last = entry
         self.count = 1
+        self.noted_at = noted_at
+
+    def add(self, entry: AuditEntry, count: int = 1) -> None:
+        self.last = entry
+        self.count += count
 
     def joined(self) -> AuditEntry:
         if self.count == 1:
@@ -121,6 +154,8 @@ class _Run:
 
 class _Turn(NamedTuple):
     at_ms: int
+    #: Monotonic.
+    noted_at: float
     inputs: Sequence[Input]
     facts: Sequence[Fact]
 
@@ -140,14 +175,15 @@ async def open_audit(bus: Bus, yard: str, budget_bytes: int, replicas: int = 1) 
 
 
 class AuditLog:
-    def __init__(self, bus: Bus, now_ms: Callable[[], int], where: Callable[[str], str] = lambda who: "") -> None:
-        """`where`: from which address a `user …` or `operator …` is connected, "" where that is not known."""
+    def __init__(self, bus: Bus, now_ms: Callable[[], int], where: Where | None = None) -> None:
         self._bus = bus
-        self._where = where
+        self._where = where or _Nowhere()
         self._now_ms = now_ms
         self._turns: deque[_Turn] = deque()
         self._facts = 0
         self._runs: dict[tuple[str, str, str, str], _Run] = {}
+        #: Those whose address is still to be found; in the order of their first entries.
+        self._unplaced: dict[tuple[str, str, str, str], _Run] = {}
         #: A batch that is on its way, with its id: sent again unchanged until its outcome is known.
         self._batch: tuple[bytes, str] | None = None
         self._unsaid_lost = 0
@@ -160,7 +196,7 @@ class AuditLog:
 
     def decided(self, at_ms: int, inputs: Sequence[Input], facts: Sequence[Fact]) -> None:
         """A turn is in the journal. Nothing is done with it here."""
-        self._turns.append(_Turn(at_ms, inputs, facts))
+        self._turns.append(_Turn(at_ms, time.monotonic(), inputs, facts))
         self._facts += len(facts)
         while self._facts > FACTS_MAX and len(self._turns) > 1:
             dropped = len(self._turns.popleft().facts)
@@ -170,28 +206,46 @@ class AuditLog:
     def acted(self, who: str, what: str, outcome: str, *, about: str = "", where: str = "") -> None:
         """Somebody did, or tried, what is not a tenant's request; sent at once."""
         texts = (who[:TEXT_MAX], what[:TEXT_MAX], outcome[:TEXT_MAX])
-        self._add(
-            AuditEntry(
-                at_ms=self._now_ms(),
-                who=texts[0],
-                what=texts[1],
-                outcome=texts[2],
-                about=about[:TEXT_MAX],
-                where=(where or self._where(who))[:TEXT_MAX],
-            )
+        entry = AuditEntry(
+            at_ms=self._now_ms(),
+            who=texts[0],
+            what=texts[1],
+            outcome=texts[2],
+            about=about[:TEXT_MAX],
+            where=where[:TEXT_MAX],
         )
+        self._add(entry, time.monotonic())
         self._wake.set()
 
-    def _add(self, entry: AuditEntry) -> None:
-        key = (entry.who, entry.what, entry.outcome, entry.where)
-        run = self._runs.get(key)
-        if run is not None:
-            run.last = entry
-            run.count += 1
-        elif len(self._runs) < ENTRIES_MAX:
-            self._runs[key] = _Run(entry)
+    def _add(self, entry: AuditEntry, noted_at: float) -> None:
+        where = entry.where or self._where.of(entry.who, noted_at)[:TEXT_MAX]
+        if not where and not self._where.seek(entry.who):
+            where = UNKNOWN
+        runs = self._runs if where else self._unplaced
+        key = (entry.who, entry.what, entry.outcome, where)
+        if (run := runs.get(key)) is not None:
+            run.add(entry)
+        elif len(self._runs) + len(self._unplaced) < ENTRIES_MAX:
+            runs[key] = _Run(msgspec.structs.replace(entry, where=where), noted_at)
         else:
             self._drop(1)
+
+    def _place(self, *, is_last: bool) -> None:
+        """Tell the addresses that have been found since, and let go what has waited long enough."""
+        now = time.monotonic()
+        for key, run in list(self._unplaced.items()):
+            who, what, outcome, _ = key
+            where = self._where.of(who, run.noted_at)[:TEXT_MAX]
+            may_wait = not is_last and now - run.noted_at < WHERE_WAIT_S
+            if not where and may_wait and self._where.seek(who):
+                continue
+            del self._unplaced[key]
+            run.first = msgspec.structs.replace(run.first, where=where or UNKNOWN)
+            placed = (who, what, outcome, run.first.where)
+            if (before := self._runs.get(placed)) is not None:
+                before.add(run.last, run.count)
+            else:
+                self._runs[placed] = run
 
     def _drop(self, entries: int) -> None:
         self.lost += entries
@@ -208,7 +262,7 @@ class AuditLog:
             for fact in turn.facts:
                 entry = _entry(turn.at_ms, fact, asked)
                 if entry is not None:
-                    self._add(msgspec.structs.replace(entry, where=self._where(entry.who)[:TEXT_MAX]))
+                    self._add(entry, turn.noted_at)
             done += len(turn.facts)
             if done >= SLICE_FACTS:
                 done = 0
@@ -220,14 +274,15 @@ class AuditLog:
         """For ever: what happened, once a second or sooner."""
         while True:
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(FLUSH_S):
+                async with asyncio.timeout(WHERE_LOOK_S if self._unplaced else FLUSH_S):
                     await self._wake.wait()
             self._wake.clear()
             await self.flush()
 
-    async def flush(self) -> None:
-        """Send what waits; what cannot be sent now waits on."""
+    async def flush(self, *, is_last: bool = False) -> None:
+        """Send what waits; what cannot be sent now waits on. `is_last`: nor for an address any more."""
         await self._digest()
+        self._place(is_last=is_last)
         while self._bus.is_connected and (self._batch is not None or self._runs):
             if self._batch is None:
                 self._batch = self._next_batch()

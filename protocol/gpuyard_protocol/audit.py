@@ -54,7 +54,7 @@ class AuditEntry(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     what: str
     #: `accepted`, `ok`, or the code of the refusal: `Malformed`, `UnknownJob`, `TokenExpired`, …
     outcome: str
-    #: Host name or address, where it is known.
+    #: Host name or address; `unknown` where nobody could tell.
     where: str = ""
     #: What it was about: `job 17`, `service chat`, `node gpu-1`; of a run, the first.
     about: str = ""
@@ -64,7 +64,7 @@ class AuditEntry(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class AuditBatch(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """On `aud.>`: entries in the order of their times."""
+    """On `aud.>`: entries nearly in the order of their times (one may have waited some seconds for its address)."""
 
     entries: tuple[AuditEntry, ...]
     #: Entries that were dropped before these because too many waited.

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import json
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
 
 import pytest
 
+from gpuyard_daemon import whereabouts as module
 from gpuyard_daemon.whereabouts import Whereabouts
 from gpuyard_daemon.yard.operator_mode import Authority
 from gpuyard_protocol.audit import READING_VERBS
 from gpuyard_protocol.bus import nats
 from gpuyard_protocol.bus.base import (
     BusError,
+    Message,
     NoResponders,
     PubAck,
     StoredMessage,
@@ -180,25 +187,105 @@ async def test_the_server_tells_of_lost_agents(roles: Roles, yard: RoleYard) -> 
     assert b"n2" in (await heard.one()).data
 
 
-async def test_the_server_says_where_somebody_is(roles: Roles, yard: RoleYard) -> None:
-    """Who was there before, who comes, and who has gone."""
-    await roles.get("operator olga")
+@contextlib.asynccontextmanager
+async def looking(yard: RoleYard) -> AsyncIterator[Whereabouts]:
     inbox, seed = yard.role("sys")
     whereabouts = Whereabouts(yard.keys.directory)
-    looking = asyncio.create_task(
+    watching = asyncio.create_task(
         whereabouts.run(lambda: nats.connect(yard.server.url, name="where", inbox_prefix=inbox, seed=str(seed)))
     )
     try:
-        async with asyncio.timeout(10):
-            while whereabouts.of("operator olga") != "127.0.0.1":
-                await asyncio.sleep(0.01)
-            inbox, seed = yard.role("globex gus")
-            gus = await nats.connect(yard.server.url, name="gus", inbox_prefix=inbox, seed=str(seed))
-            while whereabouts.of("user globex/gus") != "127.0.0.1":
-                await asyncio.sleep(0.01)
-            await gus.close()
-        assert whereabouts.of("user globex/gus") == "127.0.0.1"
-        assert whereabouts.of("user globex/nobody") == ""
+        async with asyncio.timeout(DEADLINE_S):
+            yield whereabouts
     finally:
-        looking.cancel()
-        await asyncio.gather(looking, return_exceptions=True)
+        watching.cancel()
+        await asyncio.gather(watching, return_exceptions=True)
+
+
+async def visit(yard: RoleYard, role: str) -> None:
+    """Connect, and go at once."""
+    inbox, seed = yard.role(role)
+    await (await nats.connect(yard.server.url, name=role, inbox_prefix=inbox, seed=str(seed))).close()
+
+
+async def test_the_server_says_where_somebody_is(roles: Roles, yard: RoleYard) -> None:
+    """Who was there before, who comes, who has gone, and who had gone before anybody looked."""
+    await roles.get("operator olga")
+    await visit(yard, "globex gus")
+    async with looking(yard) as whereabouts:
+        while whereabouts.of("operator olga") != "127.0.0.1" or whereabouts.of("user globex/gus") != "127.0.0.1":
+            await asyncio.sleep(0.01)
+        inbox, seed = yard.role("acme alice")
+        alice = await nats.connect(yard.server.url, name="alice", inbox_prefix=inbox, seed=str(seed))
+        while whereabouts.of("user acme/alice") != "127.0.0.1":
+            await asyncio.sleep(0.01)
+        await alice.close()
+        assert whereabouts.of("user acme/alice") == "127.0.0.1"
+        assert whereabouts.of("user globex/nobody") == ""
+        assert whereabouts.seek("user globex/nobody")
+
+
+async def test_who_came_and_went_unheard_is_found_by_asking(roles: Roles, yard: RoleYard) -> None:
+    async with looking(yard) as whereabouts:
+        await roles.get("operator olga")
+        while not whereabouts.of("operator olga"):
+            await asyncio.sleep(0.01)
+        whereabouts._came = whereabouts._went = lambda message: None  # type: ignore[method-assign]  # a lost message
+        whereabouts._stays.clear()
+        await visit(yard, "globex gus")
+        while not whereabouts.of("user globex/gus"):
+            assert whereabouts.seek("user globex/gus")
+            await asyncio.sleep(0.01)
+
+
+def connections(server: str, *told: tuple[int, str, str, int, int | None]) -> Message:
+    """A page as a server tells it at second 100: number, key, address, when it came, when it went."""
+    found = [
+        {
+            "cid": cid,
+            "authorized_user": key,
+            "ip": ip,
+            "start": _clock(came),
+            **({"stop": _clock(went)} if went else {}),
+        }
+        for cid, key, ip, came, went in told
+    ]
+    page = {"server": {"id": server}, "data": {"now": _clock(100), "offset": 0, "connections": found}}
+    return Message("_INBOX_D.x", json.dumps(page).encode())
+
+
+def _clock(second: int) -> str:
+    return f"2026-01-01T00:{second // 60:02}:{second % 60:02}.123456789Z"
+
+
+def test_an_address_is_that_of_the_time_of_the_act(tmp_path: Path) -> None:
+    whereabouts = Whereabouts(tmp_path)
+    whereabouts._keys_of = {"user acme/alice": ["UA", "UB"]}
+    began = time.monotonic() - 100
+    whereabouts._told(connections("one", (7, "UA", "10.0.0.1", 10, 20), (9, "UB", "10.0.0.2", 50, None)))
+    whereabouts._told(connections("two", (7, "UA", "10.0.0.3", 60, 70), (8, "UX", "10.9.9.9", 1, None)))
+    said = {at: whereabouts.of("user acme/alice", began + at) for at in (2, 15, 40, 55, 65, 90)}
+    assert said == {
+        2: "",
+        15: "10.0.0.1",
+        40: "10.0.0.1",  # the last before
+        55: "10.0.0.2",
+        65: "10.0.0.2, 10.0.0.3",
+        90: "10.0.0.2",
+    }
+    # A page made before the end was told does not bring anybody back.
+    event = {"server": {"id": "one"}, "client": {"id": 9, "user": "UB", "host": "10.0.0.2"}}
+    whereabouts._went(Message("$SYS.ACCOUNT.acme.DISCONNECT", json.dumps(event).encode()))
+    whereabouts._told(connections("one", (9, "UB", "10.0.0.2", 50, None)))
+    assert all(stay.left_at is not None for stay in whereabouts._stays["UB"])
+
+
+def test_what_is_remembered_of_connections_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "KEYS_MAX", 10)
+    monkeypatch.setattr(module, "SOUGHT_MAX", 10)
+    whereabouts = Whereabouts(tmp_path)
+    whereabouts._told(connections("one", *[(cid, "UA", "10.0.0.1", cid, cid + 1) for cid in range(1, 90)]))
+    assert [stay.connection[1] for stay in whereabouts._stays["UA"]] == list(range(90 - module.ENDED_MAX, 90))
+    whereabouts._told(connections("one", *[(cid, f"U{cid}", "10.0.0.1", cid, cid + 1) for cid in range(1, 90)]))
+    assert list(whereabouts._stays) == [f"U{cid}" for cid in range(80, 90)]
+    assert [whereabouts.seek(f"user acme/u{number}") for number in range(11)] == [True] * 10 + [False]

@@ -219,21 +219,41 @@ def test_the_audit_tells_who_did_what(yard: Yard) -> None:
 
     asyncio.run(eventually(is_told, "gus is in the audit"))
     found = entries()
-    assert sum(int(str(entry.get("count", 1))) for entry in found if entry["who"] == "user globex/gus") == 4
+    of_gus = [entry for entry in found if entry["who"] == "user globex/gus"]
+    assert sum(int(str(entry.get("count", 1))) for entry in of_gus) == 4
+    assert {entry.get("where") for entry in of_gus} == {"127.0.0.1"}
     added = [entry for entry in found if entry["what"] == "tenants add" and entry.get("about") == "tenant globex"]
-
-    async def is_located() -> bool:
-        """The server tells of connections on the side: what a new one asks at once may have no address yet."""
-        async with gpuyard.connect(context) as client:
-            await client.submit(command="true", **SMALL)
-        found = await asyncio.to_thread(entries)
-        return "127.0.0.1" in {entry.get("where") for entry in found if entry["who"] == "user globex/gus"}
-
-    asyncio.run(eventually(is_located, "the audit says where gus is"))
     assert [entry["outcome"] for entry in added] == ["ok"]
     assert str(added[0]["who"]).startswith("account ")
     assert added[0]["where"] == os.uname().nodename
     assert "WHO" in yard.cli("audit").stdout
+
+
+def test_the_audit_says_from_where_whoever_asks_and_is_gone_at_once(yard: Yard) -> None:
+    """Each is somebody made just before, who connects, asks one thing, and ends the connection with its answer."""
+    users = {"quick-a": "ann", "quick-b": "bob", "quick-c": "cid"}
+
+    async def ask_and_go(tenant: str, user: str) -> None:
+        found = gpuyard.load_context(yard.state / "clients" / f"{tenant}.{user}")
+        bus = await connect(found.url, name=user, inbox_prefix=f"_INBOX.{user}", seed=found.key)
+        await bus.stream_publish(f"sub.{tenant}.{user}.cancel", b'{"job": 999999}')
+        await bus.close()
+
+    for tenant, user in users.items():
+        on_head(yard, "tenants", "add", tenant, "--user", user)
+        asyncio.run(ask_and_go(tenant, user))
+    assert yard.cli("cordon", "nowhere", "--reason", "to be seen").returncode == 1
+    found: dict[str, object] = {}
+
+    async def are_told() -> bool:
+        done = await asyncio.to_thread(yard.cli, "audit", "--json")
+        entries = [entry for entry in json.loads(done.stdout) if entry["what"] in ("cancel", "cordon")]
+        found.update({str(entry["who"]).partition(" ")[2]: entry["where"] for entry in entries})
+        return len(found) == len(users) + 1
+
+    asyncio.run(eventually(are_told, "all are in the audit"))
+    assert set(found) > {f"{tenant}/{user}" for tenant, user in users.items()}
+    assert set(found.values()) == {"127.0.0.1"}
 
 
 def test_the_audit_is_not_for_tenants(yard: Yard) -> None:
