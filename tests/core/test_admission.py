@@ -232,3 +232,11 @@ def test_cards_asked_for_in_all_are_parted_equally_as_large_as_starts_now() -> N
     assert [len(p.devices) for p in h.view(parts).placed] == [6]
     assert h.submit(JobSpec(argv=("x",), total_gpus=34, replicas=34, need=need(gpus=1))) == 0
     assert h.answers[-1].path == "$.total_gpus"
+
+
+def test_cards_asked_for_in_all_before_any_node_is_known_fit_whatever_nodes_come() -> None:
+    h = CoreHarness()
+    number = h.submit(JobSpec(argv=("x",), total_gpus=6, replicas=6, need=need(gpus=1)))
+    h.join(node("n-1", 4))
+    h.join(node("n-2", 2))
+    assert h.state(number) == "starting"

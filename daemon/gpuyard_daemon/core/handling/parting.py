@@ -2,7 +2,8 @@
 
 Into equal parts, since trainers want equal ranks: as large as nodes hold, because cards of one replica are on one node
 and reach each other fastest. Of parts that could ever run, those go first that would start now, the largest of them.
-Decided once, at acceptance; CPUs and memory were asked for by card, and go with the cards.
+Decided once, at acceptance: where no node has joined yet, into single cards, which any nodes can hold. CPUs and memory
+were asked for by card, and go with the cards.
 """
 
 from __future__ import annotations
@@ -19,8 +20,6 @@ from gpuyard_protocol.jobs import REPLICAS_MAX, JobSpec
 from gpuyard_protocol.names import Tenant, User
 from gpuyard_protocol.needs import GPUS_PER_REPLICA_MAX
 
-#: Where no node has joined yet.
-_PART_USUAL: Final = 8
 #: Whether a part would start now is looked at for so many, and in yards of so many nodes: each is asked of each node.
 _LOOKED_AT_MAX: Final = 4
 _NODES_MAX: Final = 1024
@@ -34,7 +33,7 @@ def parted(draft: Draft, tenant: Tenant, user: User, spec: JobSpec) -> JobSpec:
     sizes = [size for size in range(min(total, GPUS_PER_REPLICA_MAX), 0, -1) if total % size == 0]
     ways = [_with_part(spec, size) for size in sizes if total // size <= REPLICAS_MAX]
     if not pool.by_number:
-        return next((way for way in ways if way.need.gpus <= _PART_USUAL), ways[-1])
+        return ways[-1]
     possible = [way for way in ways if draft.possibilities.missing(pool, way.need, way.replicas, tenant, user) is None]
     if len(pool.by_number) <= _NODES_MAX:
         for way in possible[:_LOOKED_AT_MAX]:
