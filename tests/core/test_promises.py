@@ -93,3 +93,51 @@ def test_an_array_is_promised_as_a_whole() -> None:
     first = h.submit(spec)
     assert all(h.core.cluster.jobs[first + at].promised for at in range(4))
     assert not h.core.cluster.jobs[h.submit(msgspec.structs.replace(due(1, 6), array=parse_array("0-3")))].promised
+
+
+def test_elements_that_go_one_after_the_other_must_all_be_done_in_time() -> None:
+    h = yard(8)
+    spec = due(1, 3)
+    two_at_once = msgspec.structs.replace(spec, array=parse_array("0-3%2"))
+    one_at_once = msgspec.structs.replace(spec, array=parse_array("0-3%1"))
+    alone = msgspec.structs.replace(spec, array=parse_array("0-3"), singleton=True, name="night")
+    h.submit(two_at_once)
+    assert h.answers[-1].note == "its deadline is promised"
+    for each in (one_at_once, alone):
+        h.submit(each)
+        assert "1h late" in h.answers[-1].note
+
+
+def test_nothing_is_promised_that_waits_for_what_nobody_knows() -> None:
+    h = yard(8)
+    endless, long = h.submit(job(gpus=1)), h.submit(msgspec.structs.replace(job(gpus=1), estimate_ms=3 * HOUR))
+    h.run(endless)
+    h.run(long)
+    for spec, said in (
+        (due(1, 10, hold=True), "when it will be released"),
+        (due(1, 10, depends_on=[("afterok", endless)]), f"when job {endless} will have ended"),
+        (due(1, 3, depends_on=[("afterok", long)]), "1h late if it began as soon as it may"),
+        (due(1, 4, depends_on=[("afterok", long)]), "its deadline is promised"),
+    ):
+        h.submit(spec)
+        assert said in h.answers[-1].note
+    # What follows a promised job begins when that is promised to have ended.
+    chain = h.core.cluster.last_job
+    for within, is_kept in ((4.5, False), (5, True)):
+        assert h.core.cluster.jobs[h.submit(due(1, within, depends_on=[("afterany", chain)]))].promised == is_kept
+
+
+def test_one_alone_of_its_name_is_promised_after_those_before_it() -> None:
+    h = yard(8)
+    alone = msgspec.structs.replace(due(2, 3), name="night", singleton=True)
+    first, second = h.submit(alone), h.submit(alone)
+    assert [h.core.cluster.jobs[number].promised for number in (first, second)] == [True, False]
+
+
+def test_a_tenant_is_promised_no_more_than_it_may_hold() -> None:
+    h = yard(8)
+    h.limit("acme", gpus_milli=1000)
+    assert h.core.cluster.jobs[h.submit(due(3, 5))].promised
+    assert not h.core.cluster.jobs[h.submit(due(3, 5))].promised
+    assert "may hold too little" in h.answers[-1].note
+    assert h.core.cluster.jobs[h.submit(due(3, 5), tenant="umbrella")].promised

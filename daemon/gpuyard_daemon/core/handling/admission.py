@@ -76,7 +76,7 @@ def submit(draft: Draft, request: JobSubmitted) -> None:
             until_ms,
             request.chosen_id,
             *expected,
-            promise(draft.cluster, request.tenant, spec, expected[0], draft.now_ms),
+            promise(draft.cluster, request.tenant, request.user, spec, expected[0], draft.now_ms),
         )
     )
 

@@ -79,6 +79,10 @@ class Gates:
             elif target is not None and not met:
                 self.doomed.setdefault(job.id, never(kind, target))
 
+    def called(self, tenant: Tenant, user: User, name: str) -> tuple[JobId, ...]:
+        """Jobs of an owner's that have a name and have not ended, oldest first."""
+        return tuple(self._named.get((tenant, user, name), ()))
+
     def is_open(self, job: Job) -> bool:
         """No other job stands in the way."""
         if job.id in self._unmet:

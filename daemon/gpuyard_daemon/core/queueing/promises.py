@@ -2,8 +2,10 @@
 
 A deadline is promised if the queue that guarantees the job's cards (the nearest from its own upwards that has a grant
 for them; the yard, where there is none) can do all that it has promised, this job included, in time: for each deadline,
-the GPU time that must be had by then fits the nominal part until then. Whoever asks for more is told, and goes as any
-other job: a deadline that nobody can keep must not lift anybody over others.
+the GPU time that must be had by then fits the nominal part until then; the same for the limit of its tenant, where it
+has one. And if the job can begin in time: it is not handed in held, those that it is to follow are known to end early
+enough, and elements of an array that go one after the other are all done by then. Whoever asks for more is told, and
+goes as any other job: a deadline that nobody can keep must not lift anybody over others.
 
 A promised job rises by two octaves when its slack falls to four times what it still needs, and by four when it falls to
 once. The slack counts half as much again as it needs, for what goes wrong. After the deadline nothing lifts it.
@@ -11,14 +13,14 @@ once. The slack counts half as much again as it needs, for what goes wrong. Afte
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Final
 
 from gpuyard_daemon.core.queueing.priority import PER_OCTAVE
 from gpuyard_daemon.core.state.model import Job
 from gpuyard_daemon.core.tenants.holdings import wanted_by
 from gpuyard_protocol.jobs import JobSpec, Why
-from gpuyard_protocol.names import Tenant
+from gpuyard_protocol.names import Tenant, User
 from gpuyard_protocol.units import format_ms
 
 if TYPE_CHECKING:
@@ -65,18 +67,29 @@ def next_step_ms(job: Job, ran_ms: int, now_ms: int) -> int | None:
     return min([moment for moment in moments if moment > now_ms], default=None)
 
 
-def promise(cluster: Cluster, tenant: Tenant, spec: JobSpec, expected_ms: int, now_ms: int) -> Why | None:
+def promise(cluster: Cluster, tenant: Tenant, user: User, spec: JobSpec, expected_ms: int, now_ms: int) -> Why | None:
     """Whether the deadline of a job that comes in is promised; None: it has none."""
     deadline_ms = deadline_of(spec, now_ms)
     if not deadline_ms:
         return None
+    if spec.hold:
+        return Why(BEST_EFFORT, "its deadline cannot be promised: nobody knows when it will be released")
     needed_ms = expected_ms or spec.time_limit_ms
     begins_ms = max(now_ms, spec.begin_ms or now_ms + spec.begin_after_ms)
-    if begins_ms + needed_ms > deadline_ms:
-        late = format_ms((begins_ms + needed_ms - deadline_ms) // 1000 * 1000)
-        return Why(BEST_EFFORT, f"its deadline cannot be promised: it would be {late} late if it began at once")
-    name = cluster.quota.queue_name(tenant, spec.queue)
+    for other in _before(cluster, tenant, user, spec):
+        ends_ms = _known_end_ms(cluster, other, now_ms)
+        if ends_ms is None:
+            text = f"its deadline cannot be promised: nobody knows when job {other.id} will have ended"
+            return Why(BEST_EFFORT, text)
+        begins_ms = max(begins_ms, ends_ms)
     count = spec.array.count if spec.array else 1
+    at_once = 1 if spec.singleton else (spec.array.at_once if spec.array else 0) or count
+    ends_ms = begins_ms + -(-count // at_once) * needed_ms
+    if ends_ms > deadline_ms:
+        late = format_ms(-(-(ends_ms - deadline_ms) // 1000) * 1000)
+        when = "at once" if begins_ms == now_ms else "as soon as it may"
+        return Why(BEST_EFFORT, f"its deadline cannot be promised: it would be {late} late if it began {when}")
+    name = cluster.quota.queue_name(tenant, spec.queue)
     wanted = wanted_by(cluster.pool, spec.need, spec.least_replicas)
     if not wanted:
         return Why(KEPT, "its deadline is promised")
@@ -86,14 +99,38 @@ def promise(cluster: Cluster, tenant: Tenant, spec: JobSpec, expected_ms: int, n
     if width > capacity or _is_too_much(due, capacity, now_ms):
         text = f"its deadline cannot be promised: queue {name} is granted too little for all that is promised by then"
         return Why(BEST_EFFORT, text)
+    limit = cluster.tenancy.limits(tenant).gpus_max_milli
+    if limit and _is_too_much([due[0], *_due(cluster, "", now_ms, tenant)], limit, now_ms):
+        text = f"its deadline cannot be promised: tenant {tenant} may hold too little for all that is promised by then"
+        return Why(BEST_EFFORT, text)
     return Why(KEPT, "its deadline is promised")
 
 
-def _due(cluster: Cluster, name: str, now_ms: int) -> Iterable[tuple[int, int]]:
-    """(deadline, GPU time still needed) of what a queue has promised."""
+def _before(cluster: Cluster, tenant: Tenant, user: User, spec: JobSpec) -> Iterator[Job]:
+    """Jobs that have not ended and that it is to follow."""
+    for _, number in spec.depends_on:
+        array = cluster.arrays.records.get(number)
+        for target in range(number, number + (array.count if array else 1)):
+            if (job := cluster.jobs.get(target)) is not None and not job.is_final:
+                yield job
+    if spec.singleton:
+        yield from [cluster.jobs[number] for number in cluster.gates.called(tenant, user, spec.name)]
+
+
+def _known_end_ms(cluster: Cluster, job: Job, now_ms: int) -> int | None:
+    """When a job will have ended, as far as its length is known or its own deadline is promised; None: whenever."""
+    is_known = bool(job.expected_ms or job.spec.time_limit_ms)
+    if job.state == "running" and is_known:
+        return now_ms + needs_ms(job, cluster.ranking.ran_ms(job, now_ms))
+    return job.deadline_ms if job.promised and job.deadline_ms >= now_ms else None
+
+
+def _due(cluster: Cluster, name: str, now_ms: int, tenant: Tenant = "") -> Iterable[tuple[int, int]]:
+    """(deadline, GPU time still needed) of what a queue has promised; of what a tenant has been, in whatever queue."""
     for number in cluster.promised:
         job = cluster.jobs[number]
-        if cluster.quota.queue_of(job) == name and job.deadline_ms >= now_ms:
+        is_meant = job.tenant == tenant if tenant else cluster.quota.queue_of(job) == name
+        if is_meant and job.deadline_ms >= now_ms:
             width = max([sum(amounts.values()) for amounts in cluster.ranking.wanted(job)], default=0)
             yield job.deadline_ms, width * needs_ms(job, cluster.ranking.ran_ms(job, now_ms))
 
