@@ -98,6 +98,7 @@ class ReadableCore(Protocol):
     def usage(self, tenant: Tenant | None, now_ms: int) -> UsageReport: ...
     def held_on(self, node: NodeId) -> int: ...
     def known_nodes(self) -> tuple[NodeId, ...]: ...
+    def node_state(self, node: NodeId) -> str: ...
 
 
 class _Question(NamedTuple):
@@ -282,15 +283,15 @@ class Api:
         self._answer(message, answer)
 
     def _answer(self, message: Message, answer: object) -> None:
-        self._note_operation(message.subject, answer)
+        self._note_operation(message, answer)
         self._spawn(self._publish(message.reply, encode(answer)))
 
-    def _note_operation(self, subject: str, answer: object) -> None:
+    def _note_operation(self, message: Message, answer: object) -> None:
         """What operators do goes into the audit, with its outcome; what they only look at does not."""
-        operation = parse_operation(subject)
+        operation = parse_operation(message.subject)
         if self._audit is not None and operation is not None and operation[1] not in READING_VERBS:
             outcome = answer.code if isinstance(answer, QueryError) else "ok"
-            self._audit.acted(f"operator {operation[0]}", operation[1], outcome)
+            self._audit.acted(f"operator {operation[0]}", operation[1], outcome, about=_about(message.data))
 
     def _read_audit(self, tenant: Tenant | None, data: bytes) -> Awaitable[object]:
         query = decode(AuditQuery, data, max_bytes=QUESTION_BYTES_MAX)
@@ -502,18 +503,20 @@ class Api:
             async with asyncio.timeout(deadline_s):
                 await emptied
         except TimeoutError:
-            held = self.held()
-            names = ", ".join(f"{count} on {node}" for node, count in held.items())
-            return QueryError(code="Unavailable", text=f"not every replica has ended within {deadline_s:g} s: {names}")
+            text = f"not every replica has ended within {deadline_s:g} s: {_counted(self.held())}"
+            return QueryError(code="Unavailable", text=text)
         finally:
             self._stops = [stop for stop in self._stops if stop.emptied is not emptied]
+        if left := self.held():
+            return Ok(f"every replica that can be reached has ended; on lost nodes are left: {_counted(left)}")
         return Ok("every replica has ended; its job waits for the next start")
 
     def _look_at_stops(self) -> None:
         for stop in self._stops:
             stop.turns -= 1
         due = [stop for stop in self._stops if stop.turns <= 0 and not stop.emptied.done()]
-        if due and not self.held():
+        # A lost node hears nobody, and may stay lost: what it has is settled when it returns.
+        if due and all(self._core.node_state(node) == "lost" for node in self.held()):
             for stop in due:
                 stop.emptied.set_result(None)
 
@@ -521,6 +524,25 @@ class Api:
         """Nodes that still have something to run or to end, and how much."""
         counts = {node: self._core.held_on(node) for node in self._core.known_nodes()}
         return {node: count for node, count in counts.items() if count}
+
+
+class _Named(msgspec.Struct):
+    """Of an operator's order, what it is about."""
+
+    node: str = ""
+
+
+def _about(data: bytes) -> str:
+    """For the audit: `node gpu-7`; "" where the order is about the yard, or is none."""
+    try:
+        node = decode(_Named, data, max_bytes=QUESTION_BYTES_MAX).node if data else ""
+    except Malformed:
+        return ""
+    return f"node {node[:80]}" if node else ""
+
+
+def _counted(held: dict[NodeId, int]) -> str:
+    return ", ".join(f"{count} on {node}" for node, count in held.items())
 
 
 def _question(message: Message) -> _Question | None:

@@ -459,12 +459,30 @@ async def test_a_stop_that_takes_too_long_says_what_it_waits_for(bus: Bus, tenan
         assert "1 on node-0" in json.loads(reply.data)["text"]
 
 
+async def test_a_stop_waits_for_no_node_that_is_lost(tmp_path: Path, nats_process: NatsProcess) -> None:
+    """A host that is gone hears no order to stop, and the yard can be stopped all the same."""
+    settings = '[journal]\nbudget = "256Mi"\n[nodes]\nsuspected_after = "500ms"\nlost_after = "1s"\n'
+    daemon = DaemonProcess(tmp_path / "daemon", nats_process.url, settings=settings)
+    await asyncio.to_thread(daemon.start)
+    bus = await connect(nats_process.url, name="test", inbox_prefix="_INBOX_T")
+    try:
+        async with fleet(bus, 1, runs_for_s=-1):
+            await Tenant(bus).answer(await Tenant(bus).submit(JOB))
+        reply = await bus.request("adm.olga.shutdown", encode(ShutdownRequest(deadline_ms=60_000)), timeout=30)
+        assert json.loads(reply.data)["text"].endswith("on lost nodes are left: 1 on node-0")
+    finally:
+        await bus.close()
+        daemon.kill()
+
+
 async def test_pages_for_people_and_prometheus(bus: Bus, tenant: Tenant, daemon: DaemonProcess) -> None:
     async with fleet(bus, 1):
         await tenant.answer(await tenant.submit({**JOB, "name": "secret-name"}))
         await finished(tenant, 1)
         for path, words in (
             ("/", "Yard main"),
+            ("/", "<td>node-0</td>"),
+            ("/", "linear-gradient(to top, currentColor 0%, transparent 0%)"),
             ("/stats", '"finished":1'),
             ("/metrics", "gpuyard_decision_latency_seconds_bucket"),
             ("/metrics", "gpuyard_decision_seconds_bucket"),

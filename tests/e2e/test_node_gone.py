@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 from collections.abc import Iterator
 
@@ -80,8 +81,10 @@ async def test_a_node_declared_dead_gives_its_job_away_and_ends_it_when_it_retur
         assert (view.state, view.attempt) == ("running", 2)
         await job.cancel()
         assert (await job.wait(timeout=30)).state == "cancelled"
-        audit = yard.cli("audit", "--limit", "20").stdout
-        assert "declare-dead" in audit
+        audit = yard.cli("audit", "--limit", "20", "--json").stdout
+        told = [entry for entry in json.loads(audit) if entry["what"] == "declare-dead"]
+        assert [entry["about"] for entry in told] == [f"node {first}"] * len(told)
+        assert "ok" in [entry["outcome"] for entry in told]
 
 
 async def test_a_job_under_a_lease_runs_on_while_its_node_is_heard_and_elsewhere_once_it_is_not(yard: Yard) -> None:

@@ -400,8 +400,11 @@ class Yard:
         try:
             async with Operator(self.context) as operator:
                 if (active := _active(await operator.stats())) and not self.hurry.is_set():
-                    self._say(f"{active} jobs end with grace and wait for the next start (Ctrl-C again: at once)")
-                await operator.shutdown(deadline_s=grace_s)
+                    jobs = "1 job ends" if active == 1 else f"{active} jobs end"
+                    self._say(f"{jobs} with grace and wait for the next start (Ctrl-C again: at once)")
+                ended = await operator.shutdown(deadline_s=grace_s)
+                if active:
+                    self._say(ended.text)
         except GpuyardError as error:
             if not await self._is_stored():
                 self._give_up_store()
