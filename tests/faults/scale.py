@@ -34,6 +34,10 @@ class Scale:
     leases: tuple[str, ...] = ("10s", "45s", "60s")
     #: Submissions under an id of the tenant's own, of a hundred: their answers are kept for a week.
     own_ids: int = 100
+    #: Names that jobs share: those that are to be alone of theirs wait for each other.
+    names: int = 2
+    #: Jobs may be handed in held; in a yard of its size nobody comes by to release them.
+    holds: bool = True
     #: Finished jobs that leave the core are counted, not kept, and so is what the bench itself knows of them.
     forgets: bool = False
 
@@ -56,5 +60,7 @@ def large(nodes: int) -> Scale:
         healed_max_s=4 * 3600.0,
         leases=("100s", "450s", "600s"),
         own_ids=0,
+        names=20 * nodes,
+        holds=False,
         forgets=True,
     )

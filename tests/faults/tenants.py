@@ -12,32 +12,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from faults.asked import job_asked
 from faults.network import FaultyBroker, FaultyBus, Weather
 from faults.party import Party
 from faults.scale import SMALL, Scale
 from gpuyard_protocol.bus.base import BusError
 from gpuyard_protocol.codec import encode
-from gpuyard_protocol.names import given_submission_id
+from gpuyard_protocol.names import JobId, given_submission_id
 from gpuyard_protocol.subjects import submission
 
 TENANTS = (("acme", "alice"), ("umbrella", "bob"))
 SERVICES = ("chat", "embed")
 TRIES = 8
-#: Whole cards, shares of every kind, MIG, none; all can be met by the simulated nodes.
-NEEDS: tuple[dict[str, Any], ...] = (
-    {"gpus": 1},
-    {"gpus": 2},
-    {"gpu": 0.3},
-    {"gpu": 0.5, "isolation": "hard"},
-    {"gpu_memory": "20Gi", "isolation": "none"},
-    {"mig": "1g.10gb"},
-    {"mig": "3g.40gb"},
-    {"gpus": 0},
-)
-
-
-#: Fields of a job that say how a card is cut for it.
-CUTS = ("gpus", "gpu", "gpu_memory", "mig", "isolation")
 
 
 @dataclass(slots=True)
@@ -69,33 +55,11 @@ class Tenants(Party):
         self._requests = 0
         self.bus = FaultyBus(broker, "tenants", weather)
 
-    def submit_job(self) -> None:
+    def submit_job(self, newest: JobId) -> None:
+        """`newest`: the last job that exists."""
         rng = self._rng
         tenant, user = rng.choice(TENANTS)
-        seconds, exit_code = round(rng.uniform(*self._scale.program_s), 1), rng.choice((0, 0, 0, 0, 3))
-        job: dict[str, Any] = {
-            "command": ["program", str(seconds), str(exit_code), *rng.choice(([], [], [], ["stubborn"]))],
-            "stop_grace": f"{rng.choice((0, 1, 5))}s",
-            "retries": rng.choice((0, 0, 1, 2)),
-            "priority": rng.randint(-2, 2),
-            "replicas": rng.choice((1, 1, 1, 1, 2, 3)),
-            "cpus": 1,
-            **rng.choice(NEEDS),
-        }
-        if job.get("gpus") == 2:
-            # The smallest yard has four cards, and takes what needs more while it does not know that yet.
-            job["replicas"] = min(job["replicas"], 2)
-        kind = job["preemption"] = rng.choice(("requeue", "requeue", "checkpoint", "suspend", "suspend", "never"))
-        if kind == "suspend" and rng.random() < 0.7:
-            # What a driver can take off its card: one process on one card.
-            job = {name: value for name, value in job.items() if name not in CUTS} | {"gpus": 1, "replicas": 1}
-        if rng.random() < 0.3:
-            job["restart_time"] = rng.choice(("1s", "20s"))
-        if rng.random() < 0.2:
-            job["time_limit"] = "8s"
-        if rng.random() < 0.4:
-            job["lease"] = rng.choice(self._scale.leases)
-            job["command"][1] = str(round(rng.uniform(0.0, 120.0), 1))
+        job = job_asked(rng, self._scale, newest)
         kept = Submission(tenant, "", sent_s=asyncio.get_running_loop().time())
         self.submissions.append(kept)
         self.submitted += 1
@@ -103,10 +67,10 @@ class Tenants(Party):
             job["submission_id"] = kept.submission_id = self._next_id()
         self.spawn(self._send(tenant, user, "submit", job, kept))
 
-    def direct(self, tenant: str, job: int, verb: str) -> None:
+    def direct(self, tenant: str, job: int, verb: str, **how: Any) -> None:
         """`cancel`, `suspend`, … one of its jobs."""
         user = dict(TENANTS)[tenant]
-        self.spawn(self._send(tenant, user, verb, {"job": job, "submission_id": self._next_id()}))
+        self.spawn(self._send(tenant, user, verb, {"job": job, "submission_id": self._next_id(), **how}))
 
     def apply_service(self) -> None:
         rng = self._rng
@@ -126,6 +90,17 @@ class Tenants(Party):
         }
         self.services.add((tenant, name))
         self.spawn(self._send(tenant, user, "apply", request))
+
+    def change_service(self) -> None:
+        """Another number of replicas, or all of them anew."""
+        rng = self._rng
+        tenant, user = rng.choice(TENANTS)
+        request: dict[str, Any] = {"service": rng.choice(SERVICES), "submission_id": self._next_id()}
+        if rng.random() < 0.6:
+            low = rng.randint(0, 2)
+            self.spawn(self._send(tenant, user, "scale", request | {"replicas": low, "max_replicas": low + 1}))
+        else:
+            self.spawn(self._send(tenant, user, "rollout", request | {"action": rng.choice(("restart", "undo"))}))
 
     def delete_services(self) -> None:
         for tenant, name in sorted(self.services):
