@@ -37,7 +37,7 @@ BUDGET_MIN_MIB = 64
 #: The table of those tenants that have none of their own.
 DEFAULT_TENANT = "default"
 #: Of a tenant that no table speaks of.
-_BUILT_IN_LIMITS = TenantLimits(gpus_max_milli=0, jobs_max=100_000)
+_BUILT_IN_LIMITS = TenantLimits(gpus_max_milli=0, jobs_max=100_000, bytes_max=512 * 2**20)
 #: The policy goes into one record of the journal, as a whole.
 TENANTS_MAX = 10_000
 
@@ -71,6 +71,8 @@ class TenantConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     gpus_max: GpuAmount | None = None
     #: Jobs that have not ended; submissions beyond it are rejected.
     jobs_max: int | None = None
+    #: Commands, environments and scripts of jobs that have not ended and of services (there for each replica).
+    backlog_max: Memory | None = None
     #: Submissions a second, and how many at once after a pause (unless told: of ten seconds); 0: no limit. What is
     #: beyond it is rejected, and told when it may come again.
     submissions_per_s: int | None = None
@@ -222,6 +224,8 @@ class DaemonConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
                 raise bad(f"tenants.{name}", name, NAME_EXPECTED)
             if table.jobs_max is not None and table.jobs_max <= 0:
                 raise bad(f"tenants.{name}.jobs_max", str(table.jobs_max), "a number above 0")
+            if table.backlog_max is not None and table.backlog_max < 1:
+                raise bad(f"tenants.{name}.backlog_max", str(table.backlog_max), "at least 1Mi")
             if table.weight is not None and not 1 <= table.weight <= WEIGHT_MAX:
                 raise bad(f"tenants.{name}.weight", str(table.weight), f"a number between 1 and {WEIGHT_MAX}")
             if table.queue and table.queue not in (known := {*self.queues, DEFAULT_QUEUE}):
@@ -245,6 +249,7 @@ def _limits(table: TenantConfig, base: TenantLimits) -> TenantLimits:
         jobs_max=base.jobs_max if table.jobs_max is None else table.jobs_max,
         queue=base.queue if table.queue is None else table.queue,
         weight=base.weight if table.weight is None else table.weight,
+        bytes_max=base.bytes_max if table.backlog_max is None else int(table.backlog_max) * 2**20,
     )
 
 

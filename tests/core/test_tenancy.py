@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 
 from gpuyard_daemon.core.state.facts import PolicySet
-from gpuyard_daemon.core.state.inputs import LoadReported, PolicyChanged, ServiceApplied
+from gpuyard_daemon.core.state.inputs import (
+    LoadReported,
+    PolicyChanged,
+    ServiceApplied,
+    ServiceDeleted,
+    ServiceScaleAsked,
+)
+from gpuyard_daemon.core.state.settings import CoreSettings
 from gpuyard_daemon.core.tenants.policy import Policy, TenantLimits
+from gpuyard_protocol.jobs import ArraySpec, JobSpec
 from gpuyard_protocol.services import ServiceSpec
 from support.builders import CoreHarness, gpu, job, need, node
 
@@ -180,3 +189,70 @@ def test_a_costly_place_is_not_taken_and_a_cheaper_one_is_once_there(yard: CoreH
     harness.join(node("n-2", 1))
     assert harness.state(waiting) == "starting"
     assert harness.nodes_of(waiting) == ["n-2"]
+
+
+def limit_bytes(yard: CoreHarness, kib: int, *, jobs: int = 0) -> None:
+    yard.turn(PolicyChanged(policy=Policy(tenants=(("acme", TenantLimits(jobs_max=jobs, bytes_max=kib * 1024)),))))
+
+
+def script(kib: int, **of: object) -> JobSpec:
+    return msgspec.structs.replace(job(gpus=8), argv=(), script="#!/bin/sh\n" + "x" * 1024 * kib, **of)
+
+
+def serve(yard: CoreHarness, name: str, most: int, *, kib: int = 0) -> None:
+    spec = ServiceSpec(name=name, argv=("serve", "x" * 1024 * kib), need=need(gpus=1), max_replicas=most)
+    yard.turn(ServiceApplied(tenant="acme", user="alice", submission_id=f"{name}-{most}", spec=spec))
+
+
+def test_what_a_tenants_jobs_bring_is_bounded_in_bytes_and_an_array_counts_once(yard: CoreHarness) -> None:
+    limit_bytes(yard, 100)
+    first = yard.submit(script(40))
+    array = yard.submit(script(40, array=ArraySpec(ranges=((0, 49, 1),))))
+    assert first
+    assert array
+    assert not yard.submit(script(40), submission_id="mine")
+    refusal = yard.refused()
+    assert refusal.code == "OverQuota"
+    assert "0.1 MiB of commands, environments and scripts" in refusal.text
+    assert "raise backlog_max" in refusal.text
+    assert yard.submit(script(200), tenant="umbrella")
+    assert yard.submit(job())
+    yard.cancel(array)  # one of its elements: the others hold the script all the same
+    assert not yard.submit(script(40), submission_id="mine")
+    yard.run(first)
+    yard.ended(first)
+    assert yard.submit(script(40), submission_id="mine")
+
+
+def test_a_service_counts_for_each_replica_that_it_may_have(yard: CoreHarness) -> None:
+    limit_bytes(yard, 100, jobs=10)
+    serve(yard, "large", 3, kib=40)
+    assert "raise backlog_max" in yard.refused().text
+    serve(yard, "large", 2, kib=40)
+    serve(yard, "small", 8)
+    assert set(yard.core.cluster.services) == {("acme", "large"), ("acme", "small")}
+    serve(yard, "more", 1)
+    assert "10 replicas together" in yard.refused().text
+    scaled = ServiceScaleAsked(
+        tenant="acme", user="alice", submission_id="s7", service="large", min_replicas=1, max_replicas=3
+    )
+    yard.turn(scaled)
+    assert yard.refused().code == "OverQuota"
+    yard.turn(msgspec.structs.replace(scaled, submission_id="s8", max_replicas=1))
+    assert yard.answers[-1].accepted
+    yard.turn(ServiceDeleted(tenant="acme", user="alice", submission_id="s9", service="large"))
+    serve(yard, "more", 1)
+    assert yard.answers[-1].accepted
+
+
+def test_ended_jobs_leave_early_when_there_is_much_in_them() -> None:
+    yard = CoreHarness(CoreSettings(finished_bytes_max=100 * 1024), restart_every=2)
+    yard.join(node("n-1", 8))
+    for _ in range(5):
+        number = yard.submit(script(40))
+        yard.run(number)
+        yard.ended(number)
+        yard.settle()
+    kept = sorted(yard.core.cluster.finished)
+    assert kept == [number - 1, number]
+    assert yard.core.cluster.backlog.ended_bytes <= 100 * 1024

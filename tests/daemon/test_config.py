@@ -84,11 +84,17 @@ def test_the_process_refuses_with_its_own_exit_code(tmp_path: Path, capsys: pyte
 
 def test_a_tenants_own_table_goes_before_the_default_key_by_key(tmp_path: Path) -> None:
     file = tmp_path / "daemon.toml"
-    file.write_text("[tenants.default]\ngpus_max = 4\n[tenants.acme]\njobs_max = 5\n[tenants.big]\ngpus_max = 0\n")
-    policy = load(file, {}).policy()
-    assert policy.default == TenantLimits(4000, 100_000)
-    assert dict(policy.tenants) == {"acme": TenantLimits(4000, 5), "big": TenantLimits(0, 100_000)}
-    assert DaemonConfig().policy() == Policy(default=TenantLimits(0, 100_000))
+    file.write_text(
+        "[tenants.default]\ngpus_max = 4\n[tenants.acme]\njobs_max = 5\n"
+        "[tenants.big]\ngpus_max = 0\nbacklog_max = '1Gi'\n"
+    )
+    policy, usual = load(file, {}).policy(), 512 * 2**20
+    assert policy.default == TenantLimits(4000, 100_000, bytes_max=usual)
+    assert dict(policy.tenants) == {
+        "acme": TenantLimits(4000, 5, bytes_max=usual),
+        "big": TenantLimits(0, 100_000, bytes_max=2**30),
+    }
+    assert DaemonConfig().policy() == Policy(default=TenantLimits(0, 100_000, bytes_max=usual))
 
 
 def test_a_queue_has_a_rule_about_idle_cards_or_leaves_it_to_those_above(tmp_path: Path) -> None:
@@ -128,7 +134,9 @@ def test_queues_become_a_tree_with_quotas(tmp_path: Path) -> None:
     assert (lab.name, lab.grants) == ("lab", (Grant(nominal_milli=64_000),))
     assert (vision.parent, vision.weight) == ("lab", 3)
     assert vision.grants == (Grant(model="H100", kind="shared", nominal_milli=2500, borrow_milli=0, lend_milli=1000),)
-    assert dict(policy.tenants)["research"] == TenantLimits(jobs_max=100_000, queue="vision", weight=2)
+    assert dict(policy.tenants)["research"] == TenantLimits(
+        jobs_max=100_000, queue="vision", weight=2, bytes_max=512 * 2**20
+    )
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from typing import Any
 from gpuyard_daemon.core.placing.capacity import ClaimedPlace, NodeSpace, Pool
 from gpuyard_daemon.core.placing.partitions import Card, amounts_on, slices_at
 from gpuyard_daemon.core.state.arrays import LIVE_STATES
+from gpuyard_daemon.core.state.backlog import Backlog
 from gpuyard_daemon.core.state.cluster import Cluster
 from gpuyard_daemon.core.state.facts import PATIENT_CLAIMS
 from gpuyard_daemon.core.state.listing import JOB_STATES
@@ -229,8 +230,24 @@ def _indexes(cluster: Cluster) -> Iterator[str]:
         counts = {state: sum(1 for job in mine if job.state == state) for state in JOB_STATES}
         if counts != jobs.counts:
             yield f"counts of {owner or 'all'!r}: {jobs.counts}; by the jobs {counts}"
+    if (counted := _counted_anew(cluster)) != _counts(cluster.backlog):
+        yield f"backlog: {_counts(cluster.backlog)}; by jobs and services {counted}"
     if _capacity(cluster.pool) != cluster.pool.capacity_milli:
         yield f"capacity {cluster.pool.capacity_milli}; by the cards {_capacity(cluster.pool)}"
+
+
+def _counts(backlog: Backlog) -> tuple[dict[str, int], int, dict[str, int]]:
+    held, replicas = ({name: sum_ for name, sum_ in sums.items() if sum_} for sums in (backlog.bytes, backlog.replicas))
+    return held, backlog.ended_bytes, replicas
+
+
+def _counted_anew(cluster: Cluster) -> tuple[dict[str, int], int, dict[str, int]]:
+    fresh = Backlog(cluster.arrays)
+    for job in cluster.jobs.values():
+        fresh.enter(job)
+    for service in cluster.services.values():
+        fresh.set_service(service.tenant, None, service.spec)
+    return _counts(fresh)
 
 
 def _throttled(cluster: Cluster, waiting: set[int]) -> set[int]:

@@ -167,6 +167,7 @@ def ended(cluster: Cluster, fact: f.JobEnded, now_ms: int, effects: Effects) -> 
     cluster.claims.drop(job.id)
     cluster.promised.pop(job.id, None)
     cluster.arrays.ended(job)
+    cluster.backlog.ended(job)
     for freed in cluster.gates.leave(job, cluster.jobs, cluster.arrays):
         if cluster.jobs[freed].state == "pending":
             cluster.queue_up(cluster.jobs[freed])
@@ -188,6 +189,7 @@ def retired(cluster: Cluster, fact: f.JobRetired, now_ms: int, effects: Effects)
         raise InvariantViolated(f"job {job.id} was retired while {job.state}")
     del cluster.jobs[job.id]
     cluster.arrays.retired(job)
+    cluster.backlog.retired(job)
     cluster.finished.pop(job.id, None)
     for owner in (job.tenant, ""):
         jobs = cluster.lists[owner]

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 def service(cluster: Cluster, fact: f.ServiceSet, now_ms: int, effects: Effects) -> None:
     key = (fact.tenant, fact.spec.name)
     service = cluster.services.get(key)
+    cluster.backlog.set_service(fact.tenant, service.spec if service else None, fact.spec)
     if service is None:
         service = Service(fact.tenant, fact.user, fact.spec, fact.generation, now_ms)
         cluster.services[key] = service
@@ -31,7 +32,8 @@ def service(cluster: Cluster, fact: f.ServiceSet, now_ms: int, effects: Effects)
 
 
 def service_removed(cluster: Cluster, fact: f.ServiceRemoved, now_ms: int, effects: Effects) -> None:
-    del cluster.services[fact.tenant, fact.service]
+    service = cluster.services.pop((fact.tenant, fact.service))
+    cluster.backlog.set_service(fact.tenant, service.spec, None)
     cluster.unsettled.pop((fact.tenant, fact.service), None)
     cluster.changing.pop((fact.tenant, fact.service), None)
 

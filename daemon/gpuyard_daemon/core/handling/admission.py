@@ -18,6 +18,7 @@ from gpuyard_daemon.core.handling.services import apply_service, remove_service
 from gpuyard_daemon.core.placing.impossible import Missing
 from gpuyard_daemon.core.queueing.promises import promise
 from gpuyard_daemon.core.state import facts as f
+from gpuyard_daemon.core.state.backlog import bytes_of, bytes_of_service
 from gpuyard_daemon.core.state.cluster import Cluster
 from gpuyard_daemon.core.state.draft import Draft
 from gpuyard_daemon.core.state.inputs import (
@@ -32,6 +33,7 @@ from gpuyard_daemon.core.tenants.limits import never_within, refused_queue
 from gpuyard_daemon.core.tenants.tenancy import OVER_QUOTA, least_held
 from gpuyard_protocol.jobs import JobSpec, SubmissionAnswer, Why
 from gpuyard_protocol.names import SubmissionId, Tenant, User, is_submission_id, nearest
+from gpuyard_protocol.services import ServiceSpec
 
 
 def submit(draft: Draft, request: JobSubmitted) -> None:
@@ -39,8 +41,9 @@ def submit(draft: Draft, request: JobSubmitted) -> None:
         return
     spec = parted(draft, request.tenant, request.user, _settled(draft, request.tenant, request.spec))
     count = spec.array.count if spec.array else 1
-    if refusal := _too_many_jobs(draft, request.tenant, count):
-        _reject_for_now(draft, request.tenant, request.submission_id, refusal)
+    refusal = _too_many_jobs(draft, request.tenant, count) or too_large(draft, request.tenant, bytes_of(spec))
+    if refusal:
+        reject_for_now(draft, request.tenant, request.submission_id, refusal)
         return
     if refusal_and_near := refused_queue(draft.cluster, request.tenant, spec):
         refuse(draft, request, refusal_and_near[0], near=refusal_and_near[1])
@@ -55,10 +58,10 @@ def submit(draft: Draft, request: JobSubmitted) -> None:
             _reject_impossible(draft, request.tenant, request.submission_id, missing, chosen=request.chosen_id)
             return
         if never := draft.cluster.tenancy.never(request.tenant, least_held(spec.need, spec.least_replicas)):
-            _reject_for_now(draft, request.tenant, request.submission_id, never)
+            reject_for_now(draft, request.tenant, request.submission_id, never)
             return
         if never := never_within(draft.cluster, request.tenant, spec):
-            _reject_for_now(draft, request.tenant, request.submission_id, never)
+            reject_for_now(draft, request.tenant, request.submission_id, never)
             return
     if refusal_and_near := refused(draft, request.tenant, spec):
         refuse(draft, request, refusal_and_near[0], near=refusal_and_near[1])
@@ -119,7 +122,7 @@ def refuse_unseen(draft: Draft, request: RequestRefused) -> None:
     """Refused before anybody looked at it. Not remembered: a repetition is decided anew."""
     if answer_again_chosen(draft, request.tenant, request.submission_id):
         return
-    _reject_for_now(draft, request.tenant, request.submission_id, request.reason, request.retry_after_ms)
+    reject_for_now(draft, request.tenant, request.submission_id, request.reason, request.retry_after_ms)
 
 
 def apply(draft: Draft, request: ServiceApplied) -> None:
@@ -139,7 +142,10 @@ def apply(draft: Draft, request: ServiceApplied) -> None:
     cluster = draft.cluster
     never = cluster.tenancy.never(request.tenant, least_held(spec.need, 1))
     if never := never or never_within(cluster, request.tenant, replica_spec(spec)):
-        _reject_for_now(draft, request.tenant, request.submission_id, never)
+        reject_for_now(draft, request.tenant, request.submission_id, never)
+        return
+    if refusal := too_much_service(draft, request.tenant, known.spec if known else None, spec):
+        reject_for_now(draft, request.tenant, request.submission_id, refusal)
         return
     apply_service(draft, request.tenant, request.user, spec)
     answer = SubmissionAnswer(submission_id=request.submission_id, accepted=True, service=spec.name, at_ms=draft.now_ms)
@@ -184,7 +190,41 @@ def _too_many_jobs(draft: Draft, tenant: Tenant, count: int) -> Why | None:
     return Why(OVER_QUOTA, text)
 
 
-def _reject_for_now(
+def too_large(draft: Draft, tenant: Tenant, more: int) -> Why | None:
+    """Why a tenant may not hand in so many more bytes now; None if it may."""
+    most = draft.cluster.tenancy.limits(tenant).bytes_max
+    used = draft.cluster.backlog.bytes.get(tenant, 0)
+    if not most or more <= 0 or used + more <= most:
+        return None
+    text = (
+        f"tenant {tenant} has {_mib(used)} of commands, environments and scripts in jobs that have not ended and in "
+        f"services, and may have {_mib(most)}, and this is {_mib(more)} more: wait for some to end, cancel some, hand "
+        "in files instead (--upload, a shared directory), send equal jobs as an array, or ask the yard's operator to "
+        "raise backlog_max"
+    )
+    return Why(OVER_QUOTA, text)
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:.1f} MiB"
+
+
+def too_much_service(draft: Draft, tenant: Tenant, before: ServiceSpec | None, after: ServiceSpec) -> Why | None:
+    """Why a service may not become this; None if it may. Replicas are jobs, and wanted long after it was asked for."""
+    more = after.max_replicas - (before.max_replicas if before else 0)
+    most = draft.cluster.tenancy.limits(tenant).jobs_max
+    used = draft.cluster.backlog.replicas.get(tenant, 0)
+    if most and more > 0 and used + more > most:
+        text = (
+            f"tenant {tenant}'s services may have {used} replicas together, and this would be {more} more than that, "
+            f"where it may have {most} jobs: lower max_replicas, delete a service, or ask the yard's operator to raise "
+            "jobs_max"
+        )
+        return Why(OVER_QUOTA, text)
+    return too_large(draft, tenant, bytes_of_service(after) - (bytes_of_service(before) if before else 0))
+
+
+def reject_for_now(
     draft: Draft, tenant: Tenant, submission_id: SubmissionId, why: Why, retry_after_ms: int = 0
 ) -> None:
     """Refuse what may be let in later: also under a chosen id, so that a repetition is decided anew."""

@@ -120,6 +120,8 @@ def _housekeeping_ms(cluster: Cluster, settings: CoreSettings) -> list[int]:
         due.append(oldest.ended_ms + settings.finished_kept_ms + settings.housekeeping_ms)
         if len(cluster.finished) > settings.finished_kept_max + settings.retired_per_turn:
             due.append(0)
+        if cluster.backlog.ended_bytes > settings.finished_bytes_max:
+            due.append(0)
     for answers, most in _answers(cluster, settings):
         if len(answers) > most + settings.retired_per_turn:
             due.append(0)
@@ -143,7 +145,10 @@ def _keep_house(draft: Draft) -> None:
     retired = size = 0
     while cluster.finished and retired < settings.retired_per_turn and size < _RETIRED_BYTES_MAX:
         job = cluster.jobs[next(iter(cluster.finished))]
-        too_many = len(cluster.finished) > settings.finished_kept_max
+        too_many = (
+            len(cluster.finished) > settings.finished_kept_max
+            or cluster.backlog.ended_bytes > settings.finished_bytes_max
+        )
         if not too_many and job.ended_ms + settings.finished_kept_ms > now_ms:
             break
         draft.add(f.JobRetired(job.id, job_view(cluster, job, with_spec=True)))

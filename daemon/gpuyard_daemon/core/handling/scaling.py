@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from msgspec.structs import replace
 
+from gpuyard_daemon.core.handling.admission import reject_for_now, too_much_service
 from gpuyard_daemon.core.handling.answers import answer, answer_again_chosen, refuse
 from gpuyard_daemon.core.handling.directives import own_job
 from gpuyard_daemon.core.handling.services import rescale
@@ -62,6 +63,9 @@ def scale_service(draft: Draft, request: ServiceScaleAsked) -> None:
     if service is None:
         return
     spec = replace(service.spec, min_replicas=request.min_replicas, max_replicas=request.max_replicas)
+    if refusal := too_much_service(draft, request.tenant, service.spec, spec):
+        reject_for_now(draft, request.tenant, request.submission_id, refusal)
+        return
     _set(draft, request, service, spec, service.generation)
 
 

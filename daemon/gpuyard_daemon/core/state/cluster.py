@@ -38,6 +38,7 @@ from gpuyard_daemon.core.queueing.prediction import Lore
 from gpuyard_daemon.core.queueing.ranking import Ranking
 from gpuyard_daemon.core.state import facts as f
 from gpuyard_daemon.core.state.arrays import LIVE_STATES, Arrays
+from gpuyard_daemon.core.state.backlog import Backlog
 from gpuyard_daemon.core.state.effects import Effects
 from gpuyard_daemon.core.state.listing import JobList
 from gpuyard_daemon.core.state.model import (
@@ -107,6 +108,7 @@ class Cluster:
         #: Who waits for other jobs.
         self.gates = Gates()
         self.arrays = Arrays()
+        self.backlog = Backlog(self.arrays)
         #: Jobs that may start now, by id.
         self.waiting: dict[JobId, Job] = {}
         #: Jobs that began or ceased to wait since the line last looked; None: too many, it must look at them all.
@@ -362,6 +364,7 @@ class Cluster:
                 jobs = self.lists[owner] = JobList()
             jobs.add(job.id)
             jobs.counts[job.state] += 1
+        self.backlog.enter(job)
         if job.promised and not job.is_final:
             self.promised[job.id] = None
         if job.service and not job.is_final:

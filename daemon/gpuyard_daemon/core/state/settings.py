@@ -34,6 +34,8 @@ class CoreSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     finished_kept_ms: int = 3_600_000
     #: … or earlier, oldest first, when there are more than this. Bounds memory under a flood of short jobs.
     finished_kept_max: int = 20_000
+    #: … or so many bytes of commands, environments and scripts in them: a few may be as large as very many.
+    finished_bytes_max: int = 256 * 2**20
     #: A chosen submission id answers repeats with the first answer for this long.
     chosen_answers_kept_ms: int = 7 * 86_400_000
     #: Answers to requests without a chosen id are only kept for those who ask late.

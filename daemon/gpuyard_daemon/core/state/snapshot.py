@@ -155,6 +155,7 @@ def _rebuild(snapshot: Snapshot) -> Cluster:
     for service in snapshot.services:
         key = (service.tenant, service.spec.name)
         cluster.services[key] = service
+        cluster.backlog.set_service(service.tenant, None, service.spec)
         cluster.unsettled[key] = cluster.changing[key] = None
         if service.lower_since_ms:
             at_ms = service.lower_since_ms + service.spec.scale_down_after_ms

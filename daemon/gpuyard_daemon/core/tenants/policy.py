@@ -59,6 +59,9 @@ class TenantLimits(msgspec.Struct, frozen=True, omit_defaults=True):
     queue: str = ""
     #: Its part of the yard beside other tenants', for fairness.
     weight: int = 1
+    #: Bytes of commands, environments and scripts in jobs that have not ended and in services, there once for each
+    #: replica. Hard, like `jobs_max`.
+    bytes_max: int = 0
 
 
 NO_LIMITS = TenantLimits()
