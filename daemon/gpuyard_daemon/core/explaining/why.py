@@ -6,6 +6,7 @@ is changed, and the work is bounded: a question costs the same whether ten jobs 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import msgspec
@@ -50,7 +51,7 @@ class Explainer:
 
     def __init__(self, cluster: Cluster, line: WaitingLine, timeslice_milli_max: int) -> None:
         self._cluster = cluster
-        self._line = line
+        self.line = line
         self._timeslice_milli_max = timeslice_milli_max
         self.surveyor = Surveyor(cluster.pool)
 
@@ -72,7 +73,7 @@ class Explainer:
         shape = self.shape_of(job)
         survey = self.surveyor.survey(shape, job.id)
         limit = self._over_limit(survey, job)
-        ahead = self._line.ahead_of(job, now_ms)
+        ahead = self.line.ahead_of(job, now_ms)
         ends = cooldowns.ends_of(cluster, survey)
         switch_ms = ends.get(Reason.SWITCHED_LATELY, 0)
         answer = msgspec.structs.replace(
@@ -111,10 +112,8 @@ class Explainer:
         nodes = list(dict.fromkeys([placement.node for placement in claim.placements]))
         leaving = [self._cluster.jobs[number] for number in claim.evicted if number in self._cluster.jobs]
         leaving = [each for each in leaving if each.live]
-        own = [f"job {each.id}" for each in leaving if viewer is None or each.tenant == viewer]
-        others = len(leaving) - len(own)
-        names = own + ([f"{others} job{'s' if others > 1 else ''} of other tenants"] if others else [])
-        whom = f"{' and '.join(names)} to leave" if names else "those that hold them to end"
+        names = named(leaving, viewer)
+        whom = f"{names} to leave" if names else "those that hold them to end"
         return f"places on {', '.join(nodes)} are kept for it: it waits for {whom}"
 
     def shape_of(self, job: Job) -> Shape:
@@ -122,7 +121,7 @@ class Explainer:
 
     def _first_ahead(self, job: Job, now_ms: int, ahead: int) -> list[Job] | None:
         """Those before it, in order; None: too many to play them forward."""
-        return self._line.those_ahead(job, now_ms, ahead) if ahead <= AHEAD_MAX else None
+        return self.line.those_ahead(job, now_ms, ahead) if ahead <= AHEAD_MAX else None
 
     def _of_suspended(self, asked: Asked, answer: WhyAnswer) -> WhyAnswer:
         """A job whose work lies in the host's memory: it goes back to its own cards, once they are free."""
@@ -183,7 +182,7 @@ class Explainer:
 
     def places(self, job: Job) -> tuple[Placement, ...] | None:
         """Where placement would put it now, on cards that its queue may use; None: nowhere."""
-        queue = self._line.queue_of(job)
+        queue = self.line.queue_of(job)
         if self._cluster.quota.has_quotas:
             within = limits.within_quota(self._cluster, job)
             if within is not None and not isinstance(within, Obstacle):
@@ -193,7 +192,7 @@ class Explainer:
     def _over_limit(self, survey: Survey, job: Job) -> Why | None:
         """What limit and quotas say: to the least it could count for, or else to the places it would get now."""
         cluster = self._cluster
-        least = self._line.queue_of(job).least_milli(cluster.pool)
+        least = self.line.queue_of(job).least_milli(cluster.pool)
         over = cluster.tenancy.blocks(job.tenant, least) or limits.over_quota(cluster, job)
         if over is None and survey.starts and (cluster.tenancy.is_limited(job.tenant) or cluster.quota.has_quotas):
             placements = self.places(job)
@@ -202,6 +201,13 @@ class Explainer:
             if cluster.quota.has_quotas:
                 return Why(OVER_QUOTA, "its queue's quota leaves it only cards of models that are not free")
         return over
+
+
+def named(jobs: Sequence[Job], viewer: Tenant | None) -> str:
+    """Jobs in a sentence, as somebody may see them; "" for none."""
+    own = [f"job {each.id}" for each in jobs if viewer is None or each.tenant == viewer]
+    others = len(jobs) - len(own)
+    return " and ".join(own + ([f"{others} job{'s' if others > 1 else ''} of other tenants"] if others else []))
 
 
 def _summary(cluster: Cluster, survey: Survey, limit: Why | None) -> str:

@@ -143,6 +143,21 @@ class Rounds:
         return max(following_ms, -(-self._next_ms // period_ms) * period_ms)
 
 
+def foresee(draft: Draft, line: WaitingLine, job: Job) -> None:
+    """Note on a draft that changes nothing what would be done at once for a job, if it came into line now."""
+    cluster = draft.cluster
+    if cluster.draining or not len(cluster.running):
+        return
+    queue, rank = line.queue_of(job), cluster.ranking.rank_of(job, draft.now_ms)
+    if not cluster.tenancy.has_room(job.tenant, queue.least_milli(cluster.pool)):
+        return
+    if any(cluster.ranking.rank_of(first, draft.now_ms) < rank for first in line.first_of(queue, 1)):
+        return
+    period_ms = draft.now_ms - draft.now_ms % draft.settings.preempt_every_ms
+    present = Rounds()._present(draft, period_ms)
+    _Round(draft, line, present, CutNodes(cluster.pool), period_ms, is_full=False).serve_newcomer(queue, job, rank)
+
+
 def _made_way(draft: Draft) -> bool:
     """Somebody who had given way has left in this turn: the next may be told to go."""
     return any(isinstance(fact, f.JobRequeued) and fact.why.code == PREEMPTED for fact in draft.facts)
@@ -209,10 +224,20 @@ class _Round:
         lifts = [cluster.ranking.standing_of(job, now_ms)[1] for job in [*waiting, *cluster.suspended.values()]]
         return min([*moments, *[at_ms for at_ms in lifts if at_ms]], default=0)
 
+    @property
+    def _moving_most(self) -> int:
+        """How much may be on its way from one job to another."""
+        cluster, settings = self._draft.cluster, self._draft.settings
+        return max(_MOVING_MIN_MILLI, cluster.pool.capacity_milli * settings.preempt_moving_permille // 1000)
+
+    def serve_newcomer(self, queue: ShapeQueue, job: Job, rank: Rank) -> None:
+        """As `hold`, for a job that does not stand in line yet."""
+        if self._moving_milli < self._moving_most or rank.band == FLOOR:
+            self._serve(queue, job, rank)
+
     def hold(self, heads: Sequence[ShapeQueue]) -> bool:
         """Whether all of them were looked at."""
-        cluster, settings = self._draft.cluster, self._draft.settings
-        most = max(_MOVING_MIN_MILLI, cluster.pool.capacity_milli * settings.preempt_moving_permille // 1000)
+        cluster, most = self._draft.cluster, self._moving_most
         is_through = True
         self._heads = heads
         if self._is_full:
