@@ -38,6 +38,8 @@ from gpuyard_protocol.uploads import UploadHeld
 
 #: A `Sync` states the whole desired set of a node.
 COMMAND_BYTES_MAX = 8 * 1024 * 1024
+#: Commands that wait for the core's answer.
+WAITING_MAX = 256
 _FORWARDED = "_R_."
 _COMMAND = cast("type[Command]", Command)
 
@@ -88,13 +90,15 @@ class CommandDoor:
             return
         match command:
             case OrderBatch():
+                if self._is_full(message):
+                    return
                 for order in command.orders:
                     if isinstance(order, Start | Go):
                         self._metrics.ordered(order.key)
                 self._inbox.put(OrdersReceived(self._request(message), command))
-            case Sync():
+            case Sync() if not self._is_full(message):
                 self._inbox.put(SyncReceived(self._request(message), command))
-            case Renew():
+            case Renew() if not self._is_full(message):
                 self._inbox.put(RenewalReceived(self._request(message), command))
             case SyncPart():
                 self._take_part(message, command)
@@ -114,8 +118,18 @@ class CommandDoor:
         if whole is None:
             # Kept, and not acted on.
             self._reply(message.reply, OrderAnswer(status="ok"))
-        else:
+        elif not self._is_full(message):
             self._inbox.put(SyncReceived(self._request(message), whole))
+
+    def _is_full(self, message: Message) -> bool:
+        """So much waits for the core that nothing more is taken: unanswered, it is sent again as a `Sync`. One leader
+        has one command under way, so this is not met by anything that keeps to the protocol.
+        """
+        if len(self._replies) < WAITING_MAX:
+            return False
+        self._metrics.orders.labels("dropped").inc()
+        _log.warning("command dropped", subject=message.subject, why=f"{WAITING_MAX} commands wait")
+        return True
 
     def answer(self, request: int, answer: OrderAnswer) -> None:
         self._metrics.orders.labels(answer.status).inc()

@@ -2,7 +2,7 @@
 
 Each segment file holds the records of a range of sequences, one JSON object a line, as they stood in the stream:
 enough to replay last week with other settings. A snapshot a day is kept beside them as a place to begin. After
-`keep_days` both go.
+`keep_days` both go, and the oldest before that where all of them take more than `most_bytes`.
 
 Segments are read back from the stream itself rather than collected on the way, so that a daemon that was killed
 leaves no gap.
@@ -15,6 +15,7 @@ import gzip
 import os
 import re
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
@@ -24,8 +25,9 @@ from gpuyard_daemon.snapshots import sync_directory
 from gpuyard_protocol.bus.base import StoredMessage
 
 _SEGMENT = re.compile(r"^journal-(\d{16})-(\d{16})\.jsonl\.gz$")
-#: Records of one segment file at most; bounds what is held in memory while it is read.
+#: Records of one segment file at most, and about how many bytes: what is held in memory while it is read.
 SEGMENT_RECORDS_MAX = 20_000
+SEGMENT_BYTES_MAX = 64 * 2**20
 _DAY_S = 86_400
 
 
@@ -39,9 +41,10 @@ class ArchivedRecord(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Archive:
-    def __init__(self, directory: Path, keep_days: int) -> None:
+    def __init__(self, directory: Path, keep_days: int, most_bytes: int = 2**62) -> None:
         self.directory = directory
         self._keep_days = keep_days
+        self._most_bytes = most_bytes
         directory.mkdir(parents=True, exist_ok=True)
 
     def end(self) -> int:
@@ -53,16 +56,11 @@ class Archive:
         start = max(first, self.end() + 1)
         while start <= up_to:
             last = min(up_to, start + SEGMENT_RECORDS_MAX - 1)
-            lines: list[bytes] = []
-
-            def take(message: StoredMessage, lines: list[bytes] = lines) -> None:
-                if message.subject == "jrn.e":
-                    lines.append(_line(message))
-
-            await journal.replay(start, last, take)
-            if lines:
-                await asyncio.to_thread(self._write, start, last, lines)
-            start = last + 1
+            segment = _Segment(last)
+            await journal.replay(start, last, segment.take)
+            if segment.lines:
+                await asyncio.to_thread(self._write, start, segment.last, segment.lines)
+            start = segment.last + 1
 
     def _write(self, first: int, last: int, lines: list[bytes]) -> None:
         temporary = self.directory / f"writing-{first:016d}"
@@ -84,9 +82,33 @@ class Archive:
 
     def forget_old(self) -> None:
         horizon = time.time() - self._keep_days * _DAY_S
-        for path in self.directory.iterdir():
-            if path.stat().st_mtime < horizon:
+        found = sorted((status.st_mtime, status.st_size, path) for path, status in self._files())
+        left = sum([size for _, size, _ in found])
+        for changed_at, size, path in found:
+            if changed_at < horizon or left > self._most_bytes:
                 path.unlink(missing_ok=True)
+                left -= size
+
+    def _files(self) -> Iterator[tuple[Path, os.stat_result]]:
+        for path in self.directory.iterdir():
+            yield path, path.stat()
+
+
+class _Segment:
+    """What is read of the journal for one file, until there is enough of it."""
+
+    def __init__(self, last: int) -> None:
+        #: The last sequence that it covers.
+        self.last = last
+        self.lines: list[bytes] = []
+        self._size = 0
+
+    def take(self, message: StoredMessage) -> None:
+        if self._size < SEGMENT_BYTES_MAX and message.subject == "jrn.e":
+            self.lines.append(line := _line(message))
+            self._size += len(line)
+            if self._size >= SEGMENT_BYTES_MAX:
+                self.last = message.sequence
 
 
 def _line(message: StoredMessage) -> bytes:

@@ -294,6 +294,7 @@ class Daemon:
         write_mark(self._base.config.directory / "clock.json", self.clock)
 
     async def _forget(self) -> None:
+        self.dispatcher.forget_removed()
         await self._base.history.forget_old(self.clock.now_ms())
 
     async def hand_over(self) -> str:
@@ -400,11 +401,12 @@ def _monitor(config: DaemonConfig, core: Scheduler, runtime: Runtime, dispatcher
 
 
 def _upkeep(base: Foundations, core: Scheduler, journal: Journal, announcer: Announcer, replay: Replay) -> Upkeep:
+    journaled = base.config.journal
     return Upkeep(
-        base.config.journal,
+        journaled,
         journal,
         base.store,
-        Archive(base.config.directory / "archive", base.config.journal.archive_days),
+        Archive(base.config.directory / "archive", journaled.archive_days, journaled.archive_max * 2**20),
         base.history,
         announcer,
         core.snapshot,
@@ -497,7 +499,7 @@ async def run(config: DaemonConfig, fate: Fate, health: Health, notifier: Notifi
         health.is_connected = lambda: bus.is_connected and api_bus.is_connected
         for connection in (bus, api_bus):
             connection.on_error(lambda error: log.warning("bus.error", error=str(error)))
-        history = History(directory / "history.sqlite", config.history_days)
+        history = History(directory / "history.sqlite", config.history_days, config.history_max * 2**20)
         await history.open()
         stack.push_async_callback(history.close)
         store = SnapshotStore(directory / "snapshots", config.yard)

@@ -53,6 +53,7 @@ class JournalConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     snapshot_after: Duration = Duration(600_000)
     #: Pruned journal segments stay in the archive for so long.
     archive_days: int = 30
+    archive_max: Memory = Memory(16 * 1024)
 
 
 class NodesConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -109,8 +110,9 @@ class DaemonConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     http_cert: str = ""
     http_key: str = ""
     log_level: str = "info"
-    #: Finished jobs stay in the history database for so long.
+    #: Finished jobs stay in the history database for so long, and while it is no larger than this.
     history_days: int = 400
+    history_max: Memory = Memory(8 * 1024)
     journal: JournalConfig = JournalConfig()
     nodes: NodesConfig = NodesConfig()
     scheduler: CoreSettings = CoreSettings()
@@ -199,7 +201,9 @@ class DaemonConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             ("journal.snapshot_after", self.journal.snapshot_after),
             ("journal.archive_days", self.journal.archive_days),
             ("nodes.suspected_after", self.nodes.suspected_after),
+            ("journal.archive_max", self.journal.archive_max),
             ("history_days", self.history_days),
+            ("history_max", self.history_max),
         ):
             if value <= 0:
                 raise bad(name, str(value), "more than 0")

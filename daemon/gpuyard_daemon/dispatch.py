@@ -178,6 +178,12 @@ class Dispatcher:
         if channel.wants_sync or channel.pending:
             self._pump(channel)
 
+    def forget_removed(self) -> None:
+        """Nodes that the yard no longer knows; to be called now and then."""
+        for node in self._channels.keys() - set(self._core.known_nodes()):
+            if not self._channels[node].is_busy:
+                del self._channels[node]
+
     def stop(self) -> None:
         """Send nothing more."""
         self._is_stopped = True

@@ -28,6 +28,10 @@ log = structlog.get_logger("history")
 
 T = TypeVar("T")
 
+#: Of its jobs, what goes at once when there are too many.
+TRIM_PART = 50
+_PAGES = ("page_count", "freelist_count", "page_size")
+
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS jobs (
     job INTEGER PRIMARY KEY,
@@ -65,9 +69,11 @@ class HistoryFilter(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class History:
-    def __init__(self, path: Path, keep_days: int) -> None:
+    def __init__(self, path: Path, keep_days: int, most_bytes: int = 2**62) -> None:
+        """`most_bytes`: where the file's rows take more, the oldest jobs go before their time."""
         self._path = path
         self._keep_ms = keep_days * _DAY_MS
+        self._most_bytes = most_bytes
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="history")
         self._connection: sqlite3.Connection | None = None
         self._waiting: list[JobView] = []
@@ -210,6 +216,19 @@ class History:
             connection.execute("ROLLBACK")
             raise
         connection.execute("COMMIT")
+        self._trim()
+
+    def _trim(self) -> None:
+        """The oldest jobs go where there is too much; room that they leave in the file is used again."""
+        connection = self._require()
+        while True:
+            pages, free, size = [int(connection.execute(f"PRAGMA {name}").fetchone()[0]) for name in _PAGES]
+            first, last = connection.execute("SELECT MIN(job), MAX(job) FROM jobs").fetchone()
+            if (pages - free) * size <= self._most_bytes or first is None:
+                return
+            below = first + max(1, (last - first) // TRIM_PART)
+            gone = connection.execute("DELETE FROM jobs WHERE job < ?", (below,)).rowcount
+            log.warning("history.trimmed", jobs=gone, below=below, most_mib=self._most_bytes // 2**20)
 
     def _counts(self) -> list[tuple[int, int, int]]:
         question = "SELECT job / ?, COUNT(*), SUM(job) FROM jobs GROUP BY 1 ORDER BY 1"

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import sqlite3
 import time
+from collections import deque
 
 import msgspec
 import structlog
@@ -27,6 +28,8 @@ log = structlog.get_logger("history")
 ANSWER_BYTES = 512 * 1024
 PAUSE_S = 0.05
 RETRY_S = 10.0
+#: Processes remembered whose history is here: one forgotten costs a comparison of counts.
+DONE_MAX = 64
 
 
 class HistoryCopy:
@@ -34,7 +37,7 @@ class HistoryCopy:
         self._history = history
         self._presence = presence
         #: Processes whose history this one has.
-        self._done: set[str] = set()
+        self._done: deque[str] = deque(maxlen=DONE_MAX)
         presence.history = self.answer
 
     async def answer(self, asked: CountHistory | ReadHistory) -> HistoryCounts | HistoryRows | None:
@@ -62,7 +65,7 @@ class HistoryCopy:
         except (BusError, Malformed, sqlite3.Error) as error:
             log.warning("history.uncopied", holder=holder, copied=copied, error=str(error))
             return False
-        self._done.add(holder)
+        self._done.append(holder)
         log.info("history.copied", holder=holder, jobs=copied, seconds=round(time.monotonic() - began, 1))
         return True
 

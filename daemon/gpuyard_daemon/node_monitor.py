@@ -232,7 +232,13 @@ class NodeMonitor:
             self.grace()
         if self._is_deaf:
             return
-        for node in self._core.known_nodes():
+        known = self._core.known_nodes()
+        if len(self._watches) > len(known):
+            for gone in self._watches.keys() - set(known):
+                del self._watches[gone]
+                self.telemetry.pop(gone, None)
+                self.twins.discard(gone)
+        for node in known:
             watch = self._watches.get(node)
             if watch is None:
                 self._watches[node] = _Watch(now)

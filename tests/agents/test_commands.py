@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from gpuyard_agent.commands import CommandDoor
+from gpuyard_agent.commands import WAITING_MAX, CommandDoor
 from gpuyard_agent.core.events import OrdersReceived, SyncReceived
 from gpuyard_agent.inbox import Inbox
 from gpuyard_agent.logs import Followers, LogStore
@@ -163,3 +163,16 @@ async def test_a_first_piece_begins_anew(desk: Desk) -> None:
     (whole,) = await desk.inbox.take()
     assert isinstance(whole, SyncReceived)
     assert [entry.start.key.job for entry in whole.sync.desired] == [7, 8]
+
+
+async def test_no_more_commands_are_taken_than_can_wait(desk: Desk) -> None:
+    """Whoever keeps to the protocol has one under way; a flood of them is not answered, and costs no memory."""
+    for number in range(WAITING_MAX + 50):
+        desk.say(encode(BATCH), reply=f"_R_.{number}")
+    desk.say(encode(Sync(node="node-1", instance="i", epoch=1, n=1, desired=())))
+    taken = [*await desk.inbox.take()]
+    assert len(taken) == WAITING_MAX
+    assert all(isinstance(event, OrdersReceived) for event in taken)
+    desk.door.answer(1, OrderAnswer(status="ok"))
+    desk.say(encode(BATCH), reply="_R_.again")
+    assert len(await desk.inbox.take()) == 1

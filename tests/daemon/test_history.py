@@ -159,3 +159,17 @@ async def test_what_another_daemon_knows_is_taken_over_whatever_is_missing_where
 async def test_a_daemon_that_knows_of_no_such_question_is_asked_again_later(tmp_path: Path) -> None:
     (_, copy), _ = [pair async for pair in two_daemons(tmp_path)]
     assert not await copy.copy_from("nobody")
+
+
+async def test_the_oldest_jobs_go_before_their_time_where_they_take_too_much_room(tmp_path: Path) -> None:
+    history = History(tmp_path / "history.sqlite", 400, 2**20)
+    await history.open()
+    for first in range(1, 2001, 100):
+        history.take([msgspec.structs.replace(view(job), name="n" * 4000) for job in range(first, first + 100)], first)
+        await history.flush()
+    kept = await numbers(history, HistoryFilter(limit=5000))
+    assert 100 < len(kept) < 300
+    assert kept == list(range(2000, 2000 - len(kept), -1))
+    assert history.through == 1901
+    await history.close()
+    assert (tmp_path / "history.sqlite").stat().st_size < 4 * 2**20

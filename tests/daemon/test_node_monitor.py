@@ -254,3 +254,15 @@ def test_telemetry_is_kept_for_known_nodes_and_poison_is_counted() -> None:
         world.monitor.on_heartbeat_message(message)
     assert world.monitor.telemetry == {"n-1": good}
     assert world.monitor.poison == 6
+
+
+def test_nothing_is_kept_of_a_node_that_was_removed() -> None:
+    world = World("n-1", "n-2")
+    for node in ("n-1", "n-2"):
+        world.beat(node)
+        told = Telemetry(node=node, at_ms=1, devices=())
+        world.monitor.on_telemetry_message(Message(f"tel.{node}.devices", encode(told)))
+    world.states.pop("n-1")
+    world.monitor.tick()
+    assert set(world.monitor.telemetry) == {"n-2"}
+    assert [world.monitor.heard_ms_ago(node) for node in ("n-1", "n-2")] == [-1, 0]

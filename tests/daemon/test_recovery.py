@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import gzip
 import json
+import os
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 
-from gpuyard_daemon import recovery
+from gpuyard_daemon import archive, recovery
 from gpuyard_daemon.announce import Announcer
 from gpuyard_daemon.archive import Archive
 from gpuyard_daemon.config import DaemonConfig, JournalConfig
@@ -131,11 +133,32 @@ async def test_pruning_keeps_what_the_older_snapshot_needs_and_archives_the_rest
     assert state.messages < rig.journal.last_sequence
     turns = []
     for path in sorted(rig.archive.directory.glob("journal-*.gz")):
-        lines = gzip.decompress(path.read_bytes()).splitlines()
-        turns += [json.loads(line)["record"]["turn"] for line in lines]
+        turns += [json.loads(line)["record"]["turn"] for line in _lines(path)]
     assert turns == list(range(1, len(turns) + 1))
     assert len(turns) == rig.store.read_header(older).turn
     assert list(rig.archive.directory.glob("*.snap"))
+
+
+def _lines(segment: Path) -> list[bytes]:
+    return gzip.decompress(segment.read_bytes()).splitlines()
+
+
+async def test_the_archive_is_bounded_in_bytes_and_read_in_pieces(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(archive, "SEGMENT_BYTES_MAX", 2000)
+    await rig.work(20)
+    kept = Archive(rig.archive.directory, 30, 3000)
+    last = rig.journal.last_sequence
+    await kept.keep(rig.journal, 1, last)
+    segments = sorted(kept.directory.glob("journal-*.gz"))
+    turns = [json.loads(line)["record"]["turn"] for path in segments for line in _lines(path)]
+    assert turns == list(range(1, len(turns) + 1))
+    assert (len(segments) > 3, kept.end()) == (True, last)
+    for age, path in enumerate(reversed(segments), 1):
+        os.utime(path, (time.time() - age, time.time() - age))
+    kept.forget_old()
+    left = sorted(kept.directory.glob("journal-*.gz"))
+    assert 0 < sum(path.stat().st_size for path in left) <= 3000
+    assert left == segments[-len(left) :]
 
 
 async def test_retired_jobs_reach_the_history_even_when_it_was_left_behind(rig: Rig) -> None:

@@ -23,6 +23,9 @@ from gpuyard_agent.devices.base import NoAnswer
 
 T = TypeVar("T")
 
+#: Calls that wait for a thread; more than that only where its driver hangs.
+CALLS_MAX = 256
+
 
 class _Call(Generic[T]):
     """One call that waits for its turn."""
@@ -62,7 +65,11 @@ class DriverThread:
         self._thread.start()
 
     async def call(self, name: str, function: Callable[[], T], deadline_s: float) -> T:
-        """What the function returns or raises; `NoAnswer` if that takes longer than the deadline."""
+        """What the function returns or raises; `NoAnswer` if that takes longer than the deadline, and at once if too
+        many wait already.
+        """
+        if self._calls.qsize() >= CALLS_MAX:
+            raise NoAnswer(f"{name}: {CALLS_MAX} calls wait for the driver, which hangs in: {self._present}")
         call = _Call(name, function)
         self._calls.put(call)
         try:
