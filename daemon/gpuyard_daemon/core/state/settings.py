@@ -43,8 +43,9 @@ class CoreSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     #: Most answers of either kind; beyond it the oldest go early.
     chosen_answers_max: int = 1_000_000
     given_answers_max: int = 100_000
-    #: Facts one turn adds for housekeeping (jobs retired); bounds the record's size.
-    retired_per_turn: int = 1000
+    #: Facts one turn adds for housekeeping (jobs retired): some two milliseconds, which nobody who waits for a decision
+    #: notices; bounds the record's size, too.
+    retired_per_turn: int = 100
     #: Housekeeping waits until this much of it can be done at once, so that it causes few turns.
     housekeeping_ms: int = 10_000
     #: Most compute promised on a time-sliced card, in thousandths of it: four jobs of a whole card's appetite.
