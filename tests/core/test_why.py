@@ -240,7 +240,7 @@ def _starts_after(h: CoreHarness, number: int, ends: tuple[int, ...]) -> bool:
 
 def changed(spec: JobSpec, fields: dict[str, Any]) -> JobSpec:
     """The specification with a remedy's fields, as somebody would resubmit it."""
-    own = {"replicas": fields["replicas"]} if "replicas" in fields else {}
+    own = {name: fields[name] for name in ("replicas", "min_replicas") if name in fields}
     of_need: dict[str, Any] = {}
     for name, value in fields.items():
         match name:
@@ -283,7 +283,9 @@ def test_what_is_beyond_the_tenants_limit_is_no_remedy(yard: CoreHarness) -> Non
     assert remedies(answer) == [("FewerGpus", {"gpus": 1}), ("EndOf", {}), ("RaiseQuota", {})]
     yard.limit(gpus_milli=2000)
     answer = why(yard, yard.submit(job(gpus=2)))
-    assert [kind for kind, _ in remedies(answer)] == ["EndOf", "RaiseQuota"]
+    # Who ends leaves room for the one before it, and a limit must be raised for both.
+    assert [kind for kind, _ in remedies(answer)] == ["RaiseQuota"]
+    assert "from 2 to 6" in answer.remedies[0].text
 
 
 # --- when ------------------------------------------------------------------------------------------------------------

@@ -5,7 +5,8 @@ smallest comes first: what takes nothing away from the job (a constraint, anothe
 the least. After what its owner can do stands what others would have to: end a job, raise a limit.
 
 The search is bounded in units of work. What is found is true of the present state; what is not found may exist. What
-becomes free by somebody's end goes to those ahead in line first, so where many are ahead, no end is promised to help.
+becomes free by somebody's end goes to those ahead in line first, so where many are ahead, no end is promised to help;
+nor is that of one by whose end others come into line, or back to their cards.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from gpuyard_daemon.core.tenants.tenancy import held_by, least_held
 from gpuyard_protocol.explaining import Remedy
 from gpuyard_protocol.jobs import Why
 from gpuyard_protocol.names import NodeId, Tenant
-from gpuyard_protocol.resources import Isolation, ResourceNeed
+from gpuyard_protocol.resources import Isolation, ResourceNeed, devices_of
 from gpuyard_protocol.units import MILLI, format_mib, format_milli
 
 _Fields: TypeAlias = dict[str, str | int | None]
@@ -74,7 +75,7 @@ class Remedies:
         """
         found: list[Remedy] = []
         if limit is not None and self._survey.starts:
-            found += self._within_limit(held)
+            found += self._within_limit(held, ahead)
         ladders: dict[str, list[Change]] = {}
         for change in self._changes():
             ladders.setdefault(change.kind, []).append(change)
@@ -105,7 +106,8 @@ class Remedies:
             if isinstance(within, Obstacle):
                 return None
             need = msgspec.structs.replace(need, models=within) if within else need
-        found = self._surveyor.where_starts(self._shaped(need, change.replicas), self._job.id, self._work)
+        # Whoever asks for something else is somebody else: what is kept for the job as it is, is not for that.
+        found = self._surveyor.where_starts(self._shaped(need, change.replicas), 0, self._work)
         if found is None or cluster.tenancy.blocks(self._job.tenant, found[1]) is not None:
             return None
         return found[0]
@@ -116,11 +118,23 @@ class Remedies:
 
     def _remedy(self, change: Change, where: Group) -> Remedy:
         text = change.text
+        fields = change.fields
         if change.kind == "OtherModel":
             models = sorted({card.device.short_model for card in where.space.cards if card.present})
-            text = f"on {' or '.join(models)}, without asking for {'|'.join(self._shape.need.models)}"
-            change = change._replace(fields={"gpu_model": models[0] if len(models) == 1 else None})
-        return Remedy(kind=change.kind, text=text, fields=change.fields, nodes=where.nodes[:1])
+            asked = "|".join(self._shape.need.models) or "so much memory"
+            text = f"on {' or '.join(models)}, without asking for {asked}"
+            fields = {"gpu_model": models[0] if len(models) == 1 else None}
+            if change.replicas > 1 and not self._starts_on(change, models):
+                text, fields = f"on whatever cards there are, without asking for {asked}", {"gpu_model": None}
+        if self._job.spec.total_gpus and not fields.keys().isdisjoint(("gpus", "replicas")):
+            # How they are parted is for the yard to say, or for its owner.
+            fields = {"total_gpus": None, "replicas": change.replicas, "gpus": change.need.gpus}
+        return Remedy(kind=change.kind, text=text, fields=fields, nodes=where.nodes[:1])
+
+    def _starts_on(self, change: Change, models: list[str]) -> bool:
+        """Whether all its replicas find places on one of these models alone."""
+        need = msgspec.structs.replace(change.need, models=tuple(models))
+        return len(models) == 1 and self._starts(change._replace(need=need)) is not None
 
     # --- what may be changed -----------------------------------------------------------------------------------------
 
@@ -133,11 +147,13 @@ class Remedies:
         yield from self._shares()
         if self._shape.replicas > 1 and self._survey.members:
             for replicas in dict.fromkeys((min(self._survey.members, self._shape.replicas - 1), 1)):
+                is_elastic = self._job.is_elastic
                 yield self._change(
                     "FewerReplicas",
                     MILLI * (self._shape.replicas - replicas) // self._shape.replicas,
-                    f"with {_count(replicas, 'replica')} instead of {self._shape.replicas}",
-                    {"replicas": replicas},
+                    f"with {_count(replicas, 'replica')}{' or more' if is_elastic else ''} "
+                    f"instead of {self._shape.replicas}",
+                    {"min_replicas" if is_elastic else "replicas": replicas},
                     replicas=replicas,
                 )
 
@@ -178,6 +194,8 @@ class Remedies:
                 gpus, more = need.gpus // parts, replicas * parts
                 text = f"as {more} replicas of {_count(gpus, 'GPU')} instead of {replicas} of {need.gpus}"
                 fields: _Fields = {"replicas": more, "gpus": gpus}
+                if self._job.is_elastic:
+                    fields = {"min_replicas": more, "replicas": self._job.spec.replicas * parts, "gpus": gpus}
                 yield self._change("OtherSplit", 40 + parts, text, fields, self._with(gpus=gpus), more)
         best = max([self._idle(f.group) for f in self._survey.nearest()], default=0)
         for gpus in dict.fromkeys((min(best, need.gpus - 1), need.gpus // 2, need.gpus // 4, 1)):
@@ -252,7 +270,7 @@ class Remedies:
 
     # --- what others would have to do --------------------------------------------------------------------------------
 
-    def _within_limit(self, held: list[Held]) -> Iterator[Remedy]:
+    def _within_limit(self, held: list[Held], ahead: list[Job] | None) -> Iterator[Remedy]:
         """There is room, and the tenant or queue may not have it: it holds less, or may hold more."""
         tenancy, tenant, shape = self._cluster.tenancy, self._job.tenant, self._shape
         found = self._surveyor.where_starts(shape, self._job.id, self._work)
@@ -265,11 +283,15 @@ class Remedies:
         own = [
             each
             for each in held
-            if each.job.tenant == tenant and holds - _held(self._cluster, each.job) + milli <= most
+            if each.job.tenant == tenant
+            and holds - _held(self._cluster, each.job) + milli <= most
+            and not self._lets_others_in(each.job)
         ]
-        if own:
+        before = [each for each in ahead or () if each.tenant == tenant]
+        if own and ahead is not None and not before:
             first = min(own, key=lambda each: (each.until_ms or 2**62, each.job.id))
             yield self._end_of([first.job], "")
+        milli += sum([least_held(each.spec.need, each.spec.least_replicas) for each in before])
         text = f"if the yard's operator raised tenant {tenant}'s gpus_max from {format_milli(most)} to "
         yield Remedy(kind="RaiseQuota", text=text + format_milli(holds + milli), by="operator")
 
@@ -278,6 +300,8 @@ class Remedies:
         mine = self._job.tenant
         ranked = sorted(held, key=lambda h: (h.job.tenant != mine, h.until_ms or 2**62, -h.milli, h.job.id))
         for candidate in ranked[:_END_JOBS_MAX]:
+            if self._lets_others_in(candidate.job):
+                continue
             trial = PoolTrial(self._cluster.pool).without(candidate.job.assignments)
             if (node := self._starts_in(trial, ahead)) is not None:
                 return [self._end_of([candidate.job], node)]
@@ -290,7 +314,13 @@ class Remedies:
             if not self._work.spend(_PLACING_UNITS * len(left) * job.spec.least_replicas):
                 return None
             other = Shape(job.spec.need, job.spec.least_replicas, job.tenant, job.user, self._shape.timeslice_milli_max)
-            trial.place(other, job.id, left)
+            is_open = other.replicas > 1 and trial.place(other, job.id, left) is None
+            if (is_open or job.service) and any(room_on(trial.space(n), other, job.id, spanning=True) for n in left):
+                # Part of a gang fits there, and maybe the rest of it where there was room before; and replicas of a
+                # service go apart from each other.
+                return None
+            if other.replicas == 1:
+                trial.place(other, job.id, left)
         members, first = self._survey.members, ""
         for node in left:
             if not self._work.spend(_PLACING_UNITS * self._shape.replicas):
@@ -326,12 +356,26 @@ class Remedies:
             job = self._cluster.jobs[assignment.key.job]
             if job in gone:
                 continue
+            if self._lets_others_in(job):
+                return None
             gone.append(job)
             trial = PoolTrial(self._cluster.pool)
             trial.without([each for other in gone for each in other.assignments if each.node == node])
             if not isinstance(trial.judge(node, self._shape, owner=self._job.id), Reason):
                 return gone if self._starts_in(trial, ahead) == node else None
         return None
+
+    def _lets_others_in(self, job: Job) -> bool:
+        """Whether by its end others come into line, or back to their cards: they may well go first."""
+        cluster = self._cluster
+        left = {uuid for each in job.assignments if each.is_live for uuid in devices_of(each.partition)}
+        homes = [each.assignments[0].home for each in cluster.suspended.values()]
+        throttle = cluster.arrays.throttle(job)
+        return (
+            any(home is not None and not left.isdisjoint(devices_of(home)) for home in homes)
+            or (throttle is not None and throttle.keeps_back)
+            or cluster.gates.is_awaited(job, cluster.jobs)
+        )
 
     def _end_of(self, gone: list[Job], node: NodeId) -> Remedy:
         own = [job for job in gone if self._viewer is None or job.tenant == self._viewer]

@@ -10,6 +10,7 @@ Who can never start is listed here as `doomed`; ending them is a decision, made 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from itertools import islice
 from typing import TypeAlias
 
 from gpuyard_daemon.core.state.arrays import Arrays
@@ -90,6 +91,13 @@ class Gates:
         if not job.spec.singleton:
             return True
         return next(iter(self._named[_group(job)])) == job.id
+
+    def is_awaited(self, job: Job, jobs: Mapping[JobId, Job]) -> bool:
+        """Whether others may be free to start once it has ended."""
+        if job.id in self._dependents or job.array in self._dependents:
+            return True
+        alike = islice(self._named.get(_group(job), ()) if _is_grouped(job) else (), 2)
+        return job.id == next(alike, 0) and any(jobs[other].spec.singleton for other in alike)
 
     def leave(self, job: Job, jobs: Mapping[JobId, Job], arrays: Arrays) -> Iterable[JobId]:
         """A job has ended: who may be free to start now."""

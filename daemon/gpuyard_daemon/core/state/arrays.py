@@ -28,6 +28,11 @@ class Throttle:
         self._admitted = 0
         self._live = 0
 
+    @property
+    def keeps_back(self) -> bool:
+        """Whether more elements could start than may look for a place."""
+        return len(self._could) > self._admitted
+
     def could(self, job: JobId) -> bool:
         """Enter an element that could start; whether it may at once, unless `settle` says otherwise."""
         place = bisect_left(self._could, job)
