@@ -34,9 +34,11 @@ TURN_BYTES_MAX = 256 * 1024
 TURN_INPUTS_MAX = 500
 #: No fewer than this where as many wait: a turn has a cost of its own, its append above all.
 TURN_INPUTS_MIN = 16
-#: What the core should take for one turn, seconds. Several times what a durable append takes on a usual disk (0.1 to
-#: 3 ms), so that shorter turns cost little throughput; a moment for whoever asks something meanwhile.
+#: What the core should take for one turn, seconds: a moment for whoever asks something meanwhile.
 TURN_CORE_S = 0.02
+#: But so many times what else the turn takes, its append above all, where the disk is slow (0.1 to 3 ms is usual): a
+#: fifth of the time at most is waited, however much comes in.
+TURN_CORE_TIMES = 4
 #: Of a turn's bytes and inputs, what reports may take while submissions wait.
 REPORTS_PART = 3 / 4
 HIGH_WATER_MESSAGES = 4096
@@ -65,18 +67,19 @@ class Taken(NamedTuple):
 
 
 class Pace:
-    """How many inputs a turn takes: as many as the core lately decided in `TURN_CORE_S`."""
+    """How many inputs a turn takes: as many as the core lately decided in `TURN_CORE_S`, more behind a slow disk."""
 
     def __init__(self) -> None:
         self.inputs = TURN_INPUTS_MAX // 4
 
-    def turn_ended(self, inputs: int, core_s: float) -> None:
+    def turn_ended(self, inputs: int, core_s: float, rest_s: float) -> None:
         """Only a full turn says what so many cost: one of few inputs is mostly the cost of any turn."""
         if inputs < self.inputs:
             return
-        if core_s > TURN_CORE_S:
+        allowed_s = max(TURN_CORE_S, TURN_CORE_TIMES * rest_s)
+        if core_s > allowed_s:
             self.inputs = max(TURN_INPUTS_MIN, self.inputs // 2)
-        elif core_s < TURN_CORE_S / 2:
+        elif core_s < allowed_s / 2:
             self.inputs = min(TURN_INPUTS_MAX, self.inputs * 2)
 
 

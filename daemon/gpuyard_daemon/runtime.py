@@ -171,7 +171,7 @@ class Runtime:
         self._health.turn_since = None
         if not turn.unfinished:
             # Starts, not inputs, are what an unfinished turn was long for.
-            self.inbox.pace.turn_ended(len(taken.inputs), decided - began)
+            self.inbox.pace.turn_ended(len(taken.inputs), decided - began, time.monotonic() - decided)
         self._measures.turn_ended(
             began=began, decided=decided, inputs=len(taken.inputs), came_at=taken.came_at, decisions=turn.decisions
         )

@@ -81,22 +81,29 @@ def test_a_turn_takes_what_the_core_can_decide_in_a_moment() -> None:
         taken = box.take()
         sizes.append(len(taken.inputs))
         assert taken.came_at == [float(box.submissions.position - back) for back in reversed(range(sizes[-1]))]
-        box.pace.turn_ended(sizes[-1], sizes[-1] * each_s)
+        box.pace.turn_ended(sizes[-1], sizes[-1] * each_s, 0.001)
     assert sum(sizes) == 5000
     assert all(size * each_s <= TURN_CORE_S for size in sizes[2:])
     assert all(size * each_s >= TURN_CORE_S / 2 for size in sizes[2:-1])
-    box.pace.turn_ended(1, 60.0)
+    box.pace.turn_ended(1, 60.0, 0.0)
     assert box.pace.inputs == sizes[-2]
 
 
 def test_a_slow_core_still_gets_several_inputs_a_turn_and_a_fast_one_no_more_than_the_bound() -> None:
     box = inbox()
     for _ in range(20):
-        box.pace.turn_ended(TURN_INPUTS_MAX, 10.0)
+        box.pace.turn_ended(TURN_INPUTS_MAX, 10.0, 0.0)
     assert box.pace.inputs == TURN_INPUTS_MIN
     for _ in range(20):
-        box.pace.turn_ended(TURN_INPUTS_MAX, 0.0)
+        box.pace.turn_ended(TURN_INPUTS_MAX, 0.0, 0.0)
     assert box.pace.inputs == TURN_INPUTS_MAX
+
+
+def test_behind_a_slow_disk_a_turn_is_longer_so_that_little_of_the_time_is_waited() -> None:
+    box, each_s, append_s = inbox(), TURN_CORE_S / 50, 0.1
+    for _ in range(20):
+        box.pace.turn_ended(box.pace.inputs, box.pace.inputs * each_s, append_s)
+    assert box.pace.inputs * each_s >= 2 * append_s
 
 
 def test_the_shells_own_facts_come_before_everything_that_is_read() -> None:
