@@ -12,6 +12,7 @@ not healthy; a MIG card its eight slices, as in `<1111..22>`. What is free and k
     run TENANT/USER field=value ...        a job as in a job file, there before
     end NUMBER                             it ends
     ask TENANT/USER field=value ...        the request; all of one file's come in one turn after `together`
+    serve TENANT/USER COUNT field=value …  a service of so many replicas, after the requests before this
     wait MINUTES                           so much time passes after the requests before this, and the yard is drawn
 
 The pictures are drawn anew with REWRITE_SCENARIOS=1: read what changed before believing it.
@@ -26,11 +27,12 @@ import msgspec
 import pytest
 
 from gpuyard_daemon.core.placing.partitions import Card, slices_at
-from gpuyard_daemon.core.state.inputs import CancelRequested, JobSubmitted, PolicyChanged
+from gpuyard_daemon.core.state.inputs import CancelRequested, JobSubmitted, PolicyChanged, ServiceApplied
 from gpuyard_daemon.core.tenants.policy import Policy
 from gpuyard_protocol.jobs import JobSpec
 from gpuyard_protocol.nodes import Inventory
 from gpuyard_protocol.resources import MigInstance, Partition, WholeCards, devices_of
+from gpuyard_protocol.services import ServiceSpec
 from support.builders import CoreHarness, node
 from support.pictures import check_picture, devices_drawn, spec_written
 
@@ -132,6 +134,18 @@ class Scenario:
         self._draw()
         self.output.append(f"{minutes} min later")
 
+    def _serve(self, owner: str, count: str, *fields: str) -> None:
+        self._request_all(together=False)
+        first = self.harness.core.cluster.last_job + 1
+        tenant, user = owner.split("/")
+        spec = ServiceSpec(
+            name="chat", argv=("/bin/serve",), need=spec_written(fields).need, min_replicas=int(count),
+            max_replicas=int(count),
+        )  # fmt: skip
+        self.harness.turn(ServiceApplied(tenant=tenant, user=user, submission_id=f"s{first}", spec=spec))
+        for number in range(first, self.harness.core.cluster.last_job + 1):
+            self._tell(number, f"{owner} chat {' '.join(fields)}")
+
     def _ask(self, owner: str, *fields: str) -> None:
         self.asked.append((owner, spec_written(fields), " ".join(fields)))
 
@@ -150,16 +164,18 @@ class Scenario:
 
     def _request(self, batch: list[tuple[str, JobSpec, str]]) -> None:
         first = self.harness.core.cluster.last_job + 1
-        base = self._first() - 1
         inputs = [
             JobSubmitted(tenant=owner.split("/")[0], user=owner.split("/")[1], submission_id=f"a{at}", spec=spec)
             for at, (owner, spec, _) in enumerate(batch, start=first)
         ]
         self.harness.turn(*inputs)
         for number, (owner, _, said) in enumerate(batch, start=first):
-            job = self.harness.core.cluster.jobs[number]
-            places = ", ".join(self._place(a.node, devices_of(a.partition)) for a in job.assignments) or "waits"
-            self.output.append(f"{number - base} {owner} {said} → {places}")
+            self._tell(number, f"{owner} {said}")
+
+    def _tell(self, number: int, asked: str) -> None:
+        job = self.harness.core.cluster.jobs[number]
+        places = ", ".join(self._place(a.node, devices_of(a.partition)) for a in job.assignments) or "waits"
+        self.output.append(f"{number - self._first() + 1} {asked} → {places}")
 
     def _place(self, name: str, uuids: tuple[str, ...]) -> str:
         cards = self.harness.core.cluster.pool.spaces[name].by_uuid

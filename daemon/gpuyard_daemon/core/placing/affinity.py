@@ -1,8 +1,10 @@
 """Which nodes one particular job would rather have, or not: what its shape does not say.
 
-Replicas of one service stay apart, so that a lost node takes one of them. A job that ran before goes back to where it
-ran, and a service's new replica to where one ended: files, images and weights may lie there still. Both are wishes: a
-job goes elsewhere rather than wait, and going back may cost the others no more than a little room.
+Replicas of one service stay apart, so that a lost node takes one of them; and where racks are labelled, each goes to
+one of those that hold the fewest, for a rack is lost at once when its power or its switch is. A job that ran before
+goes back to where it ran, and a service's new replica to where one ended: files, images and weights may lie there
+still. All are wishes: a job goes elsewhere rather than wait, and going back may cost the others no more than a little
+room.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ _WARM_MAX: Final = 8
 class Wishes(NamedTuple):
     """Numbers of nodes."""
 
-    #: Only where nothing else is left.
+    #: There, and in racks with more of these than others have, only where nothing else is left.
     apart_from: tuple[int, ...] = ()
     #: Rather there, if they score about as well as the best.
     warm: tuple[int, ...] = ()

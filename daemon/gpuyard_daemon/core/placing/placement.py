@@ -304,11 +304,8 @@ class Candidates:
 
     def _best_wished(self, pool: Pool, wishes: Wishes) -> NodeSpace | None:
         scores = self.scores(pool)
-        if wishes.apart_from:
-            others = scores.copy()
-            others[[number - 1 for number in wishes.apart_from]] = UNFIT
-            if len(others) and others.min() != UNFIT:
-                scores = others
+        if wishes.apart_from and len(scores):
+            scores = _apart(pool, scores, [number - 1 for number in wishes.apart_from])
         if not len(scores) or scores.min() == UNFIT:
             return None
         place = int(scores.argmin())
@@ -340,6 +337,22 @@ class Candidates:
         common, own = self.group(pool)
         scores = self.finder.table(common).scores(pool)
         return scores if own is None else np.minimum(scores, self.finder.table(own).scores(pool))
+
+
+def _apart(pool: Pool, scores: Scores, taken: list[int]) -> Scores:
+    """Scores of the nodes that are not taken if any of them fits; and of those only in the racks that hold least.
+
+    `taken`: places of nodes. Nodes first, since they are lost more often than racks.
+    """
+    others = scores.copy()
+    others[taken] = UNFIT
+    if others.min() == UNFIT:
+        others = scores.copy()
+    if pool.racks() is not None and others.min() != UNFIT:
+        racks = pool.domains("rack")
+        held = np.bincount(racks[taken], minlength=int(racks.max()) + 1)[racks]
+        others[held > held[others != UNFIT].min()] = UNFIT
+    return others
 
 
 def carve_best(mix: DemandMix, space: NodeSpace, shape: Shape, *, spanning: bool = False, owner: int = 0) -> Partition:
