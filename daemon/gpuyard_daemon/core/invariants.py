@@ -14,7 +14,7 @@ from gpuyard_daemon.core.placing.partitions import Card, amounts_on, slices_at
 from gpuyard_daemon.core.state.arrays import LIVE_STATES
 from gpuyard_daemon.core.state.backlog import Backlog
 from gpuyard_daemon.core.state.cluster import Cluster
-from gpuyard_daemon.core.state.facts import PATIENT_CLAIMS
+from gpuyard_daemon.core.state.fact_words import PATIENT_CLAIMS
 from gpuyard_daemon.core.state.listing import JOB_STATES
 from gpuyard_daemon.core.state.model import LEAVING, Assignment, Job
 from gpuyard_daemon.core.state.states import InvariantViolated, story_of

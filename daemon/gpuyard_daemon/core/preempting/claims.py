@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from gpuyard_daemon.core.placing.capacity import ClaimedPlace, Pool
-from gpuyard_daemon.core.state.facts import PATIENT_CLAIMS
+from gpuyard_daemon.core.state.fact_words import PATIENT_CLAIMS
 from gpuyard_daemon.core.state.model import Claim, Job
 from gpuyard_daemon.core.state.states import InvariantViolated
 from gpuyard_protocol.names import JobId, NodeId

@@ -13,6 +13,7 @@ from gpuyard_daemon.core.preempting.suspension import resume_before
 from gpuyard_daemon.core.state import facts as f
 from gpuyard_daemon.core.state.cluster import Cluster
 from gpuyard_daemon.core.state.draft import Draft
+from gpuyard_daemon.core.state.fact_words import PATIENT_CLAIMS
 from gpuyard_daemon.core.state.model import Claim, Job
 from gpuyard_daemon.core.tenants.limits import may_hold
 from gpuyard_protocol.jobs import Why
@@ -25,7 +26,7 @@ def serve_claims(draft: Draft) -> None:
     if cluster.draining:
         return
     for claim in list(cluster.claims):
-        if claim.kind in f.PATIENT_CLAIMS:
+        if claim.kind in PATIENT_CLAIMS:
             resume_before(draft, claim)
             if claim.job not in cluster.claims:
                 continue
@@ -43,7 +44,7 @@ def serve_claims(draft: Draft) -> None:
                 draft.add(f.JobPlaced(job.id, placements, prepare_until_ms, resized=claim.kind == "resize"))
             else:
                 gone = f"tenant {job.tenant} is at its limit"
-        elif gone is None and claim.kind not in f.PATIENT_CLAIMS and not _somebody_leaves(cluster, claim):
+        elif gone is None and claim.kind not in PATIENT_CLAIMS and not _somebody_leaves(cluster, claim):
             gone = "somebody else holds it"
         if gone is not None:
             draft.add(f.ClaimDropped(job.id, Why("ClaimVoid", f"no place is kept for it any more: {gone}")))

@@ -13,7 +13,7 @@ from gpuyard_daemon.core.preempting.suspension import can_be_suspended
 from gpuyard_daemon.core.queueing.priority import PROBE_MS
 from gpuyard_daemon.core.queueing.ranking import NOMINAL, need_milli, outlives_ms, ran_ms, width_milli
 from gpuyard_daemon.core.state.cluster import Cluster
-from gpuyard_daemon.core.state.facts import EvictionKind, Placement
+from gpuyard_daemon.core.state.fact_words import EvictionKind, Placement
 from gpuyard_daemon.core.state.model import Assignment, Job
 from gpuyard_daemon.core.state.settings import CoreSettings
 from gpuyard_protocol.names import JobId

@@ -19,6 +19,7 @@ from gpuyard_daemon.core.queueing.ranking import Rank
 from gpuyard_daemon.core.state import facts as f
 from gpuyard_daemon.core.state.cluster import Cluster
 from gpuyard_daemon.core.state.draft import Draft
+from gpuyard_daemon.core.state.fact_words import PATIENT_CLAIMS
 from gpuyard_daemon.core.state.model import Assignment, Claim, Job
 from gpuyard_daemon.core.tenants.limits import may_hold
 from gpuyard_protocol.jobs import Why
@@ -96,7 +97,7 @@ def _resume(draft: Draft, job: Job) -> None:
         rank = cluster.ranking.rank_of(job, draft.now_ms)
         kept = [cluster.claims.records[number] for number in dict.fromkeys([claim.job for claim in space.claims])]
         if any(
-            claim.kind not in f.PATIENT_CLAIMS or cluster.ranking.rank_of(cluster.jobs[claim.job], draft.now_ms) < rank
+            claim.kind not in PATIENT_CLAIMS or cluster.ranking.rank_of(cluster.jobs[claim.job], draft.now_ms) < rank
             for claim in kept
         ):
             return

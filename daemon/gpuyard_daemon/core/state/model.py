@@ -11,7 +11,7 @@ from typing import Literal, TypeAlias
 
 import msgspec
 
-from gpuyard_daemon.core.state.facts import ClaimKind, NodeState, Placement, VerdictKind
+from gpuyard_daemon.core.state.fact_words import ClaimKind, NodeState, Placement, VerdictKind
 from gpuyard_protocol.jobs import JobSpec, JobState, SubmissionAnswer, Why
 from gpuyard_protocol.names import AssignmentKey, DeviceUuid, JobId, NodeId, ServiceName, SubmissionId, Tenant, User
 from gpuyard_protocol.nodes import Inventory
