@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import structlog
 import uvloop
 
-from gpuyard_daemon import assembly, logging_setup
+from gpuyard_daemon import logging_setup, serving
 from gpuyard_daemon.config import EXIT_BAD_CONFIG, DaemonConfig, parse_arguments
 from gpuyard_daemon.exits import EXIT_OK, EXIT_TEMPORARY, Fate
 from gpuyard_daemon.health import Health
@@ -41,11 +41,11 @@ EXIT_GRACE_S = 5.0
 async def serve(config: DaemonConfig, reloader: Reloader) -> int:
     fate, health = Fate(), Health()
     loop = asyncio.get_running_loop()
-    loop.set_exception_handler(assembly.handle_loop_exception(fate))
+    loop.set_exception_handler(serving.handle_loop_exception(fate))
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, fate.seal, EXIT_OK, f"told to stop ({signal.Signals(number).name})")
     loop.add_signal_handler(signal.SIGHUP, reloader.ask)
-    running = loop.create_task(assembly.run(config, fate, health, Notifier(), reloader))
+    running = loop.create_task(serving.run(config, fate, health, Notifier(), reloader))
     # Told to stop before it serves: there is nothing to bring to an end. Later, `run` itself waits for the fate.
     fate.on_sealed = lambda: None if health.is_serving else _cancel(running)
     try:

@@ -1,19 +1,15 @@
 """The daemon put together: every part made once, connected, started and stopped in order. No logic of its own.
 
-Start: connections, then, if another daemon leads, stand by until this one is needed; state from snapshot and journal,
-leadership, then readers and turns. Stop: first nothing more is decided or sent, then a standby is let in, then what is
-under way gets a moment to end, then the files are closed. Jobs go on whatever happens here.
+Start: if another daemon leads, stand by until this one is needed; state from snapshot and journal, leadership, then
+readers and turns. Stop: first nothing more is decided or sent, then a standby is let in, then what is under way gets a
+moment to end, then the files are closed. Jobs go on whatever happens here. The process around it is `serving`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
 import gc
-import os
-import secrets
-import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
@@ -26,15 +22,15 @@ from gpuyard_daemon.archive import Archive
 from gpuyard_daemon.audit import AuditLog, open_audit
 from gpuyard_daemon.clock import YardClock, open_clock, write_mark
 from gpuyard_daemon.config import EXIT_BAD_CONFIG, DaemonConfig
+from gpuyard_daemon.connecting import open_bus
 from gpuyard_daemon.core.scheduler import Scheduler
 from gpuyard_daemon.core.state.facts import JobRetired, NodeJoined
 from gpuyard_daemon.core.state.inputs import NodeIncompatible, PolicyChanged, YardStarted
 from gpuyard_daemon.dispatch import Dispatcher
-from gpuyard_daemon.exits import EXIT_INVARIANT, EXIT_OK, EXIT_TEMPORARY, Fate
-from gpuyard_daemon.health import BEAT_S, Health
+from gpuyard_daemon.exits import EXIT_INVARIANT, EXIT_TEMPORARY, Fate
+from gpuyard_daemon.health import Health
 from gpuyard_daemon.history import History
 from gpuyard_daemon.history_copy import HistoryCopy
-from gpuyard_daemon.http.server import HttpDoor
 from gpuyard_daemon.http.sources import Sources
 from gpuyard_daemon.ingress import Ingress
 from gpuyard_daemon.joining import Joining
@@ -51,7 +47,7 @@ from gpuyard_daemon.measures import Measures
 from gpuyard_daemon.node_monitor import TICK_S as NODES_TICK_S
 from gpuyard_daemon.node_monitor import NodeMonitor
 from gpuyard_daemon.node_verbs import NodeVerbs
-from gpuyard_daemon.recovery import Replay, StartLater, StartRefused
+from gpuyard_daemon.recovery import Replay
 from gpuyard_daemon.reload import Reloader
 from gpuyard_daemon.runtime import Durable, Runtime
 from gpuyard_daemon.snapshots import SnapshotStore
@@ -60,16 +56,13 @@ from gpuyard_daemon.upkeep import Upkeep
 from gpuyard_daemon.uploads import Courier, UploadStore
 from gpuyard_daemon.whereabouts import Whereabouts
 from gpuyard_protocol.bus.base import Bus, BusError, StreamUnavailable
-from gpuyard_protocol.bus.nats import connect
 from gpuyard_protocol.names import NodeId
 from gpuyard_protocol.queries import NodeView
 from gpuyard_protocol.service.sd_notify import Notifier
-from gpuyard_protocol.service.settings_file import BadConfig
 from gpuyard_protocol.subjects import Streams, stream_name
 
 log = structlog.get_logger("daemon")
 
-CONNECT_TIMEOUT_S = 30.0
 PURGE_INTERVAL_S = 1.0
 CLOCK_MARK_INTERVAL_S = 10.0
 HISTORY_INTERVAL_S = 2.0
@@ -257,7 +250,7 @@ class Daemon:
         self._spawn("audit", self.audit.run())
         if base.config.authenticate:
             await self.joining.open()
-            self._spawn("whereabouts", self.whereabouts.run(lambda: _connect(base.config, "sys", "_INBOX_D")))
+            self._spawn("whereabouts", self.whereabouts.run(lambda: open_bus(base.config, "sys", "_INBOX_D")))
             self._spawn("joining", self.joining.run())
         self._spawn("levels", every_async(levels.INTERVAL_S, self.levels.look))
         self._spawn("lending", every(FORGET_INTERVAL_S / 60, self._lender.forget))
@@ -481,117 +474,3 @@ async def _lead_alone(base: Foundations, claim: Claim | None) -> Daemon:
     await recovery.check_cursors(base.bus, names, core.cursors)
     clock = open_clock(config.directory / "clock.json", core.now_ms)
     return Daemon(base, names, core, journal, clock, replay)
-
-
-async def run(config: DaemonConfig, fate: Fate, health: Health, notifier: Notifier, reloader: Reloader) -> int:
-    """Serve until the fate is sealed; returns the exit code. `StartRefused` or a `BusError` if there is no start."""
-    directory = recovery.prepare_directory(config)
-    async with contextlib.AsyncExitStack() as stack:
-        stack.callback(os.close, _lock(directory / "daemon.lock"))
-        door = await _open_door(config, health)
-        if door is not None:
-            stack.push_async_callback(door.close)
-        beat = asyncio.get_running_loop().create_task(_beat(health, notifier), name="heartbeat")
-        stack.callback(beat.cancel)
-        bus, api_bus = await _connect(config, "daemon", "_INBOX_D"), await _connect(config, "api", "_INBOX_API")
-        stack.push_async_callback(bus.close)
-        stack.push_async_callback(api_bus.close)
-        health.is_connected = lambda: bus.is_connected and api_bus.is_connected
-        for connection in (bus, api_bus):
-            connection.on_error(lambda error: log.warning("bus.error", error=str(error)))
-        history = History(directory / "history.sqlite", config.history_days, config.history_max * 2**20)
-        await history.open()
-        stack.push_async_callback(history.close)
-        store = SnapshotStore(directory / "snapshots", config.yard)
-        presence = Presence(bus, secrets.token_hex(8))
-        await presence.open()
-        stack.callback(presence.close)
-        copies = HistoryCopy(history, presence)
-        base = Foundations(config, fate, health, bus, api_bus, history, store, reloader, presence, notifier, copies)
-        daemon = await lead(base)
-        gc.freeze()
-        await daemon.start()
-        if door is not None:
-            door.show(daemon.sources())
-        notifier.ready(f"scheduling yard {config.yard}")
-        log.info("serving", yard=config.yard, epoch=daemon.journal.epoch, turn=daemon.core.turn)
-        ending = await fate.wait()
-        notifier.stopping(ending.reason)
-        await daemon.stop(is_orderly=ending.code == EXIT_OK or daemon.is_leaving)
-        return ending.code
-
-
-def _lock(path: os.PathLike[str]) -> int:
-    """Hold the state directory as long as this process lives; two daemons would only depose each other in turn."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise StartLater(f"another daemon runs from this state directory ({path} is locked)") from None
-    return descriptor
-
-
-async def _open_door(config: DaemonConfig, health: Health) -> HttpDoor | None:
-    address = config.http_address()
-    if address is None:
-        return None
-    try:
-        door = HttpDoor(*address, health, config.http_guard())
-        url = await door.open()
-    except BadConfig as error:
-        raise StartRefused(str(error)) from None
-    except OSError as error:
-        raise StartRefused(f"cannot listen on {config.http}: {error.strerror or error}") from None
-    # For whoever started us with port 0; whole or not there.
-    note = config.directory / "http.url.new"
-    note.write_text(url + "\n")
-    note.replace(config.directory / "http.url")
-    log.info("http.listening", url=url)
-    return door
-
-
-async def _connect(config: DaemonConfig, role: str, inbox_prefix: str) -> Bus:
-    seed = config.seed(role)
-    if seed is not None and not seed.exists():
-        if role == "sys":
-            raise BusError(f"there is no key {seed}")
-        raise StartRefused(f"there is no key {seed}: `gpuyard up` makes the keys of a yard")
-    return await connect(
-        config.nats,
-        name=f"gpuyard-{role}",
-        inbox_prefix=inbox_prefix,
-        seed=str(seed) if seed is not None else None,
-        reconnect_jitter_s=(0.02, 0.1),
-        connect_timeout_s=CONNECT_TIMEOUT_S,
-        tls_ca=config.tls_ca or None,
-        tls_cert=config.tls_cert or None,
-        tls_key=config.tls_key or None,
-    )
-
-
-async def _beat(health: Health, notifier: Notifier) -> None:
-    """The loop's own pulse, and systemd's watchdog, which is fed only while the daemon gets on."""
-    interval_s = notifier.watchdog_interval_s
-    fed_at = 0.0
-    while True:
-        await asyncio.sleep(BEAT_S)
-        health.beat()
-        now = time.monotonic()
-        if interval_s is not None and now - fed_at >= min(interval_s, 10.0) and not health.stalled_because():
-            notifier.alive()
-            fed_at = now
-
-
-def handle_loop_exception(fate: Fate) -> Callable[[asyncio.AbstractEventLoop, dict[str, object]], None]:
-    """What nobody awaited. A message handler that failed may have lost a message: the process must start anew."""
-
-    def handle(_: asyncio.AbstractEventLoop, context: dict[str, object]) -> None:
-        error = context.get("exception")
-        message = str(context.get("message", ""))
-        trace = error if isinstance(error, BaseException) else None
-        log.error("loop.exception", message=message, exc_info=trace)
-        if message.startswith("bus "):
-            fate.seal(EXIT_INVARIANT, f"{message}: {error!r}")
-
-    return handle
