@@ -202,3 +202,23 @@ def test_of_an_array_those_go_that_run() -> None:
     assert resume(h, first, array=True).accepted
     assert sorted(h.states(*elements)) == ["starting", "suspended", "suspended"]
     assert [h.core.cluster.jobs[number].held_by for number in elements] == ["", "", ""]
+
+
+@pytest.mark.parametrize(
+    ("fields", "basis", "hours"),
+    [({"estimate_ms": 4 * HOUR}, "estimate", 3), ({"time_limit_ms": 4 * HOUR}, "limit", 4)],
+)
+def test_who_waits_for_its_card_is_told_when_it_ends_after_all(fields: dict[str, int], basis: str, hours: int) -> None:
+    """What it did before it was suspended is done; of its limit no more is left than the whole."""
+    h = harness()
+    mine = running(h, softly(gpus=1, **fields))
+    h.turn(after_ms=HOUR)
+    suspend(h, mine)
+    is_off(h, mine)
+    h.settle(most_ms=20 * HOUR)
+    resume(h, mine)
+    h.report("n-1", Resumed(key=key(mine), step=2, at_ms=0))
+    answer = h.core.why(h.submit(job(gpus=1)), h.now_ms)
+    assert answer is not None
+    assert answer.estimate is not None
+    assert (answer.estimate.basis, answer.estimate.at_ms - h.now_ms) == (basis, hours * HOUR)

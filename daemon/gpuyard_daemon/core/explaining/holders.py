@@ -16,7 +16,7 @@ from gpuyard_daemon.core.explaining.survey import Finding
 from gpuyard_daemon.core.placing.capacity import NodeSpace
 from gpuyard_daemon.core.placing.feasibility import Shape
 from gpuyard_daemon.core.placing.partitions import amounts_on
-from gpuyard_daemon.core.queueing.ranking import wall_ms
+from gpuyard_daemon.core.queueing.ranking import ran_ms, wall_ms
 from gpuyard_daemon.core.state.cluster import Cluster
 from gpuyard_daemon.core.state.model import Job
 from gpuyard_protocol.explaining import EndBasis, Holder
@@ -53,10 +53,14 @@ def expected_end(cluster: Cluster, job: Job, now_ms: int) -> tuple[int, EndBasis
     if job.service or job.state == "suspended":
         return 0, ""
     began_ms = job.started_ms or now_ms
-    limit_ms = began_ms + job.spec.time_limit_ms if job.spec.time_limit_ms else 0
+    # The limit stands still while it is suspended: from when it went on, it has no more than the whole of it.
+    limit_ms = max(began_ms, job.runs_since_ms) + job.spec.time_limit_ms if job.spec.time_limit_ms else 0
     expected = cluster.ranking.expected_ms(job, now_ms)
     if expected is not None:
         at_ms = began_ms + (wall_ms(job, expected[0]) if job.runs_since_ms else expected[0])
+        if job.runs_since_ms and job.spec.preemption in ("checkpoint", "suspend"):
+            # What it did before it gave way is done.
+            at_ms = now_ms + wall_ms(job, max(0, expected[0] - ran_ms(job, now_ms)))
         if at_ms > now_ms and (not limit_ms or at_ms < limit_ms):
             return at_ms, "estimate" if expected[1] == "estimate" else "history"
     return (limit_ms, "limit") if limit_ms > now_ms else (0, "")

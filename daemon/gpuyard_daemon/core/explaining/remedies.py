@@ -20,6 +20,7 @@ from gpuyard_daemon.core.explaining.holders import Held
 from gpuyard_daemon.core.explaining.survey import Group, Survey, Surveyor, Work, room_on
 from gpuyard_daemon.core.placing.feasibility import Reason, Shape
 from gpuyard_daemon.core.placing.trial import PoolTrial
+from gpuyard_daemon.core.preempting.keeping import is_free
 from gpuyard_daemon.core.state.cluster import Cluster
 from gpuyard_daemon.core.state.model import Job
 from gpuyard_daemon.core.tenants import limits
@@ -299,9 +300,12 @@ class Remedies:
         """One job after whose end this one would start: the asker's own first, then those that end soonest."""
         mine = self._job.tenant
         ranked = sorted(held, key=lambda h: (h.job.tenant != mine, h.until_ms or 2**62, -h.milli, h.job.id))
+        claim = self._cluster.claims.of(self._job.id)
         for candidate in ranked[:_END_JOBS_MAX]:
             if self._lets_others_in(candidate.job):
                 continue
+            if claim is not None and is_free(self._cluster, self._job, claim, without=[candidate.job]):
+                return [self._end_of([candidate.job], claim.placements[0].node)]
             trial = PoolTrial(self._cluster.pool).without(candidate.job.assignments)
             if (node := self._starts_in(trial, ahead)) is not None:
                 return [self._end_of([candidate.job], node)]
@@ -321,17 +325,18 @@ class Remedies:
                 return None
             if other.replicas == 1:
                 trial.place(other, job.id, left)
-        members, first = self._survey.members, ""
+        members, first = self._survey.members if self._job.id not in self._cluster.claims else 0, ""
         for node in left:
             if not self._work.spend(_PLACING_UNITS * self._shape.replicas):
                 return None
             space = trial.space(node)
-            if room_on(space, self._shape, self._job.id, spanning=False) == self._shape.replicas:
+            # What is kept for it counts as a whole or not at all.
+            if room_on(space, self._shape, 0, spanning=False) == self._shape.replicas:
                 return node
             if self._shape.replicas > 1:
                 before = self._cluster.pool.spaces[node]
-                members += room_on(space, self._shape, self._job.id, spanning=True)
-                members -= room_on(before, self._shape, self._job.id, spanning=True)
+                members += room_on(space, self._shape, 0, spanning=True)
+                members -= room_on(before, self._shape, 0, spanning=True)
                 first = first or node
         return first if first and members >= self._shape.replicas else None
 
@@ -361,7 +366,7 @@ class Remedies:
             gone.append(job)
             trial = PoolTrial(self._cluster.pool)
             trial.without([each for other in gone for each in other.assignments if each.node == node])
-            if not isinstance(trial.judge(node, self._shape, owner=self._job.id), Reason):
+            if not isinstance(trial.judge(node, self._shape), Reason):
                 return gone if self._starts_in(trial, ahead) == node else None
         return None
 

@@ -88,7 +88,8 @@ def _release_cost(occupant: Occupant, at_ms: int) -> int:
 
 def left_ms(job: Job, at_ms: int) -> int:
     """How long a running job is expected to go on."""
-    this_run_ms = at_ms - job.started_ms
+    # A limit stands still while a job is suspended.
+    this_run_ms = at_ms - max(job.started_ms, job.runs_since_ms)
     left = job.expected_ms - ran_ms(job, at_ms) if job.expected_ms else 0
     left = wall_ms(job, left) if left > 0 else max(60_000, wall_ms(job, ran_ms(job, at_ms)))
     return min(left, max(0, job.spec.time_limit_ms - this_run_ms)) if job.spec.time_limit_ms else left
