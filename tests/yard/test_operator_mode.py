@@ -16,8 +16,9 @@ import msgspec
 import pytest
 from bench.fleet import FakeAgent
 
+from gpuyard_daemon.whereabouts import Whereabouts
 from gpuyard_daemon.yard import foreign_nats
-from gpuyard_daemon.yard.accounts import join_inbox, node_inbox, user_inbox
+from gpuyard_daemon.yard.accounts import DAEMON_INBOX, join_inbox, node_inbox, user_inbox
 from gpuyard_daemon.yard.certificates import ensure_certificates, make_node_certificate
 from gpuyard_daemon.yard.home import YardTrouble
 from gpuyard_daemon.yard.keys import YardKeys
@@ -395,3 +396,36 @@ def test_a_damaged_list_of_what_was_let_in_is_refused(tmp_path: Path) -> None:
     (tmp_path / "keys" / "authority" / "issued.json").write_text("{")
     with pytest.raises(BusError, match="is damaged"):
         server_config(settings, keys)
+
+
+async def test_who_was_on_another_server_and_has_gone_is_found(site: Site) -> None:
+    """Each server is asked, also about connections that have ended and of which nobody heard."""
+
+    async def visit(server: int) -> None:
+        await (await site.connect("acme", "alice", server)).close()
+
+    await visit(2)
+    whereabouts = Whereabouts(site.keys.directory)
+    key = site.server.key_file(site.keys.sys)
+    looking = asyncio.create_task(
+        whereabouts.run(
+            lambda: connect(site.cluster.servers[0].url, name="where", inbox_prefix=DAEMON_INBOX, seed=str(key))
+        )
+    )
+    try:
+
+        async def is_found() -> bool:
+            return whereabouts.of("user acme/alice") == "127.0.0.1"
+
+        await until(is_found, "the one who had gone before", READY_S)
+        whereabouts._came = whereabouts._went = lambda message: None  # type: ignore[method-assign]  # a lost message
+        whereabouts._stays.clear()
+        await visit(1)
+
+        async def is_sought() -> bool:
+            return whereabouts.seek("user acme/alice") and bool(whereabouts.of("user acme/alice"))
+
+        await until(is_sought, "the one whose coming was not heard", READY_S)
+    finally:
+        looking.cancel()
+        await asyncio.gather(looking, return_exceptions=True)
