@@ -69,7 +69,7 @@ class Announcer:
 
         Events are sent in order, so the newest one in the stream says how far it came.
         """
-        told = _message_place(await _newest(self._bus, stream))
+        told = await told_up_to(self._bus, stream)
         for sequence, notices in recent:
             self.announce(notices, sequence, after=told)
 
@@ -154,9 +154,10 @@ class Announcer:
         self._pump()
 
 
-async def _newest(bus: Bus, stream: str) -> StoredMessage | None:
+async def told_up_to(bus: Bus, stream: str) -> tuple[int, int]:
+    """Journal sequence and place of the newest event in the stream; (0, 0) if there is none."""
     last = (await bus.stream_state(stream)).last_sequence
-    return await bus.get_message(stream, last) if last else None
+    return _message_place(await bus.get_message(stream, last) if last else None)
 
 
 def _message_place(message: StoredMessage | None) -> tuple[int, int]:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import structlog
 
 from gpuyard_daemon import leadership, levels, recovery
-from gpuyard_daemon.announce import Announcer
+from gpuyard_daemon.announce import Announcer, told_up_to
 from gpuyard_daemon.api import Api
 from gpuyard_daemon.archive import Archive
 from gpuyard_daemon.audit import AuditLog, open_audit
@@ -470,7 +470,8 @@ async def _lead_alone(base: Foundations, claim: Claim | None) -> Daemon:
     )
     journal = Journal(base.bus, config.yard, base.presence.holder)
     replaced = None if not base.presence.is_open else claim.sequence if claim else 0
-    replay = await recovery.replay_and_claim(journal, core, base.history, restored, replacing=replaced)
+    told, _ = await told_up_to(base.bus, stream_name("EVT", config.yard))
+    replay = await recovery.replay_and_claim(journal, core, base.history, restored, replacing=replaced, told=told)
     await recovery.check_cursors(base.bus, names, core.cursors)
     clock = open_clock(config.directory / "clock.json", core.now_ms)
     return Daemon(base, names, core, journal, clock, replay)

@@ -66,7 +66,7 @@ class ReplayedCore(Protocol):
 
     @property
     def cursors(self) -> Cursors: ...
-    def apply(self, record: Record) -> Turn: ...
+    def apply(self, record: Record, *, told: bool = False) -> Turn: ...
 
 
 class Restored(NamedTuple):
@@ -150,11 +150,13 @@ def restore(store: SnapshotStore) -> Restored:
 class Replay:
     """Applies journal entries to the core, and feeds the history with what they retire."""
 
-    def __init__(self, core: ReplayedCore, history: History, after: int) -> None:
+    def __init__(self, core: ReplayedCore, history: History, after: int, told: int = 0) -> None:
         self._core = core
         self._history = history
         #: Entries up to this sequence are in the core already.
         self._after = after
+        #: What entries before this one led to is known to the world: nothing is made of it again.
+        self._told = told
         self.records = 0
         #: What the newest records had to tell, by their sequence: the daemon before may have died before it told it.
         self.recent: deque[tuple[int, tuple[Notice, ...]]] = deque(maxlen=RETOLD_RECORDS)
@@ -180,7 +182,7 @@ class Replay:
                     f"snapshot ends with turn {self._core.turn}: a part is missing. Put a snapshot file back, or the "
                     "archived segments; `gpuyard` will not guess what was in between"
                 )
-            turn = self._core.apply(record)
+            turn = self._core.apply(record, told=message.sequence < self._told)
             self.recent.append((message.sequence, turn.notices))
             self.records += 1
         views = [fact.view for fact in record.facts if type(fact) is JobRetired]
@@ -188,10 +190,17 @@ class Replay:
 
 
 async def replay_and_claim(
-    journal: Journal, core: ReplayedCore, history: History, restored: Restored, *, replacing: int | None = None
+    journal: Journal,
+    core: ReplayedCore,
+    history: History,
+    restored: Restored,
+    *,
+    replacing: int | None = None,
+    told: int = 0,
 ) -> Replay:
-    """Bring the core to the journal's end and become its one writer. `replacing`: see `Journal.claim`."""
-    replay = Replay(core, history, restored.sequence)
+    """Bring the core to the journal's end and become its one writer. `replacing`: see `Journal.claim`. `told`: see
+    `Replay`."""
+    replay = Replay(core, history, restored.sequence, told)
     end = await journal.end()
     if end < restored.sequence:
         raise StartRefused(

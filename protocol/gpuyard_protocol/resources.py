@@ -28,7 +28,7 @@ Mode: TypeAlias = Literal["idle", "whole", "mig", "mps", "timeslice"]
 MODES: tuple[Mode, ...] = ("whole", "mig", "mps", "timeslice")
 
 
-class ResourceNeed(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class ResourceNeed(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, cache_hash=True):
     """Per replica. Exactly one of `gpus`, `share_milli`/`share_memory_mib`, `mig` is set, or none (CPU only)."""
 
     #: Whole cards.

@@ -50,15 +50,17 @@ def test_the_same_day_gives_the_same_bytes_under_any_hash_seed() -> None:
     assert found == [here, here]
 
 
+@pytest.mark.parametrize("told", [False, True])
 @pytest.mark.parametrize("seed", [1, 2, 3])
-def test_replaying_records_leads_to_the_same_state_and_the_same_next_decision(seed: int) -> None:
+def test_replaying_records_leads_to_the_same_state_and_the_same_next_decision(seed: int, told: bool) -> None:
+    """Whether or not anybody wants to know what they led to."""
     records = play(seed)
     replayed, halfway = Scheduler(), Scheduler()
     for record in records[: len(records) // 2]:
         halfway.apply(record)
     restored = Scheduler.restore(halfway.snapshot())
-    for record in records:
-        replayed.apply(record)
+    turns = [replayed.apply(record, told=told) for record in records]
+    assert any(turn.orders or turn.notices for turn in turns) is not told
     for record in records[len(records) // 2 :]:
         restored.apply(record)
     assert restored.digest() == replayed.digest()

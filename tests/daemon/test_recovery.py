@@ -21,7 +21,7 @@ from gpuyard_daemon.core.state.inputs import Cursors
 from gpuyard_daemon.core.state.settings import CoreSettings
 from gpuyard_daemon.history import History, HistoryFilter
 from gpuyard_daemon.journal import Journal
-from gpuyard_daemon.recovery import Restored, StartRefused
+from gpuyard_daemon.recovery import Replay, Restored, StartRefused
 from gpuyard_daemon.snapshots import SnapshotStore
 from gpuyard_daemon.upkeep import Upkeep
 from gpuyard_protocol.bus.base import Bus
@@ -81,10 +81,14 @@ class Rig:
 
     async def restart(self) -> Scheduler:
         """What a daemon that starts now makes of the directory and the journal."""
+        return (await self.restart_told(0))[0]
+
+    async def restart_told(self, told: int) -> tuple[Scheduler, Replay]:
+        """The same, where the world knows what was decided before the record at `told`."""
         restored = recovery.restore(self.store)
         core = Scheduler(SETTINGS) if restored.state is None else Scheduler.restore(restored.state, SETTINGS)
-        await recovery.replay_and_claim(Journal(self.bus, "main", "reader"), core, self.history, restored)
-        return core
+        journal = Journal(self.bus, "main", "reader")
+        return core, await recovery.replay_and_claim(journal, core, self.history, restored, told=told)
 
 
 @pytest.fixture
@@ -100,6 +104,19 @@ async def rig(nats_process: NatsProcess, tmp_path: Path) -> AsyncIterator[Rig]:
 async def test_replay_alone_gives_the_same_state(rig: Rig) -> None:
     await rig.work(30)
     assert (await rig.restart()).digest() == rig.harness.core.digest()
+
+
+async def test_what_the_world_knows_is_not_made_again(rig: Rig) -> None:
+    await rig.work(10)
+    _, everything = await rig.restart_told(0)
+    told = rig.journal.last_sequence - 2
+    core, replay = await rig.restart_told(told)
+    assert core.digest() == rig.harness.core.digest()
+    assert [notices for sequence, notices in replay.recent if sequence < told and notices] == []
+    assert [entry for entry in replay.recent if entry[0] >= told] == [
+        entry for entry in everything.recent if entry[0] >= told
+    ]
+    assert any(notices for sequence, notices in everything.recent if sequence >= told)
 
 
 async def test_snapshot_and_replay_give_the_same_state(rig: Rig) -> None:

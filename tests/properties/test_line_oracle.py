@@ -91,8 +91,9 @@ def by_sorting(core: Scheduler, now_ms: int) -> list[Job]:
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(st.booleans(), steps)
-def test_the_line_is_what_sorting_by_rank_would_be(with_quotas: bool, taken: list[Any]) -> None:
+@given(st.booleans(), st.booleans(), steps)
+def test_the_line_is_what_sorting_by_rank_would_be(with_quotas: bool, is_told: bool, taken: list[Any]) -> None:
+    """A line that is told who came and went, one that looks at everybody again, and a new one."""
     h = CoreHarness()
     h.join(node("n-1", 4))
     if with_quotas:
@@ -101,16 +102,18 @@ def test_the_line_is_what_sorting_by_rank_would_be(with_quotas: bool, taken: lis
         take(h, step)
         check_quotas(h)
         expected = by_sorting(h.core, h.now_ms)
+        kept = h.core._line
+        if not is_told:
+            h.core.cluster.line_changes = None
+        kept.catch_up(h.now_ms)
         fresh = WaitingLine(h.core.cluster, h.settings.timeslice_milli_max)
         fresh.catch_up(h.now_ms)
-        kept = h.core._line
-        for line in (fresh, kept):
+        for line in (kept, fresh):
             assert [line.ahead_of(each, h.now_ms) for each in expected] == list(range(len(expected)))
             if expected:
                 assert line.those_ahead(expected[-1], h.now_ms, 5) == expected[:-1][:5]
         head = fresh.next()
         assert (head[1] if head else None) is (expected[0] if expected else None)
-        h.core.cluster.line_changes = None
 
 
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])

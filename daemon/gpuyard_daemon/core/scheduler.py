@@ -41,7 +41,7 @@ from gpuyard_daemon.core.state import facts as f
 from gpuyard_daemon.core.state import inputs as i
 from gpuyard_daemon.core.state.cluster import Cluster
 from gpuyard_daemon.core.state.draft import Draft
-from gpuyard_daemon.core.state.effects import Effects, standing_order, start_order
+from gpuyard_daemon.core.state.effects import Effects, Forgone, standing_order, start_order
 from gpuyard_daemon.core.state.inputs import Cursors, Input
 from gpuyard_daemon.core.state.settings import CoreSettings
 from gpuyard_daemon.core.state.snapshot import read_snapshot, take_snapshot
@@ -134,13 +134,17 @@ class Scheduler:
 
     # --- repeating ---------------------------------------------------------------------------------------------------
 
-    def apply(self, record: Record) -> Turn:
-        """Take over what another (or an earlier) core decided. Returns what it led to then, for whoever lost it."""
+    def apply(self, record: Record, *, told: bool = False) -> Turn:
+        """Take over what another (or an earlier) core decided. Returns what it led to then, for whoever lost it.
+
+        `told`: the world knows it all, so nothing of that is wanted.
+        """
         if record.turn != self.turn + 1:
             raise InvariantViolated(f"record {record.turn} does not follow record {self.turn}")
-        effects = Effects()
+        effects = Forgone() if told else Effects()
+        apply_fact, now_ms = self.cluster.apply_fact, record.now_ms
         for fact in record.facts:
-            self.cluster.apply_fact(fact, record.now_ms, effects)
+            apply_fact(fact, now_ms, effects)
         self._rounds.forget()
         self._note(record)
         return Turn(record=record, orders=effects.orders(), notices=effects.notices())

@@ -36,7 +36,7 @@ def widened(cluster: Cluster, fact: f.JobWidened, now_ms: int, effects: Effects)
     for assignment in job.assignments[:before]:
         effects.amend(cluster.nodes[assignment.node], start_order(job, assignment))
     for assignment in job.assignments[before:]:
-        effects.order(cluster.nodes[assignment.node], start_order(job, assignment))
+        effects.start(cluster.nodes[assignment.node], job, assignment)
     job.note(now_ms, f"begins with {job.live} replicas: nobody waits for the GPUs")
     effects.tell(job, now_ms)
 

@@ -12,7 +12,7 @@ from gpuyard_daemon.core.applying import lost_facts, node_facts, suspend_facts
 from gpuyard_daemon.core.queueing import learning
 from gpuyard_daemon.core.queueing.ranking import BORROWING
 from gpuyard_daemon.core.state import facts as f
-from gpuyard_daemon.core.state.effects import Effects, start_order
+from gpuyard_daemon.core.state.effects import Effects
 from gpuyard_daemon.core.state.model import CONTAINERS, EARLIER_ATTEMPTS_MAX, Assignment, Job, Verdict, account_of
 from gpuyard_daemon.core.state.states import InvariantViolated
 from gpuyard_daemon.core.state.timers import Timer
@@ -41,7 +41,7 @@ def placed(cluster: Cluster, fact: f.JobPlaced, now_ms: int, effects: Effects) -
     for placement in fact.placements:
         take_place(cluster, job, placement, now_ms)
     for assignment in job.assignments:
-        effects.order(cluster.nodes[assignment.node], start_order(job, assignment))
+        effects.start(cluster.nodes[assignment.node], job, assignment)
     if (claim := cluster.claims.of(fact.guest_of)) is not None:
         claim.guests.append(job.id)
     if job.prepare_until_ms:

@@ -23,8 +23,9 @@ if TYPE_CHECKING:
 
 def accepted(cluster: Cluster, fact: f.JobAccepted, now_ms: int, effects: Effects) -> None:
     cluster.take_number(fact.job)
-    job = job_of(fact, now_ms)
-    cluster.demand.arrived(fact.spec.need, fact.spec.least_replicas, now_ms, len(cluster.pool.by_number))
+    spec = cluster.alike.of(fact.spec)
+    job = job_of(fact, now_ms, spec)
+    cluster.demand.arrived(spec.need, spec.least_replicas, now_ms, len(cluster.pool.by_number))
     cluster.index_job(job)
     answer = SubmissionAnswer(
         submission_id=fact.submission_id, accepted=True, job=fact.job, note=_note(fact.deadline), at_ms=now_ms
@@ -34,45 +35,52 @@ def accepted(cluster: Cluster, fact: f.JobAccepted, now_ms: int, effects: Effect
     effects.tell_fresh(job, now_ms)
 
 
-def job_of(fact: f.JobAccepted, now_ms: int) -> Job:
+def job_of(fact: f.JobAccepted, now_ms: int, spec: JobSpec) -> Job:
     """The record of a job that is accepted; a dry run asks for one as well."""
-    return _record(fact, fact.job, now_ms, f"accepted; {fact.deadline.text}" if fact.deadline else "accepted")
+    said = f"accepted; {fact.deadline.text}" if fact.deadline else "accepted"
+    return _record(fact, spec, fact.job, now_ms, said)
 
 
 def _record(
-    fact: f.JobAccepted | f.ArrayAccepted, number: JobId, now_ms: int, said: str, array: JobId = 0, index: int = 0
+    fact: f.JobAccepted | f.ArrayAccepted,
+    spec: JobSpec,
+    number: JobId,
+    now_ms: int,
+    said: str,
+    array: JobId = 0,
+    index: int = 0,
 ) -> Job:
-    return Job(
-        id=number,
-        tenant=fact.tenant,
-        user=fact.user,
-        submission_id=fact.submission_id,
-        spec=fact.spec,
-        submitted_ms=now_ms,
-        retries_left=fact.spec.retries,
-        not_before_ms=_begin_ms(fact.spec, now_ms),
-        held_by=fact.user if fact.spec.hold else "",
-        array=array,
-        array_index=index,
-        story=[(now_ms, said)],
-        expected_ms=fact.expected_ms,
-        expected_from=fact.expected_from,
-        deadline_ms=deadline_of(fact.spec, now_ms),
-        promised=is_promised(fact.deadline),
-    )
+    job = Job(number, fact.tenant, fact.user, fact.submission_id, spec, now_ms, story=[(now_ms, said)])
+    # Most ask for none of these, and there may be a hundred thousand of them to be read at once.
+    if spec.retries:
+        job.retries_left = spec.retries
+    if spec.begin_ms or spec.begin_after_ms:
+        job.not_before_ms = _begin_ms(spec, now_ms)
+    if spec.hold:
+        job.held_by = fact.user
+    if array:
+        job.array, job.array_index = array, index
+    if fact.expected_ms:
+        job.expected_ms = fact.expected_ms
+    if fact.expected_from:
+        job.expected_from = fact.expected_from
+    if fact.deadline is not None or spec.deadline_ms or spec.deadline_after_ms:
+        job.deadline_ms, job.promised = deadline_of(spec, now_ms), is_promised(fact.deadline)
+    return job
 
 
 def array_accepted(cluster: Cluster, fact: f.ArrayAccepted, now_ms: int, effects: Effects) -> None:
     """One answer, and no event for each of so many jobs until something happens to it."""
     assert fact.spec.array is not None
     count = fact.spec.array.count
-    array = Array(fact.first, fact.tenant, count, fact.spec, count, count)
+    spec = cluster.alike.of(fact.spec)
+    array = Array(fact.first, fact.tenant, count, spec, count, count)
     cluster.arrays.add(array)
-    cluster.demand.arrived(fact.spec.need, fact.spec.least_replicas * count, now_ms, len(cluster.pool.by_number))
+    cluster.demand.arrived(spec.need, spec.least_replicas * count, now_ms, len(cluster.pool.by_number))
     for number, index in elements(array):
         cluster.take_number(number)
         said = f"accepted as element {index} of array {fact.first}"
-        cluster.index_job(_record(fact, number, now_ms, said, fact.first, index))
+        cluster.index_job(_record(fact, spec, number, now_ms, said, fact.first, index))
     answer = SubmissionAnswer(
         submission_id=fact.submission_id,
         accepted=True,
@@ -118,8 +126,10 @@ def forgotten(cluster: Cluster, fact: f.AnswersForgotten, now_ms: int, effects: 
 def _keep_answer(cluster: Cluster, tenant: Tenant, answer: SubmissionAnswer, until_ms: int, *, chosen: bool) -> None:
     answers = cluster.chosen_answers if chosen else cluster.given_answers
     key = (tenant, answer.submission_id)
+    if key in answers:
+        # Asked for again: it is the youngest now.
+        del answers[key]
     answers[key] = KeptAnswer(until_ms, answer)
-    answers.move_to_end(key)
 
 
 def _begin_ms(spec: JobSpec, now_ms: int) -> int:

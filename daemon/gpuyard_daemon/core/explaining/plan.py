@@ -75,7 +75,7 @@ class Planner:
                 raise InvariantViolated(f"a dry run led to {draft.facts}")
 
     def _of_accepted(self, accepted: f.JobAccepted, now_ms: int) -> DryRun:
-        job = job_of(accepted, now_ms)
+        job = job_of(accepted, now_ms, accepted.spec)
         # One job of an array waits like any other; how many of them go at once matters to the later ones.
         job.spec = msgspec.structs.replace(job.spec, array=None)
         answer = self._explainer.why(Asked(job, now_ms, job.tenant, brief=False))

@@ -122,21 +122,22 @@ class LiveDemand:
 
     def arrived(self, need: ResourceNeed, replicas: int, now_ms: int, nodes: int = 0) -> None:
         """So many replicas were asked for, of a yard of so many nodes."""
-        kind = self._kind_of(need)
+        kind = self._kinds.get(need) or self._kind_of(need)
         record = self._record
         if now_ms - record.faded_ms >= _FADE_MS:
             self._fade(now_ms)
-        self._counts[kind] = self._counts.get(kind, 0) + replicas * _ARRIVAL
-        record.seen += replicas
-        record.since += replicas
-        if record.since >= max(_EPOCH_MIN, min(_EPOCH_MAX, record.seen // _EPOCH_PART)):
+        counts = self._counts
+        counts[kind] = counts.get(kind, 0) + replicas * _ARRIVAL
+        seen = record.seen = record.seen + replicas
+        since = record.since = record.since + replicas
+        if since >= _EPOCH_MIN and (since >= _EPOCH_MAX or since >= seen // _EPOCH_PART):
             self._begin_epoch()
         if self.adopted < ALL_NODES:
             self._adopt_further(nodes)
 
     def waits(self, need: ResourceNeed, replicas: int) -> None:
         """So many replicas more (or fewer) wait."""
-        kind = self._kind_of(need)
+        kind = self._kinds.get(need) or self._kind_of(need)
         left = self._waiting.get(kind, 0) + replicas
         if left:
             self._waiting[kind] = left

@@ -37,11 +37,12 @@ from gpuyard_daemon.core.queueing.ranking import (
     packed,
     sequence_of,
 )
+from gpuyard_daemon.core.queueing.wheel import Wheel
 from gpuyard_daemon.core.state.cluster import Cluster
 from gpuyard_daemon.core.state.model import Job
 from gpuyard_daemon.core.tenants.holdings import capacity_by_model
 from gpuyard_daemon.core.tenants.quota import Obstacle, Way
-from gpuyard_protocol.names import JobId, Tenant
+from gpuyard_protocol.names import JobId, Tenant, User
 
 #: Queues kept although empty, with what they learnt about nodes.
 _IDLE_QUEUES_MAX = 256
@@ -94,10 +95,8 @@ class WaitingLine:
         self._of_services: dict[int, ShapeQueue] = {}
         #: Of the pool, when blocked queues were last looked at.
         self._changes_seen = -1
-        #: Jobs by the moment at which time moves them, those moments (a heap), and how many entries that makes.
-        self._wheel: dict[int, list[JobId]] = {}
-        self._moments: list[int] = []
-        self._noted = 0
+        #: Whom time will move.
+        self._wheel = Wheel()
         cluster.line_changes = None
 
     # --- keeping up --------------------------------------------------------------------------------------------------
@@ -173,32 +172,21 @@ class WaitingLine:
         """Make the buckets those of the jobs that wait now."""
         cluster = self._cluster
         waiting = cluster.waiting
-        if (changes := cluster.line_changes) is None:
-            changes = [*(self._stands.keys() - waiting.keys()), *waiting]
-        cluster.line_changes = []
-        for number in changes:
+        changes, cluster.line_changes = cluster.line_changes, []
+        if changes is None:
+            self._enter_all(now_ms)
+        for number in changes or ():
             self._drop(number)
             if (job := waiting.get(number)) is not None:
                 self._enter(job, now_ms)
-        moments = self._moments
-        left = _MOVES_PER_TURN
-        while moments and moments[0] <= now_ms and left:
-            moment = moments[0]
-            numbers = self._wheel[moment]
-            while numbers and left:
-                left -= 1
-                self._noted -= 1
-                number = numbers.pop()
-                stand = self._stands.get(number)
-                if stand is not None and stand.moves_ms == moment:
-                    self._drop(number)
-                    if (job := waiting.get(number)) is not None:
-                        self._enter(job, now_ms)
-            if not numbers:
-                heapq.heappop(moments)
-                del self._wheel[moment]
-        if self._noted > 1024 + 2 * len(self._stands):
-            self._wind_up_anew()
+        for moment, number in self._wheel.due(now_ms, _MOVES_PER_TURN):
+            stand = self._stands.get(number)
+            if stand is not None and stand.moves_ms == moment:
+                self._drop(number)
+                if (job := waiting.get(number)) is not None:
+                    self._enter(job, now_ms)
+        if len(self._wheel) > 1024 + 2 * len(self._stands):
+            self._wheel = Wheel([(stand.moves_ms, number) for number, stand in self._stands.items() if stand.moves_ms])
 
     def queue_of(self, job: Job) -> ShapeQueue:
         spec = job.spec
@@ -222,32 +210,54 @@ class WaitingLine:
         queue.add(sequence, level)
         self._stands[job.id] = _Stand(queue, sequence, level, moves_ms)
         if moves_ms:
-            self._note(moves_ms, job.id)
+            self._wheel.note(moves_ms, job.id)
         key = self._key(queue, level, sequence, job)
         if queue.ready_key < 0 or key < queue.ready_key:
             # It is the head now, or all of the queue stands in a better band than it is known by.
             head = self._head(queue)
             self._make_ready(queue, head[0] if head is not None else key)
 
+    def _enter_all(self, now_ms: int) -> None:
+        """As if each of those who wait were dropped and entered: for a line that was not told who came and went."""
+        ranking, stands = self._cluster.ranking, self._stands
+        stands.clear()
+        for known in self._queues.values():
+            known.buckets.clear()
+        self._wheel = Wheel()
+        queues: dict[tuple[int, Tenant, User, str], ShapeQueue] = {}
+        standings: dict[tuple[int, int, int, int], tuple[int, int]] = {}
+        entered: dict[tuple[ShapeQueue, int], list[int]] = {}
+        for number, job in self._cluster.waiting.items():
+            spec = job.spec
+            # Most have their specification in common with others, and came with them.
+            alike = (id(spec), job.tenant, job.user, job.service)
+            queue = queues.get(alike)
+            if queue is None:
+                queue = queues[alike] = self.queue_of(job)
+            if job.promised or not job.waits_since_ms:
+                level, moves_ms = ranking.standing_of(job, now_ms)
+            else:
+                came = (job.level, job.waits_since_ms, queue.width_milli, spec.priority)
+                standing = standings.get(came)
+                if standing is None:
+                    standing = standings[came] = ranking.standing_of(job, now_ms)
+                level, moves_ms = standing
+            sequence = sequence_of(job)
+            stands[number] = _Stand(queue, sequence, level, moves_ms)
+            if moves_ms:
+                self._wheel.note(moves_ms, number)
+            entered.setdefault((queue, level), []).append(sequence)
+        for (queue, level), sequences in entered.items():
+            queue.add_all(sequences, level)
+        for queue in dict.fromkeys(queue for queue, _ in entered):
+            head = self._head(queue)
+            if head is not None and (queue.ready_key < 0 or head[0] < queue.ready_key):
+                self._make_ready(queue, head[0])
+
     def _drop(self, number: JobId) -> None:
         stand = self._stands.pop(number, None)
         if stand is not None:
             stand.queue.remove(stand.sequence, stand.level)
-
-    def _note(self, moment: int, number: JobId) -> None:
-        """Time will move a job."""
-        if moment not in self._wheel:
-            self._wheel[moment] = []
-            heapq.heappush(self._moments, moment)
-        self._wheel[moment].append(number)
-        self._noted += 1
-
-    def _wind_up_anew(self) -> None:
-        """Forget the moments of jobs that no longer stand there."""
-        self._wheel, self._moments, self._noted = {}, [], 0
-        for number, stand in self._stands.items():
-            if stand.moves_ms:
-                self._note(stand.moves_ms, number)
 
     def _key(self, queue: ShapeQueue, level: int, sequence: int, job: Job) -> int:
         if level != TOP_LEVEL:

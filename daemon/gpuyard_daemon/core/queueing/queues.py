@@ -57,6 +57,11 @@ class Bucket:
         else:
             insort(sequences, sequence, self._first)
 
+    def add_all(self, sequences: list[int]) -> None:
+        """In any order."""
+        self._sequences = sorted([*self._sequences[self._first :], *sequences])
+        self._first = 0
+
     def remove(self, sequence: int) -> None:
         place = bisect_left(self._sequences, sequence, self._first)
         if place == self._first:
@@ -148,6 +153,13 @@ class ShapeQueue:
         if bucket is None:
             bucket = self.buckets[level] = Bucket()
         bucket.add(sequence)
+
+    def add_all(self, sequences: list[int], level: int) -> None:
+        """The same for many, in any order."""
+        bucket = self.buckets.get(level)
+        if bucket is None:
+            bucket = self.buckets[level] = Bucket()
+        bucket.add_all(sequences)
 
     def remove(self, sequence: int, level: int) -> None:
         bucket = self.buckets[level]

@@ -236,6 +236,9 @@ class Ranking:
 
     def natural_of(self, job: Job, now_ms: int) -> int:
         """The level of a job's size."""
+        if not job.attempt and job.expected_from != "estimate" and width_milli(job) <= priority.PROBE_GPUS * MILLI:
+            # It has had nothing, and may show first whether it ends at once.
+            return 0
         return priority.natural_level(self._size(job, now_ms)[0])
 
     # --- size --------------------------------------------------------------------------------------------------------
@@ -313,7 +316,8 @@ class Ranking:
 
 def width_milli(job: Job) -> int:
     """GPUs that a job takes at once, in thousandths of a card, as far as its request says; an elastic one at least."""
-    return job.spec.least_replicas * need_milli(job.spec.need)
+    spec = job.spec
+    return (spec.min_replicas or spec.replicas) * need_milli(spec.need)
 
 
 def need_milli(need: ResourceNeed) -> int:

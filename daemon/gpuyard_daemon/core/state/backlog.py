@@ -26,12 +26,14 @@ def bytes_of_service(spec: ServiceSpec) -> int:
 class Backlog:
     """Sums, kept up to date with each job and service that comes, ends and goes."""
 
-    __slots__ = ("_arrays", "_entered", "bytes", "ended_bytes", "replicas")
+    __slots__ = ("_arrays", "_entered", "_last", "bytes", "ended_bytes", "replicas")
 
     def __init__(self, arrays: Arrays) -> None:
         self._arrays = arrays
         #: Arrays that are counted.
         self._entered: set[JobId] = set()
+        #: The specification counted last: many jobs have the same one (`alike`).
+        self._last: tuple[JobSpec | None, int] = (None, 0)
         #: Of jobs that have not ended (replicas apart) and of services.
         self.bytes: dict[Tenant, int] = {}
         #: Of all tenants' jobs that ended and are still in the core.
@@ -48,15 +50,15 @@ class Backlog:
             self._entered.add(job.array)
             has_ended = not self._arrays.records[job.array].unfinished
         if has_ended:
-            self.ended_bytes += bytes_of(job.spec)
+            self.ended_bytes += self._bytes_of(job.spec)
         elif not job.service:
-            self._change(job.tenant, bytes_of(job.spec))
+            self._change(job.tenant, self._bytes_of(job.spec))
 
     def ended(self, job: Job) -> None:
         """After its array has counted it."""
         if job.array and self._arrays.records[job.array].unfinished:
             return
-        size = bytes_of(job.spec)
+        size = self._bytes_of(job.spec)
         self.ended_bytes += size
         if not job.service:
             self._change(job.tenant, -size)
@@ -67,13 +69,18 @@ class Backlog:
             if job.array in self._arrays.records:
                 return
             self._entered.discard(job.array)
-        self.ended_bytes -= bytes_of(job.spec)
+        self.ended_bytes -= self._bytes_of(job.spec)
 
     def set_service(self, tenant: Tenant, before: ServiceSpec | None, after: ServiceSpec | None) -> None:
         for spec, sign in ((before, -1), (after, 1)):
             if spec is not None:
                 self._change(tenant, sign * bytes_of_service(spec))
                 self.replicas[tenant] = self.replicas.get(tenant, 0) + sign * spec.max_replicas
+
+    def _bytes_of(self, spec: JobSpec) -> int:
+        if spec is not self._last[0]:
+            self._last = (spec, bytes_of(spec))
+        return self._last[1]
 
     def _change(self, tenant: Tenant, size: int) -> None:
         self.bytes[tenant] = self.bytes.get(tenant, 0) + size

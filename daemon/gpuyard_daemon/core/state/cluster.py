@@ -37,6 +37,7 @@ from gpuyard_daemon.core.queueing.gates import Gates
 from gpuyard_daemon.core.queueing.prediction import Lore
 from gpuyard_daemon.core.queueing.ranking import Ranking
 from gpuyard_daemon.core.state import facts as f
+from gpuyard_daemon.core.state.alike import Alike
 from gpuyard_daemon.core.state.arrays import LIVE_STATES, Arrays
 from gpuyard_daemon.core.state.backlog import Backlog
 from gpuyard_daemon.core.state.effects import Effects
@@ -99,6 +100,7 @@ class Cluster:
         #: The yard is stopping or stopped: nothing starts.
         self.draining = False
         # --- derived
+        self.alike = Alike()
         self.pool = Pool()
         #: Places kept for jobs in line: the records are durable, what the spaces know of them is derived.
         self.claims = Claims(self.pool)
@@ -307,23 +309,26 @@ class Cluster:
             return
         if not self.may_start(job):
             return
-        if (throttle := self.arrays.throttle(job)) is not None:
-            if throttle.could(job.id):
-                self._join_line(job)
-            self.settle_array(job)
-        else:
+        throttle = self.arrays.throttle(job) if job.array else None
+        if throttle is None:
             self._join_line(job)
+            return
+        if throttle.could(job.id):
+            self._join_line(job)
+        self.settle_array(job)
 
     def _join_line(self, job: Job) -> None:
-        if job.id in self.waiting:
+        number, spec = job.id, job.spec
+        if number in self.waiting:
             return
-        self.waiting[job.id] = job
-        self.demand.waits(job.spec.need, job.spec.least_replicas)
+        self.waiting[number] = job
+        self.demand.waits(spec.need, spec.least_replicas)
         if not job.waits_since_ms:
             now_ms = self.totals.summed_to_ms
             job.level = self.ranking.natural_of(job, now_ms)
             job.waits_since_ms = max(1, now_ms)
-        self._note_line(job.id)
+        if self.line_changes is not None:
+            self._note_line(number)
 
     def _note_line(self, job: JobId) -> None:
         if self.line_changes is not None:
@@ -357,20 +362,28 @@ class Cluster:
 
     def index_job(self, job: Job) -> None:
         """Enter a job, new or restored, into the indexes."""
-        self.jobs[job.id] = job
-        for owner in (job.tenant, ""):
-            jobs = self.lists.get(owner)
-            if jobs is None:
-                jobs = self.lists[owner] = JobList()
-            jobs.add(job.id)
-            jobs.counts[job.state] += 1
+        number, state, spec = job.id, job.state, job.spec
+        self.jobs[number] = job
+        jobs = self.lists.get(job.tenant)
+        if jobs is None:
+            jobs = self.lists[job.tenant] = JobList()
+        jobs.add(number, state)
+        self.lists[""].add(number, state)
         self.backlog.enter(job)
-        if job.promised and not job.is_final:
-            self.promised[job.id] = None
-        if job.service and not job.is_final:
-            self.service_jobs.setdefault((job.tenant, job.service), {})[job.id] = job
-        if not job.is_final:
-            self.gates.enter(job, self.jobs, self.arrays)
+        if state == "pending" or not job.is_final:
+            if job.promised:
+                self.promised[number] = None
+            if job.service:
+                self.service_jobs.setdefault((job.tenant, job.service), {})[number] = job
+            if spec.depends_on or spec.name:
+                self.gates.enter(job, self.jobs, self.arrays)
+        if job.assignments:
+            self._index_attempt(job)
+        if state == "pending":
+            self.queue_up(job)
+
+    def _index_attempt(self, job: Job) -> None:
+        """The same for what it holds, or held last."""
         if job.state in LIVE_STATES and (throttle := self.arrays.throttle(job)) is not None:
             throttle.lives(1)
             self.settle_array(job)
@@ -381,8 +394,6 @@ class Cluster:
             self.leaving[job.id] = job
         if not job.held_by and any(each.state == "suspended" for each in job.assignments):
             self.suspended[job.id] = job
-        if job.state == "pending":
-            self.queue_up(job)
 
     def stop_order(self, job: Job, assignment: Assignment) -> Stop:
         """The order that ends one replica; the same whenever it is asked for."""

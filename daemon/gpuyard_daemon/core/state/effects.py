@@ -36,6 +36,10 @@ class Effects:
         else:
             orders.append(order)
 
+    def start(self, node: Node, job: Job, assignment: Assignment) -> None:
+        """Number the order to start a replica."""
+        self.order(node, start_order(job, assignment))
+
     def amend(self, node: Node, start: Start) -> None:
         """Put another order to start a replica in the place of the one that this turn has made."""
         orders = self._orders[node.id]
@@ -68,6 +72,34 @@ class Effects:
 
     def notices(self) -> tuple[Notice, ...]:
         return tuple(notice for notice in self._notices if notice is not None)
+
+
+class Forgone(Effects):
+    """Of a record whose orders and notices have left long ago, as a replay knows: what remains are the numbers that
+    nodes' orders have."""
+
+    __slots__ = ()
+
+    def order(self, node: Node, order: Order) -> None:
+        node.orders_issued += 1
+
+    def start(self, node: Node, job: Job, assignment: Assignment) -> None:
+        node.orders_issued += 1
+
+    def amend(self, node: Node, start: Start) -> None:
+        pass
+
+    def tell(self, job: Job, now_ms: int) -> None:
+        pass
+
+    def warn(self, job: Job, why: Why, now_ms: int) -> None:
+        pass
+
+    def tell_fresh(self, job: Job, now_ms: int) -> None:
+        pass
+
+    def answer(self, tenant: Tenant, answer: SubmissionAnswer) -> None:
+        pass
 
 
 def event_of(job: Job, now_ms: int) -> JobEvent:

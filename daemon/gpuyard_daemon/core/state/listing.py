@@ -37,8 +37,9 @@ class JobList:
         live = counts["starting"] + counts["running"] + counts["suspended"] + counts["stopping"]
         return counts["pending"] + live
 
-    def add(self, job: JobId) -> None:
+    def add(self, job: JobId, state: JobState) -> None:
         self._ids.append(job)
+        self.counts[state] += 1
 
     def remove(self, job: JobId) -> None:
         self._gone.add(job)

@@ -123,11 +123,14 @@ def _rebuild(snapshot: Snapshot) -> Cluster:
                 cluster.timers.set_named(past.keeps_mode_until_ms, Timer.SETTLE, node.id, uuid)
     cluster.set_policy(snapshot.policy)
     for array in snapshot.arrays:
+        array.spec = cluster.alike.of(array.spec)
         cluster.arrays.add(array)
     stood = [(job.waits_since_ms, job.level, job.waited_ms) for job in snapshot.jobs]
     for job in snapshot.jobs:
         if job.array:
             job.spec = cluster.arrays.records[job.array].spec
+        else:
+            job.spec = cluster.alike.of(job.spec)
         cluster.index_job(job)
         learning.enter_run(cluster, job)
         if job.prepare_until_ms:
