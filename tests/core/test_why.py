@@ -329,6 +329,25 @@ def test_many_ahead_are_counted_against_how_fast_jobs_ended() -> None:
     assert 80 * 60_000 < answer.estimate.at_ms - h.now_ms < 120 * 60_000
 
 
+def test_what_is_waited_for_is_all_of_an_array_and_known_once_it_runs(yard: CoreHarness) -> None:
+    array = yard.submit(replace(job(gpus=4, time_limit_ms=3_600_000), array=parse_array("0-1%1")))
+    last = yard.submit(job(gpus=1, depends_on=[("afterok", array)]))
+    alone = [yard.submit(job(gpus=1, name="night", singleton=True, time_limit_ms=600_000)) for _ in range(2)]
+    for number in (array, alone[0]):
+        yard.run(number)
+    # Of the array's elements only one runs: nobody knows when the other will begin.
+    assert [estimate_of(yard, number) for number in (last, alone[1])] == [("none", 0), ("limit", 600_000)]
+    yard.ended(array)
+    yard.run(array + 1)
+    assert estimate_of(yard, last) == ("limit", 3_600_000)
+
+
+def estimate_of(h: CoreHarness, number: int) -> tuple[str, int]:
+    estimate = why(h, number).estimate
+    assert estimate is not None
+    return estimate.basis, estimate.at_ms - h.now_ms if estimate.at_ms else 0
+
+
 def test_without_limits_or_history_there_is_no_estimate(yard: CoreHarness) -> None:
     yard.submit_many([job(gpus=4), job(gpus=2)])
     estimate = why(yard, yard.submit(job(gpus=1))).estimate

@@ -119,9 +119,9 @@ def why_apart(cluster: Cluster, job: Job) -> Why | None:
     if (apart := cluster.gates.why(job, cluster.jobs, cluster.arrays)) is not None:
         return apart
     if job.id not in cluster.waiting and not job.not_before_ms and job.spec.array is not None:
-        return Why(
-            "ArrayLimit", f"{job.spec.array.at_once} elements of array {job.array} go at once, and others are first"
-        )
+        count = job.spec.array.at_once
+        go = f"{count} elements of array {job.array} go" if count > 1 else f"one element of array {job.array} goes"
+        return Why("ArrayLimit", f"{go} at once, and others are first")
     return None
 
 

@@ -7,7 +7,8 @@ is changed, and the work is bounded: a question costs the same whether ten jobs 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from itertools import islice
+from typing import Final, NamedTuple
 
 import msgspec
 
@@ -20,6 +21,7 @@ from gpuyard_daemon.core.explaining.survey import Survey, Surveyor
 from gpuyard_daemon.core.explaining.views import why_apart
 from gpuyard_daemon.core.placing.feasibility import LASTING, Reason, Shape
 from gpuyard_daemon.core.queueing.order import WaitingLine
+from gpuyard_daemon.core.queueing.promises import to_follow
 from gpuyard_daemon.core.queueing.round import places
 from gpuyard_daemon.core.state.cluster import Cluster
 from gpuyard_daemon.core.state.facts import Placement
@@ -33,6 +35,9 @@ from gpuyard_protocol.names import Tenant
 from gpuyard_protocol.queries import WhyAnswer
 from gpuyard_protocol.resources import devices_of
 from gpuyard_protocol.units import format_ms
+
+#: Jobs to be waited for whose ends are looked at.
+_BEFORE_MAX: Final = 100
 
 
 class Asked(NamedTuple):
@@ -165,11 +170,11 @@ class Explainer:
                 basis="begin", text=f"not before {left} from now; then as room allows", at_ms=job.not_before_ms
             )
         ends = []
-        for _, number in job.spec.depends_on:
-            target = self._cluster.jobs.get(number)
-            if target is not None and not target.is_final:
-                ends.append((number, *expected_end(self._cluster, target, now_ms)))
-        if ends and all(basis for _, _, basis in ends):
+        for other in islice(to_follow(self._cluster, job.tenant, job.user, job.spec, job.id), _BEFORE_MAX):
+            # When one begins that waits itself is not played here.
+            known = expected_end(self._cluster, other, now_ms) if other.live else (0, "")
+            ends.append((other.id, *known))
+        if ends and len(ends) < _BEFORE_MAX and all(basis for _, _, basis in ends):
             number, at_ms, basis = max(ends, key=lambda end: end[1])
             left = format_ms(max(0, at_ms - now_ms) // 1000 * 1000)
             if basis:

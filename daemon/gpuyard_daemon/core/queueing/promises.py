@@ -20,8 +20,8 @@ from gpuyard_daemon.core.queueing.priority import PER_OCTAVE
 from gpuyard_daemon.core.state.model import Job
 from gpuyard_daemon.core.tenants.holdings import wanted_by
 from gpuyard_protocol.jobs import JobSpec, Why
-from gpuyard_protocol.names import Tenant, User
-from gpuyard_protocol.units import format_ms
+from gpuyard_protocol.names import JobId, Tenant, User
+from gpuyard_protocol.units import MILLI, format_ms
 
 if TYPE_CHECKING:
     from gpuyard_daemon.core.state.cluster import Cluster
@@ -76,7 +76,7 @@ def promise(cluster: Cluster, tenant: Tenant, user: User, spec: JobSpec, expecte
         return Why(BEST_EFFORT, "its deadline cannot be promised: nobody knows when it will be released")
     needed_ms = expected_ms or spec.time_limit_ms
     begins_ms = max(now_ms, spec.begin_ms or now_ms + spec.begin_after_ms)
-    for other in _before(cluster, tenant, user, spec):
+    for other in to_follow(cluster, tenant, user, spec):
         ends_ms = _known_end_ms(cluster, other, now_ms)
         if ends_ms is None:
             text = f"its deadline cannot be promised: nobody knows when job {other.id} will have ended"
@@ -106,22 +106,23 @@ def promise(cluster: Cluster, tenant: Tenant, user: User, spec: JobSpec, expecte
     return Why(KEPT, "its deadline is promised")
 
 
-def _before(cluster: Cluster, tenant: Tenant, user: User, spec: JobSpec) -> Iterator[Job]:
-    """Jobs that have not ended and that it is to follow."""
-    for _, number in spec.depends_on:
-        array = cluster.arrays.records.get(number)
-        for target in range(number, number + (array.count if array else 1)):
+def to_follow(cluster: Cluster, tenant: Tenant, user: User, spec: JobSpec, number: JobId = 0) -> Iterator[Job]:
+    """Jobs that have not ended and that a job is to follow. `number`: its own; 0: it has none yet."""
+    for _, named in spec.depends_on:
+        array = cluster.arrays.records.get(named)
+        for target in range(named, named + (array.count if array else 1)):
             if (job := cluster.jobs.get(target)) is not None and not job.is_final:
                 yield job
     if spec.singleton:
-        yield from [cluster.jobs[number] for number in cluster.gates.called(tenant, user, spec.name)]
+        alike = cluster.gates.called(tenant, user, spec.name)
+        yield from [cluster.jobs[other] for other in alike if not number or other < number]
 
 
 def _known_end_ms(cluster: Cluster, job: Job, now_ms: int) -> int | None:
     """When a job will have ended, as far as its length is known or its own deadline is promised; None: whenever."""
     is_known = bool(job.expected_ms or job.spec.time_limit_ms)
     if job.state == "running" and is_known:
-        return now_ms + needs_ms(job, cluster.ranking.ran_ms(job, now_ms))
+        return now_ms + needs_ms(job, cluster.ranking.ran_ms(job, now_ms)) * MILLI // job.speed_milli
     return job.deadline_ms if job.promised and job.deadline_ms >= now_ms else None
 
 
