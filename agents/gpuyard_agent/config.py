@@ -22,7 +22,7 @@ from gpuyard_agent.launch.choose import LauncherChoice
 from gpuyard_agent.launch.containers import EngineChoice
 from gpuyard_agent.partitions.timeslice import Slice
 from gpuyard_protocol.names import NAME_EXPECTED, is_name
-from gpuyard_protocol.service.http_guard import OPEN, GuardRefused, HttpGuard, guard_for
+from gpuyard_protocol.service.http_guard import OPEN, GuardRefused, HttpGuard, address_of, guard_for
 from gpuyard_protocol.service.settings_file import BadConfig, bad, load_settings
 from gpuyard_protocol.units import Duration, Memory
 
@@ -101,10 +101,7 @@ class AgentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         return Path(self.state) if self.state else default_state_directory(os.environ, os.geteuid())
 
     def http_address(self) -> tuple[str, int] | None:
-        if not self.http:
-            return None
-        host, _, port = self.http.rpartition(":")
-        return host.strip("[]"), int(port)
+        return address_of(self.http)
 
     def http_guard(self) -> HttpGuard:
         """What readers of metrics must show; `BadConfig` if the address must not be opened so."""

@@ -42,8 +42,6 @@ from gpuyard_protocol.names import AssignmentKey, NodeId
 
 #: Of the tables; a ledger written by a later agent is refused.
 FORMAT = 1
-#: How long deletions that nothing waits for may stay undone.
-SWEEP_S = 1.0
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS meta (name TEXT PRIMARY KEY, value) WITHOUT ROWID;

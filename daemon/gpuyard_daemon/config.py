@@ -23,7 +23,7 @@ from gpuyard_daemon.rates import BURST_S, NO_LIMIT, Rate
 from gpuyard_protocol.bus.credentials import CREDENTIALS_SUFFIX
 from gpuyard_protocol.codec import Malformed, from_plain
 from gpuyard_protocol.names import NAME_EXPECTED, is_name
-from gpuyard_protocol.service.http_guard import OPEN, GuardRefused, HttpGuard, guard_for
+from gpuyard_protocol.service.http_guard import OPEN, GuardRefused, HttpGuard, address_of, guard_for
 from gpuyard_protocol.service.settings_file import BadConfig, bad, load_settings
 from gpuyard_protocol.units import MILLI, Duration, GpuAmount, Memory
 
@@ -154,10 +154,7 @@ class DaemonConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         return by_token if by_token.exists() else seed
 
     def http_address(self) -> tuple[str, int] | None:
-        if not self.http:
-            return None
-        host, _, port = self.http.rpartition(":")
-        return host.strip("[]"), int(port)
+        return address_of(self.http)
 
     def http_guard(self) -> HttpGuard:
         """What readers of the pages must show; `BadConfig` if the address must not be opened so."""

@@ -101,7 +101,6 @@ class Journal:
         #: Why this process lost the journal; then it stores nothing any more.
         self.lost_because = ""
         self.appended_records = 0
-        self.appended_bytes = 0
         #: Monotonic time since when the append in flight waits; None while there is none.
         self.waiting_since: float | None = None
         self._lock = asyncio.Lock()
@@ -224,7 +223,6 @@ class Journal:
         """Store one record; returns its sequence once it is durable, however long that takes."""
         sequence = await self._store(JOURNAL_ENTRY, data, message_id)
         self.appended_records += 1
-        self.appended_bytes += len(data)
         return sequence
 
     async def point_to_snapshot(self, pointer: SnapshotPointer) -> None:

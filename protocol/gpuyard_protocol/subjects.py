@@ -48,11 +48,9 @@ JOURNAL_LEADER = "jrn.leader"
 JOURNAL_ENTRY = "jrn.e"
 JOURNAL_SNAPSHOT = "jrn.snap"
 
-ALL_SUBMISSIONS = "sub.>"
 ALL_QUERIES = "q.>"
 ALL_OPERATIONS = "adm.>"
 ALL_LOADS = "load.>"
-ALL_REPORTS = "rep.>"
 ALL_HEARTBEATS = "hb.*"
 ALL_TELEMETRY = "tel.>"
 

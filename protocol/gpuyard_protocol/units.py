@@ -95,7 +95,21 @@ def _thousandths(text: str | int | float) -> int | None:
     return int(exact) if exact.denominator == 1 else None
 
 
-class Share(Quantity):
+class _Thousandths(Quantity):
+    """What people write with a fraction, and we count in thousandths."""
+
+    @classmethod
+    def parse(cls, text: str | int | float) -> Self:
+        milli = _thousandths(text)
+        if milli is None:
+            raise cls._refuse(text)
+        return cls(milli)
+
+    def __str__(self) -> str:
+        return format_milli(int(self))
+
+
+class Share(_Thousandths):
     """A fraction of one GPU in thousandths: `0.3`, `"0.3"`, `"30%"`; more than 0, at most 1."""
 
     EXPECTED = "a fraction of one GPU between 0.001 and 1, such as 0.3 or '30%'"
@@ -111,11 +125,8 @@ class Share(Quantity):
             raise cls._refuse(text)
         return cls(milli)
 
-    def __str__(self) -> str:
-        return format_milli(int(self))
 
-
-class Cpus(Quantity):
+class Cpus(_Thousandths):
     """CPU cores in thousandths: `4`, `0.5`, `"500m"`."""
 
     EXPECTED = "a number of CPU cores, such as 4, 0.5 or '500m'"
@@ -124,29 +135,13 @@ class Cpus(Quantity):
     def parse(cls, text: str | int | float) -> Self:
         if isinstance(text, str) and re.fullmatch(r"[0-9]{1,9}m", text.strip()):
             return cls(int(text.strip()[:-1]))
-        milli = _thousandths(text)
-        if milli is None:
-            raise cls._refuse(text)
-        return cls(milli)
-
-    def __str__(self) -> str:
-        return format_milli(int(self))
+        return super().parse(text)
 
 
-class GpuAmount(Quantity):
+class GpuAmount(_Thousandths):
     """GPU compute in thousandths of a card: `8`, `2.5`, `"0.5"`; 0 where that means no limit."""
 
     EXPECTED = "a number of GPUs, such as 8 or 2.5, or 0 for no limit"
-
-    @classmethod
-    def parse(cls, text: str | int | float) -> Self:
-        milli = _thousandths(text)
-        if milli is None:
-            raise cls._refuse(text)
-        return cls(milli)
-
-    def __str__(self) -> str:
-        return format_milli(int(self))
 
 
 class Moment(str):

@@ -12,7 +12,6 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
-from bench.fleet import FakeAgent
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
 
@@ -42,6 +41,7 @@ from gpuyard_protocol.queries import (
 )
 from gpuyard_protocol.subjects import telemetry
 from support.daemon import DaemonProcess, Tenant, until
+from support.fleet import fleet
 from support.nats import NatsProcess
 
 JOB = {"command": ["/bin/true"], "gpus": 1}
@@ -65,23 +65,6 @@ async def bus(nats_process: NatsProcess, daemon: DaemonProcess) -> AsyncIterator
 @pytest.fixture
 async def tenant(bus: Bus) -> Tenant:
     return Tenant(bus)
-
-
-@contextlib.asynccontextmanager
-async def fleet(bus: Bus, nodes: int, *, runs_for_s: float = 0.0) -> AsyncIterator[list[FakeAgent]]:
-    """Agents on a connection of their own, joined and synced; no fault in any of them at the end."""
-    agents = [FakeAgent(bus, f"node-{number}", runs_for_s=runs_for_s) for number in range(nodes)]
-    for agent in agents:
-        await agent.join()
-
-    async def synced() -> bool:
-        return all(agent.syncs for agent in agents)
-
-    await until(synced, "a first sync for every agent")
-    yield agents
-    for agent in agents:
-        await agent.leave()
-        assert agent.faults == []
 
 
 async def told_answers(bus: Bus, count: int) -> dict[str, int]:

@@ -22,6 +22,7 @@ from gpuyard_protocol.codec import encode
 from gpuyard_protocol.jobs import JobView
 from gpuyard_protocol.queries import JobQuery, JobsPage, JobsQuery, Ok, Stats, StatsQuery
 from support.daemon import SETTINGS, DaemonProcess, Tenant, until
+from support.fleet import fleet
 from support.nats import NatsProcess
 from support.relay import Relay
 
@@ -58,29 +59,6 @@ async def bus(nats_process: NatsProcess) -> AsyncIterator[Bus]:
 @pytest.fixture
 async def tenant(bus: Bus) -> Tenant:
     return Tenant(bus)
-
-
-@contextlib.asynccontextmanager
-async def fleet(
-    bus: Bus, nodes: int, *, runs_for_s: float = 0.0, is_delayed: bool = False
-) -> AsyncIterator[list[FakeAgent]]:
-    """Agents that have joined; none of them was told anything twice, or by two leaders at a time.
-
-    Where messages are delayed, what an old leader sent in its own time may arrive in the next one's; it is refused.
-    """
-    agents = [FakeAgent(bus, f"node-{number}", runs_for_s=runs_for_s) for number in range(nodes)]
-    for agent in agents:
-        await agent.join()
-
-    async def synced() -> bool:
-        return all(agent.syncs for agent in agents)
-
-    await until(synced, "a first sync for every agent")
-    yield agents
-    for agent in agents:
-        await agent.leave()
-        assert agent.faults == []
-        assert agent.stale == 0 or is_delayed
 
 
 async def finished(tenant: Tenant, count: int) -> None:

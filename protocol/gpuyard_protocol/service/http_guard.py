@@ -44,6 +44,12 @@ class HttpGuard(NamedTuple):
 OPEN = HttpGuard()
 
 
+def address_of(text: str) -> tuple[str, int] | None:
+    """Host and port of a setting `HOST:PORT` that was found good; None where there is to be no endpoint."""
+    host, _, port = text.rpartition(":")
+    return (host.strip("[]"), int(port)) if text else None
+
+
 def is_loopback(host: str) -> bool:
     return host in ("localhost", "::1") or host.startswith("127.")
 
