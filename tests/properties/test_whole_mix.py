@@ -12,6 +12,7 @@ import sys
 from collections import Counter
 
 import pytest
+from msgspec.structs import replace
 
 from gpuyard_daemon.core.scheduler import Scheduler
 from gpuyard_daemon.core.state.inputs import Input
@@ -42,7 +43,9 @@ class RestoredHarness(CoreHarness):
         before = self.core.snapshot()
         turn = super().turn(*inputs, after_ms=after_ms)
         other = Scheduler.restore(before, self.settings)
-        assert other.handle(inputs, self.now_ms, self._cursors) == turn
+        again = other.handle(inputs, self.now_ms, self._cursors)
+        # What was found to fit nowhere before is found so again: that counts as work, and decides nothing.
+        assert replace(again, decisions=0) == replace(turn, decisions=0)
         assert other.digest() == self.core.digest()
         return turn
 
@@ -55,9 +58,9 @@ def test_a_restored_core_decides_as_the_one_that_went_on(seed: int) -> None:
         yard.play(*move)
 
 
-@pytest.mark.parametrize("seed", [6, 97, 134, 144, 162, 2118, 3243])
+@pytest.mark.parametrize("seed", [1, 6, 10, 26, 48, 53, 92])
 def test_a_story_is_well_judged_and_ends_well(seed: int) -> None:
-    """Among them those in which something was found once."""
+    """Among them one in which something was found once: a size was changed in the very moment of a start."""
     yard = MixedYard(JudgedHarness())
     for move in story(seed, 80):
         yard.play(*move)
@@ -67,7 +70,7 @@ def test_a_story_is_well_judged_and_ends_well(seed: int) -> None:
 def test_the_judge_is_asked_about_every_kind_of_decision() -> None:
     """A judge of nothing would be content with everything."""
     judged: Counter[str] = Counter()
-    for seed in (1, 2, 3, 5, 7, 45, 4007):
+    for seed in (3, 16, 22, 33, 39, 47, 49):
         harness = JudgedHarness()
         yard = MixedYard(harness)
         for name, a, b in story(seed, 80):
@@ -76,6 +79,7 @@ def test_the_judge_is_asked_about_every_kind_of_decision() -> None:
         judged.update(harness.twin.judged)
     asked = {
         "free place", "kept place", "resumption", "reserve", "guest", "eviction by suspend", "eviction by checkpoint",
-        "eviction by requeue",
+        "eviction by requeue", "eviction by shrink", "eviction by force", "wide start", "grown", "grown for its owner",
+        "shrunk by its owner", "shrunk for its tenant's limit", "drain", "card taken back", "guest sent away",
     }  # fmt: skip
     assert asked <= judged.keys(), judged
