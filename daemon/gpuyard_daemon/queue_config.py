@@ -39,7 +39,7 @@ class QueueConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
     #: The queue above it; unset: the yard.
     parent: str = ""
-    #: Its part of what its neighbours lend, 1 to 1000.
+    #: Its part beside the queues beside it, of what others lend and for fairness, 1 to 1000.
     weight: int = 1
     #: Takes what nobody else wants, and gives it back to whoever does.
     scavenger: bool = False

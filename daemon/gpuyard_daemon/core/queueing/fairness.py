@@ -1,8 +1,9 @@
 """How tenants stand against their shares: what each was charged lately, and the levels that its jobs sink or rise by.
 
 A tenant is charged for the GPU compute that it holds, doubled for each step of a job's class (so a class buys no more
-than it costs), and what was charged loses half its weight in a day. Its share is its weight's part of what all tenants
-were charged who have work now. Above its share its jobs sink by two octaves for every factor of two, and below it they
+than it costs), and what was charged loses half its weight in a day. Its share is its part of what all tenants were
+charged who have work now: each queue's part is by its weight beside the queues beside it, a tenant's by its own beside
+the others of its queue. Above its share its jobs sink by two octaves for every factor of two, and below it they
 rise: so a tenant with little work is served at once, and those with too much share what is left.
 
 Where that is not enough, time is: what answers a factor with so many levels leaves a factor for ever to whoever's jobs
@@ -23,6 +24,10 @@ far enough: in between they stand still, and who goes before whom does not flick
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from fractions import Fraction
+from itertools import pairwise
+from math import lcm, prod
 from typing import TYPE_CHECKING, Final
 
 from gpuyard_daemon.core.queueing.fixedpoint import decayed, grown
@@ -143,7 +148,7 @@ def _usage_and_shares(cluster: Cluster, now_ms: int) -> dict[Tenant, tuple[int, 
     """(usage, share) of the tenants with work, both in the same measure, both above 0."""
     fairness = cluster.fairness
     active = sorted(name for name, jobs in cluster.lists.items() if name and jobs.unfinished)
-    weights = {tenant: cluster.tenancy.weight(tenant) for tenant in active}
+    weights = _weights(cluster, active)
     charged = {tenant: fairness.charged(tenant, now_ms) for tenant in active}
     everything, all_weights = sum(charged.values()), sum(weights.values())
     prior = (cluster.pool.capacity_milli << -PRIORITY_MIN) * _PRIOR_MS
@@ -152,6 +157,28 @@ def _usage_and_shares(cluster: Cluster, now_ms: int) -> dict[Tenant, tuple[int, 
         tenant: (max(1, charged[tenant] * all_weights + prior * weight), max(1, (everything + prior) * weight))
         for tenant, weight in weights.items()
     }
+
+
+def _weights(cluster: Cluster, active: Sequence[Tenant]) -> dict[Tenant, int]:
+    """What each counts beside the others: its queue's weight beside the queues beside it, so down the tree as far as
+    there is work, and its own beside the tenants of its queue."""
+    quota, tenancy = cluster.quota, cluster.tenancy
+    #: Under each queue, what has work there; and the way down to each tenant, as (queue, weight in it).
+    under: dict[str, dict[tuple[str, Tenant], int]] = {}
+    ways: dict[Tenant, list[tuple[str, int]]] = {}
+    for tenant in active:
+        way = ways[tenant] = []
+        down = quota.queues[quota.queue_name(tenant, "")].upwards()[::-1]
+        for above, queue in pairwise(down):
+            under.setdefault(above.name, {})[queue.name, ""] = queue.weight
+            way.append((above.name, queue.weight))
+        weight = tenancy.weight(tenant)
+        under.setdefault(down[-1].name, {})["", tenant] = weight
+        way.append((down[-1].name, weight))
+    sums = {name: sum(weights.values()) for name, weights in under.items()}
+    parts = {tenant: prod([Fraction(weight, sums[name]) for name, weight in way]) for tenant, way in ways.items()}
+    whole = lcm(*[part.denominator for part in parts.values()])
+    return {tenant: part.numerator * (whole // part.denominator) for tenant, part in parts.items()}
 
 
 def _moved(

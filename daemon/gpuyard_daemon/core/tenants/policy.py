@@ -39,7 +39,7 @@ class QueuePolicy(msgspec.Struct, frozen=True, omit_defaults=True):
     name: str
     #: The queue above it; "": the yard.
     parent: str = ""
-    #: Its part of what its neighbours lend, beside theirs.
+    #: Its part beside the queues beside it: of what others lend, and for fairness.
     weight: int = 1
     #: Takes what nobody else wants, and gives it back to whoever does.
     scavenger: bool = False
@@ -57,7 +57,7 @@ class TenantLimits(msgspec.Struct, frozen=True, omit_defaults=True):
     jobs_max: int = 0
     #: The queue of its jobs that name none; "": the default queue.
     queue: str = ""
-    #: Its part of the yard beside other tenants', for fairness.
+    #: Its part beside other tenants of its queue, for fairness.
     weight: int = 1
     #: Bytes of commands, environments and scripts in jobs that have not ended and in services, there once for each
     #: replica. Hard, like `jobs_max`.
