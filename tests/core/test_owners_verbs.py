@@ -168,6 +168,20 @@ def test_a_node_without_memory_for_it_says_so() -> None:
         assert text in answer.reason.text
 
 
+def test_the_work_of_one_that_was_stopped_on_its_way_counts_until_it_has_ended() -> None:
+    """The node may have it off the card before it hears of the stop, and kills it only then."""
+    h = CoreHarness(restart_every=1)
+    h.join(msgspec.structs.replace(node("n-1", 2), suspend_mib=100 * 1024))
+    first, second = running(h, softly(gpus=1)), running(h, softly(gpus=1))
+    assert suspend(h, first).accepted
+    h.cancel(first)
+    answer = suspend(h, second)
+    assert answer.reason is not None
+    assert "too little memory" in answer.reason.text
+    h.stopped(first)
+    assert suspend(h, second).accepted
+
+
 def test_who_may_and_when() -> None:
     h = harness()
     mine = running(h, softly(gpus=1))

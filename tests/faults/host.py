@@ -199,7 +199,8 @@ class Host:
         self.made.pop(key, None)
         held = sum(each.image_mib for each in self.running)
         if held > self.inventory.suspend_mib:
-            raise SafetyViolated(f"{self.name}: images take {held} MiB of {self.inventory.suspend_mib}")
+            whose = ", ".join(f"{each.key} {each.image_mib}" for each in self.running if each.image_mib)
+            raise SafetyViolated(f"{self.name}: images take {held} MiB of {self.inventory.suspend_mib}: {whose}")
         return process
 
     def resume(self, key: AssignmentKey, partition: Partition) -> bool:

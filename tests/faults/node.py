@@ -244,7 +244,10 @@ class AgentProcess(Party):
     async def _suspend(self, action: SuspendProcess) -> None:
         await self._pause(0.01, 2.0)
         key, rng = action.key, self._rng
-        if not action.gpu_pids and self._goes_wrong():
+        known = self.host.processes.get(key)
+        # What is off its card already, by an agent that died before it wrote that down, is found so.
+        is_off = bool(action.gpu_pids) or (known is not None and bool(known.image_mib))
+        if not is_off and self._goes_wrong():
             is_lost = rng.random() < 0.3
             self._inbox.put(
                 ProcessBroken(key, "the driver") if is_lost else SuspendRefused(key, "DriverRefused", "busy")
@@ -260,7 +263,9 @@ class AgentProcess(Party):
     async def _resume_process(self, action: ResumeProcess) -> None:
         await self._pause(0.01, 2.0)
         key = action.key
-        if self._goes_wrong():
+        known = self.host.processes.get(key)
+        is_back = known is not None and known.end is None and not known.image_mib
+        if not is_back and self._goes_wrong():
             is_lost = self._rng.random() < 0.3
             self._inbox.put(
                 ProcessBroken(key, "the driver") if is_lost else ResumeRefused(key, "DriverRefused", "busy")

@@ -150,7 +150,7 @@ def can_be_suspended(cluster: Cluster, job: Job, beside: Iterable[Job] = ()) -> 
     for other in space.assignments.values():
         if other.image_mib:
             held_mib += other.image_mib
-        elif other.state == "suspending":
+        elif other.state == "suspending" or other.may_leave_image:
             coming_mib += cluster.pool.image_bound(other)
     for job in beside:
         if job.assignments[0].node == assignment.node:

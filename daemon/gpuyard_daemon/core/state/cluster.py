@@ -271,6 +271,8 @@ class Cluster:
 
     def move_assignment(self, job: Job, assignment: Assignment, to: AssignmentState) -> None:
         check_assignment_move(job, assignment, to)
+        if assignment.state == "suspending" and to == "stopping":
+            assignment.may_leave_image = True
         assignment.state = to
 
     def park(self, job: Job) -> None:

@@ -63,6 +63,8 @@ class Assignment(_Record):
     home: Partition | None = None
     #: Memory of the host that its work takes while it is suspended, and until it is back on its card.
     image_mib: int = 0
+    #: It was told to stop on its way off its card: until it has ended its work may lie in the host's memory.
+    may_leave_image: bool = False
 
     def held(self, need: ResourceNeed) -> tuple[int, int]:
         """(CPU, memory) of its node that it holds: suspended, no CPU, and memory for its image beside its own."""
