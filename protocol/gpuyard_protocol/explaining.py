@@ -17,7 +17,7 @@ from gpuyard_protocol.jobs import Why
 EndBasis: TypeAlias = Literal["", "stopping", "limit", "estimate", "history"]
 #: What an estimated start rests on, the weakest of all that it used. `now`: there is room. `begin`: the time that it
 #: was given. `rate`: how fast jobs ended lately. `none`: there is nothing to go by.
-StartBasis: TypeAlias = Literal["now", "begin", "stopping", "limit", "estimate", "history", "rate", "none"]
+StartBasis: TypeAlias = Literal["now", "begin", "stopping", "limit", "estimate", "history", "lent", "rate", "none"]
 
 
 class CardReason(msgspec.Struct, frozen=True, kw_only=True):

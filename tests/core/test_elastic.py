@@ -355,3 +355,26 @@ def test_it_does_not_grow_while_its_tenants_limit_keeps_others_out() -> None:
     h.ended(blocker)
     h.settle(most_ms=3_600_000)
     assert (size(h, number), h.state(waiting)) == (2, "pending")
+
+
+def test_who_waits_for_what_is_lent_is_told_when_it_is_given_back() -> None:
+    h = harness(4, 4)
+    wide = h.submit(elastic(2, 8))
+    h.run(wide)
+    h.settle(most_ms=30_000)
+    small, gang = job(gpus=2), job(replicas=3, gpus=2)
+    for spec in (small, gang):
+        answer = h.core.plan("umbrella", "bob", spec, h.now_ms).why
+        assert answer is not None
+        assert answer.estimate is not None
+        assert answer.estimate.basis == "lent"
+        assert "a job of another tenant gives back" in answer.estimate.text
+    number = h.submit(small)
+    told = h.core.why(number, h.now_ms)
+    assert told is not None
+    assert told.estimate is not None
+    grace_ms = small.stop_grace_ms
+    assert told.estimate.at_ms - grace_ms == h.core.cluster.jobs[wide].started_ms + exchange.LEAST_RUN_MS
+    h.settle(most_ms=told.estimate.at_ms - grace_ms - h.now_ms + h.settings.preempt_every_ms)
+    h.stopped(wide)
+    assert h.states(wide, number) == ["starting", "starting"]

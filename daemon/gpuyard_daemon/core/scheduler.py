@@ -83,7 +83,7 @@ class Scheduler:
         self._growing = Growing()
         #: When `handle` was last called, whether or not it left a record.
         self._handled_ms = 0
-        self._explainer = Explainer(self.cluster, self._line, self.settings.timeslice_milli_max)
+        self._explainer = Explainer(self.cluster, self._line, self.settings)
         self._planner = Planner(self.cluster, self._explainer, self._possibilities, self.settings)
 
     # --- deciding ----------------------------------------------------------------------------------------------------

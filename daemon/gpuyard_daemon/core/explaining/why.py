@@ -15,6 +15,7 @@ import msgspec
 from gpuyard_daemon.core.explaining import cooldowns
 from gpuyard_daemon.core.explaining.forecast import AHEAD_MAX, Forecast
 from gpuyard_daemon.core.explaining.holders import expected_end, holders_of, holders_on, rows
+from gpuyard_daemon.core.explaining.lent import given_back
 from gpuyard_daemon.core.explaining.reasons import key_terms
 from gpuyard_daemon.core.explaining.remedies import Remedies
 from gpuyard_daemon.core.explaining.survey import Survey, Surveyor
@@ -26,6 +27,7 @@ from gpuyard_daemon.core.queueing.round import places
 from gpuyard_daemon.core.state.cluster import Cluster
 from gpuyard_daemon.core.state.facts import Placement
 from gpuyard_daemon.core.state.model import Job
+from gpuyard_daemon.core.state.settings import CoreSettings
 from gpuyard_daemon.core.tenants import limits
 from gpuyard_daemon.core.tenants.quota import Obstacle
 from gpuyard_daemon.core.tenants.tenancy import OVER_QUOTA
@@ -36,6 +38,8 @@ from gpuyard_protocol.queries import WhyAnswer
 from gpuyard_protocol.resources import devices_of
 from gpuyard_protocol.units import format_ms
 
+#: Nodes of one kind with room for some of a gang that are tried.
+_ROOMY_MAX: Final = 16
 #: Jobs to be waited for whose ends are looked at.
 _BEFORE_MAX: Final = 100
 
@@ -54,10 +58,10 @@ class Asked(NamedTuple):
 class Explainer:
     """Answers about one cluster."""
 
-    def __init__(self, cluster: Cluster, line: WaitingLine, timeslice_milli_max: int) -> None:
+    def __init__(self, cluster: Cluster, line: WaitingLine, settings: CoreSettings) -> None:
         self._cluster = cluster
         self.line = line
-        self._timeslice_milli_max = timeslice_milli_max
+        self._settings = settings
         self.surveyor = Surveyor(cluster.pool)
 
     def why(self, asked: Asked) -> WhyAnswer:
@@ -106,8 +110,21 @@ class Explainer:
             if starts
             else cooldowns.estimate_of_switch(switch_ms, now_ms)
             if switch_ms and not ahead and limit is None and job.spec.replicas == 1
-            else Forecast(cluster, job, survey, now_ms).estimate(held, first_ahead, ahead, limit),
+            else self._estimate(
+                asked,
+                survey,
+                Forecast(cluster, job, survey, now_ms).estimate(held, first_ahead, ahead, limit),
+                is_first=not ahead and limit is None,
+            ),
         )
+
+    def _estimate(self, asked: Asked, survey: Survey, played: StartEstimate, *, is_first: bool) -> StartEstimate:
+        """Of whoever is first in line, what elastic jobs give back may come before what others end."""
+        if not is_first or not self._cluster.wide or not survey.may_ever:
+            return played
+        roomy = [node for finding in survey.findings if finding.room for node in finding.group.nodes[:_ROOMY_MAX]]
+        lent = given_back(self._cluster, self._settings, asked.job, survey.shape, roomy, asked.now_ms, asked.viewer)
+        return lent if lent is not None and (not played.at_ms or lent.at_ms < played.at_ms) else played
 
     def _kept_for(self, job: Job, viewer: Tenant | None) -> str:
         """Whom it waits for, if places are kept for it; "" if none are."""
@@ -122,7 +139,7 @@ class Explainer:
         return f"places on {', '.join(nodes)} are kept for it: it waits for {whom}"
 
     def shape_of(self, job: Job) -> Shape:
-        return Shape(job.spec.need, job.spec.least_replicas, job.tenant, job.user, self._timeslice_milli_max)
+        return Shape(job.spec.need, job.spec.least_replicas, job.tenant, job.user, self._settings.timeslice_milli_max)
 
     def _first_ahead(self, job: Job, now_ms: int, ahead: int) -> list[Job] | None:
         """Those before it, in order; None: too many to play them forward."""
