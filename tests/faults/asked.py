@@ -77,7 +77,7 @@ def _of_many_sizes(rng: random.Random, job: dict[str, Any]) -> dict[str, Any]:
     job |= {"min_replicas": least, "replicas": least + rng.choice((1, 2, 4))}
     if rng.random() < 0.5:
         job |= {"preemption": "checkpoint", "restart_time": "1s"}
-        job["command"][1] = str(round(rng.uniform(100.0, 400.0), 1))
+        job["command"][1] = str(round(rng.uniform(100.0, 250.0), 1))
     return job
 
 
