@@ -214,12 +214,15 @@ class AuditLog:
             about=about[:TEXT_MAX],
             where=where[:TEXT_MAX],
         )
-        self._add(entry, time.monotonic())
+        self._add(entry, time.monotonic(), {})
         self._wake.set()
 
-    def _add(self, entry: AuditEntry, noted_at: float) -> None:
-        where = entry.where or self._where.of(entry.who, noted_at)[:TEXT_MAX]
-        if not where and not self._where.seek(entry.who):
+    def _add(self, entry: AuditEntry, noted_at: float, told: dict[str, str]) -> None:
+        """`told`: addresses of the last second, for those who ask five hundred times in it."""
+        where = entry.where or told.get(entry.who) or self._where.of(entry.who, noted_at)[:TEXT_MAX]
+        if where:
+            told[entry.who] = where
+        elif not self._where.seek(entry.who):
             where = UNKNOWN
         runs = self._runs if where else self._unplaced
         key = (entry.who, entry.what, entry.outcome, where)
@@ -242,10 +245,9 @@ class AuditLog:
             del self._unplaced[key]
             run.first = msgspec.structs.replace(run.first, where=where or UNKNOWN)
             placed = (who, what, outcome, run.first.where)
-            if (before := self._runs.get(placed)) is not None:
-                before.add(run.last, run.count)
-            else:
-                self._runs[placed] = run
+            if (later := self._runs.get(placed)) is not None:
+                run.add(later.last, later.count)
+            self._runs[placed] = run
 
     def _drop(self, entries: int) -> None:
         self.lost += entries
@@ -254,15 +256,17 @@ class AuditLog:
     # -- telling it apart ----------------------------------------------------------------------------------------------
 
     async def _digest(self) -> None:
-        done = 0
+        done, since, told = 0, float("-inf"), dict[str, str]()
         while self._turns:
             turn = self._turns.popleft()
             self._facts -= len(turn.facts)
+            if turn.noted_at - since > FLUSH_S:
+                since, told = turn.noted_at, {}
             asked = {(found.tenant, found.submission_id): found for found in turn.inputs if isinstance(found, _Request)}
             for fact in turn.facts:
                 entry = _entry(turn.at_ms, fact, asked)
                 if entry is not None:
-                    self._add(entry, turn.noted_at)
+                    self._add(entry, turn.noted_at, told)
             done += len(turn.facts)
             if done >= SLICE_FACTS:
                 done = 0

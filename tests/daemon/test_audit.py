@@ -109,3 +109,71 @@ async def test_long_texts_are_cut(rig: Rig) -> None:
     rig.log.acted("operator olga", "x" * 5000, "ok", where="h" * 5000)
     (entry,) = await rig.entries()
     assert len(msgspec.json.encode(entry)) < 1000
+
+
+class Known:
+    """Who knows some addresses, and learns others when it is asked to."""
+
+    def __init__(self) -> None:
+        self.hosts: dict[str, str] = {}
+        self.sought: list[str] = []
+        self.asked = 0
+        self.is_blind = False
+
+    def of(self, who: str, at: float | None = None) -> str:
+        self.asked += 1
+        return self.hosts.get(who, "")
+
+    def seek(self, who: str) -> bool:
+        self.sought.append(who)
+        return not self.is_blind
+
+
+@pytest.fixture
+async def sited() -> tuple[Rig, Known]:
+    rig, known = Rig(), Known()
+    rig.log = AuditLog(rig.bus, lambda: 1000, known)
+    return await rig.open(), known
+
+
+async def test_an_entry_waits_for_its_address_and_others_do_not(sited: tuple[Rig, Known]) -> None:
+    rig, known = sited
+    known.hosts["operator olga"] = "10.0.0.1"
+    rig.log.decided(5, [cancel("alice", "s1", 1), cancel("alice", "s2", 2)], [answered("acme", "s1")])
+    rig.log.acted("operator olga", "cordon", "ok")
+    assert [(entry.who, entry.where) for entry in await rig.entries()] == [("operator olga", "10.0.0.1")]
+    assert set(known.sought) == {"user acme/alice"}
+    known.hosts["user acme/alice"] = "10.0.0.2"
+    rig.log.decided(6, [cancel("alice", "s2", 2)], [answered("acme", "s2")])
+    newest, _ = await rig.entries()
+    assert (newest.where, newest.count, newest.about, newest.until) == ("10.0.0.2", 2, "job 1", "job 2")
+
+
+async def test_an_address_that_nobody_finds_is_said_to_be_unknown(
+    sited: tuple[Rig, Known], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rig, known = sited
+    rig.log.acted("operator olga", "cordon", "ok")
+    assert await rig.entries() == []
+    monkeypatch.setattr(audit, "WHERE_WAIT_S", 0.0)
+    assert [entry.where for entry in await rig.entries()] == ["unknown"]
+    monkeypatch.undo()
+    rig.log.acted("operator olga", "drain", "ok")
+    await rig.log.flush(is_last=True)
+    known.is_blind = True
+    rig.log.acted("operator olga", "uncordon", "ok")
+    assert [(entry.what, entry.where) for entry in await rig.entries()] == [
+        ("uncordon", "unknown"),
+        ("drain", "unknown"),
+        ("cordon", "unknown"),
+    ]
+
+
+async def test_who_acts_often_is_looked_up_once_a_second(sited: tuple[Rig, Known]) -> None:
+    rig, known = sited
+    known.hosts["user acme/alice"] = "10.0.0.2"
+    for turn in range(50):
+        name = f"s{turn}"
+        rig.log.decided(turn, [cancel("alice", name, 1)], [answered("acme", name)])
+    (entry,) = await rig.entries()
+    assert (entry.count, entry.where, known.asked) == (50, "10.0.0.2", 1)
