@@ -49,6 +49,7 @@ from gpuyard_protocol.bus.base import Bus
 from gpuyard_protocol.bus.nats import connect
 from gpuyard_protocol.nodes import IdleGpu, Inventory
 from gpuyard_protocol.resources import ABILITIES
+from gpuyard_protocol.service.http_place import Place
 from gpuyard_protocol.service.sd_notify import Notifier
 from gpuyard_protocol.service.settings_file import BadConfig
 
@@ -252,8 +253,10 @@ async def _open_http(config: AgentConfig, runtime: Runtime) -> HttpDoor | None:
     address = config.http_address()
     if address is None:
         return None
-    door = HttpDoor(*address, runtime.metrics, runtime.health, config.http_guard())
+    place = Place(config.http_guard())
+    door = HttpDoor(runtime.metrics, runtime.health, place)
     try:
+        await place.take(*address)
         _log.info("http", url=await door.open())
     except OSError as error:
         raise BadConfig(f"http: found {config.http!r}; expected an address that is free ({error})") from None

@@ -7,12 +7,12 @@ from aiohttp import web
 from gpuyard_agent.health import Health
 from gpuyard_agent.metrics import Metrics
 from gpuyard_protocol.service.http_door import EXPOSITION, GuardedDoor
-from gpuyard_protocol.service.http_guard import OPEN, HttpGuard
+from gpuyard_protocol.service.http_place import Place
 
 
 class HttpDoor(GuardedDoor):
-    def __init__(self, host: str, port: int, metrics: Metrics, health: Health, guard: HttpGuard = OPEN) -> None:
-        super().__init__(host, port, guard, {"/metrics": self._on_metrics, "/healthz": self._on_healthz})
+    def __init__(self, metrics: Metrics, health: Health, place: Place) -> None:
+        super().__init__(place, {"/metrics": self._on_metrics, "/healthz": self._on_healthz})
         self._metrics = metrics
         self._health = health
 

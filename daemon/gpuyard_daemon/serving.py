@@ -25,13 +25,12 @@ from gpuyard_daemon.exits import EXIT_INVARIANT, EXIT_OK, Fate
 from gpuyard_daemon.health import BEAT_S, Health
 from gpuyard_daemon.history import History
 from gpuyard_daemon.history_copy import HistoryCopy
-from gpuyard_daemon.http.server import HttpDoor
+from gpuyard_daemon.http import opening
 from gpuyard_daemon.leadership import Presence
-from gpuyard_daemon.recovery import StartLater, StartRefused
+from gpuyard_daemon.recovery import StartLater
 from gpuyard_daemon.reload import Reloader
 from gpuyard_daemon.snapshots import SnapshotStore
 from gpuyard_protocol.service.sd_notify import Notifier
-from gpuyard_protocol.service.settings_file import BadConfig
 
 log = structlog.get_logger("daemon")
 
@@ -41,9 +40,9 @@ async def run(config: DaemonConfig, fate: Fate, health: Health, notifier: Notifi
     directory = recovery.prepare_directory(config)
     async with contextlib.AsyncExitStack() as stack:
         stack.callback(os.close, _lock(directory / "daemon.lock"))
-        door = await _open_door(config, health)
-        if door is not None:
-            stack.push_async_callback(door.close)
+        page = await opening.begin(config, health, fate)
+        if page is not None:
+            stack.push_async_callback(page.close)
         beat = asyncio.get_running_loop().create_task(_beat(health, notifier), name="heartbeat")
         stack.callback(beat.cancel)
         bus, api_bus = await open_bus(config, "daemon", "_INBOX_D"), await open_bus(config, "api", "_INBOX_API")
@@ -64,8 +63,9 @@ async def run(config: DaemonConfig, fate: Fate, health: Health, notifier: Notifi
         daemon = await lead(base)
         gc.freeze()
         await daemon.start()
-        if door is not None:
-            door.show(daemon.sources())
+        if page is not None:
+            page.show(daemon.sources())
+            await page.opened()
         notifier.ready(f"scheduling yard {config.yard}")
         log.info("serving", yard=config.yard, epoch=daemon.journal.epoch, turn=daemon.core.turn)
         ending = await fate.wait()
@@ -83,25 +83,6 @@ def _lock(path: os.PathLike[str]) -> int:
         os.close(descriptor)
         raise StartLater(f"another daemon runs from this state directory ({path} is locked)") from None
     return descriptor
-
-
-async def _open_door(config: DaemonConfig, health: Health) -> HttpDoor | None:
-    address = config.http_address()
-    if address is None:
-        return None
-    try:
-        door = HttpDoor(*address, health, config.http_guard())
-        url = await door.open()
-    except BadConfig as error:
-        raise StartRefused(str(error)) from None
-    except OSError as error:
-        raise StartRefused(f"cannot listen on {config.http}: {error.strerror or error}") from None
-    # For whoever started us with port 0; whole or not there.
-    note = config.directory / "http.url.new"
-    note.write_text(url + "\n")
-    note.replace(config.directory / "http.url")
-    log.info("http.listening", url=url)
-    return door
 
 
 async def _beat(health: Health, notifier: Notifier) -> None:

@@ -34,3 +34,23 @@ def test_a_module_that_is_not_there_or_is_loaded_is_left_alone() -> None:
         "print(sys.modules['json'] is json, 'no_such_module_anywhere' in sys.modules)"
     )
     assert found == "True False"
+
+
+def test_a_library_does_without_what_it_would_use_if_it_were_there() -> None:
+    found = run(
+        "import sys\n"
+        "from gpuyard_protocol.bus.deferred import absent\n"
+        "with absent('rich'):\n"
+        "    import structlog\n"
+        "print('rich' in sys.modules, structlog.dev.rich is None)\n"
+        "import rich.console\n"
+        "with absent('rich'):\n"
+        "    import rich\n"
+        "print(rich.console.Console.__name__)"
+    )
+    assert found == "False True\nConsole"
+
+
+def test_a_daemon_reads_no_web_server_before_it_leads() -> None:
+    found = run("import sys, gpuyard_daemon.process; print('aiohttp.web' in sys.modules)")
+    assert found == "False"

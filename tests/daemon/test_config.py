@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from gpuyard_daemon.__main__ import main
 from gpuyard_daemon.config import EXIT_BAD_CONFIG, DaemonConfig, load, parse_arguments
 from gpuyard_daemon.core.tenants.policy import Grant, Policy, TenantLimits
+from gpuyard_daemon.process import main
 from gpuyard_protocol.nodes import IdleGpu
 from gpuyard_protocol.service.settings_file import BadConfig
 

@@ -21,6 +21,7 @@ from gpuyard_agent.metrics import Metrics
 from gpuyard_daemon.config import EXIT_BAD_CONFIG, DaemonConfig
 from gpuyard_daemon.yard.certificates import ensure_certificates, make_node_certificate
 from gpuyard_protocol.service.http_guard import guard_for
+from gpuyard_protocol.service.http_place import Place
 from support.daemon import SETTINGS, DaemonProcess
 from support.nats import NatsProcess
 
@@ -97,7 +98,9 @@ def test_loopback_stays_as_it_was(tmp_path: Path) -> None:
 async def test_an_agents_metrics_need_the_token_and_tls(state: Path, tmp_path: Path) -> None:
     cert, key = make_node_certificate(state, "n-1", ["n-1.example"])
     guard = guard_for("0.0.0.0", tmp_path / "http.token", cert, key)
-    door = AgentDoor("127.0.0.1", 0, Metrics(dict, lambda: 0), AgentHealth(), guard)
+    place = Place(guard)
+    await place.take("127.0.0.1", 0)
+    door = AgentDoor(Metrics(dict, lambda: 0), AgentHealth(), place)
     url, ca = await door.open(), state / "tls" / "ca.pem"
     try:
         for token, status in (("", 401), ("wrong-token-of-some-length", 401), (guard.token, 200)):

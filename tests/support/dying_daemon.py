@@ -13,8 +13,7 @@ import sys
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from gpuyard_daemon import __main__ as daemon
-from gpuyard_daemon import health, upkeep
+from gpuyard_daemon import health, process, upkeep
 from gpuyard_daemon.archive import Archive
 from gpuyard_daemon.journal import Journal
 from gpuyard_daemon.snapshots import SnapshotStore
@@ -172,7 +171,7 @@ def main() -> None:
             _die()
 
     {**POINTS, "stand-still": _stand_still}[point](die_in_time)
-    daemon.main(sys.argv[3:])
+    process.main(sys.argv[3:])
 
 
 if __name__ == "__main__":

@@ -16,13 +16,13 @@ from gpuyard_daemon.http.page import render
 from gpuyard_daemon.http.sources import Sources
 from gpuyard_protocol.codec import encode
 from gpuyard_protocol.service.http_door import EXPOSITION, GuardedDoor
-from gpuyard_protocol.service.http_guard import OPEN, HttpGuard
+from gpuyard_protocol.service.http_place import Place
 
 
 class HttpDoor(GuardedDoor):
-    """`open` before the daemon serves, so that health can be asked from the first moment; `show` once it does."""
+    """It may be opened before the daemon serves; `show` once it does."""
 
-    def __init__(self, host: str, port: int, health: Health, guard: HttpGuard = OPEN) -> None:
+    def __init__(self, health: Health, place: Place) -> None:
         pages = {
             "/": self._on_page,
             "/metrics": self._on_metrics,
@@ -30,7 +30,7 @@ class HttpDoor(GuardedDoor):
             "/readyz": self._on_readyz,
             "/stats": self._on_stats,
         }
-        super().__init__(host, port, guard, pages)
+        super().__init__(place, pages)
         self._health = health
         self._sources: Sources | None = None
         self._exposition: Callable[[], Awaitable[bytes]] | None = None

@@ -11,6 +11,8 @@ from __future__ import annotations
 import importlib.util
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 
@@ -40,3 +42,17 @@ def defer(name: str) -> None:
 
     vars(module)["__getattr__"] = read
     sys.modules[name] = module
+
+
+@contextmanager
+def absent(name: str) -> Iterator[None]:
+    """Let what is imported within do without a module that it would use if it were there; one that is loaded stays."""
+    if name in sys.modules:
+        yield
+        return
+    # What the import system takes for a module that cannot be imported.
+    sys.modules[name] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules[name]

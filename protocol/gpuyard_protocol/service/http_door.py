@@ -8,7 +8,7 @@ import structlog
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
-from gpuyard_protocol.service.http_guard import HttpGuard
+from gpuyard_protocol.service.http_place import Place
 
 _log = structlog.get_logger("http")
 
@@ -20,27 +20,27 @@ EXPOSITION = "text/plain; version=0.0.4; charset=utf-8"
 class GuardedDoor:
     """One listening socket and its pages, by path. `open` returns the URL."""
 
-    def __init__(self, host: str, port: int, guard: HttpGuard, pages: Mapping[str, Page]) -> None:
-        self._host = host
-        self._port = port
-        self._guard = guard
+    def __init__(self, place: Place, pages: Mapping[str, Page]) -> None:
+        self._place = place
+        self._guard = place.guard
         self._pages = pages
         #: Requests without the token.
         self.refused = 0
         self._runner: web.AppRunner | None = None
 
     async def open(self) -> str:
-        """Listen; returns the URL. Raises `OSError` when the address is taken."""
+        """Serve the place, which has been taken; returns the URL."""
         app = web.Application(middlewares=[self._admit])
         for path, page in self._pages.items():
             app.router.add_get(path, page)
         self._runner = runner = web.AppRunner(app, access_log=None, handle_signals=False, shutdown_timeout=1.0)
         await runner.setup()
-        await web.TCPSite(runner, self._host, self._port, ssl_context=self._guard.tls).start()
-        host, port = runner.addresses[0][:2]
-        return f"{self._guard.scheme}://{f'[{host}]' if ':' in host else host}:{port}"
+        assert runner.server is not None
+        await self._place.serve(runner.server)
+        return self._place.url
 
     async def close(self) -> None:
+        self._place.close()
         if self._runner is not None:
             await self._runner.cleanup()
 
