@@ -27,7 +27,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from fractions import Fraction
 from itertools import pairwise
-from math import lcm, prod
+from math import lcm
 from typing import TYPE_CHECKING, Final
 
 from gpuyard_daemon.core.queueing.fixedpoint import decayed, grown
@@ -163,22 +163,25 @@ def _weights(cluster: Cluster, active: Sequence[Tenant]) -> dict[Tenant, int]:
     """What each counts beside the others: its queue's weight beside the queues beside it, so down the tree as far as
     there is work, and its own beside the tenants of its queue."""
     quota, tenancy = cluster.quota, cluster.tenancy
-    #: Under each queue, what has work there; and the way down to each tenant, as (queue, weight in it).
-    under: dict[str, dict[tuple[str, Tenant], int]] = {}
-    ways: dict[Tenant, list[tuple[str, int]]] = {}
+    of: dict[str, list[Tenant]] = {}
     for tenant in active:
-        way = ways[tenant] = []
-        down = quota.queues[quota.queue_name(tenant, "")].upwards()[::-1]
-        for above, queue in pairwise(down):
-            under.setdefault(above.name, {})[queue.name, ""] = queue.weight
-            way.append((above.name, queue.weight))
-        weight = tenancy.weight(tenant)
-        under.setdefault(down[-1].name, {})["", tenant] = weight
-        way.append((down[-1].name, weight))
-    sums = {name: sum(weights.values()) for name, weights in under.items()}
-    parts = {tenant: prod([Fraction(weight, sums[name]) for name, weight in way]) for tenant, way in ways.items()}
+        of.setdefault(quota.queue_name(tenant, ""), []).append(tenant)
+    ways = {name: quota.queues[name].upwards()[::-1] for name in of}
+    #: What has work in each queue: the sum of its tenants' weights, and the weight of each queue right below.
+    sums = {name: sum([tenancy.weight(tenant) for tenant in tenants]) for name, tenants in of.items()}
+    for above, queue in {pair for way in ways.values() for pair in pairwise(way)}:
+        sums[above.name] = sums.get(above.name, 0) + queue.weight
+    parts: dict[str, Fraction] = {}
+    for name, way in ways.items():
+        parts[name] = Fraction(1, sums[name])
+        for above, queue in pairwise(way):
+            parts[name] *= Fraction(queue.weight, sums[above.name])
     whole = lcm(*[part.denominator for part in parts.values()])
-    return {tenant: part.numerator * (whole // part.denominator) for tenant, part in parts.items()}
+    return {
+        tenant: part.numerator * (whole // part.denominator) * tenancy.weight(tenant)
+        for name, part in parts.items()
+        for tenant in of[name]
+    }
 
 
 def _moved(
