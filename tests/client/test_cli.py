@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer.main
 
 import gpuyard
+from gpuyard.cli.app import build_app
 from gpuyard.cli.options import default_cwd
 from support.yard import Yard
 
@@ -330,6 +332,18 @@ def test_root_in_a_closed_directory_sends_none(tmp_path: Path, monkeypatch: pyte
     assert default_cwd() is None
     monkeypatch.chdir("/")
     assert default_cwd() == "/"
+
+
+def test_the_list_of_commands_says_of_each_in_full_what_it_does() -> None:
+    """What does not fit a line of a terminal is cut there."""
+    root: Any = typer.main.get_command(build_app())
+    commands = [*root.commands.values(), *(each for group in root.commands.values() for each in _within(group))]
+    assert len(commands) > 40
+    assert [command.name for command in commands if command.get_short_help_str(90).endswith("...")] == []
+
+
+def _within(group: Any) -> list[Any]:
+    return list(getattr(group, "commands", {}).values())
 
 
 def test_help_does_not_load_what_only_the_work_needs() -> None:

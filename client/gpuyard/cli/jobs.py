@@ -15,7 +15,7 @@ from gpuyard.cli.values import count, job_number
 from gpuyard_protocol.jobs import FINAL_STATES, JobSpec, JobView, ReplicaView
 from gpuyard_protocol.names import nearest
 from gpuyard_protocol.queries import WhyAnswer
-from gpuyard_protocol.units import format_mib, format_milli, format_ms
+from gpuyard_protocol.units import MILLI, format_mib, format_milli, format_ms
 
 if TYPE_CHECKING:
     from gpuyard.client import Client
@@ -152,7 +152,8 @@ def _fields(view: JobView) -> list[tuple[str, str]]:
     now = now_ms()
     waited_ms = (view.first_started_ms or view.ended_ms or now) - view.submitted_ms
     lasted_ms = (view.ended_ms or now) - view.started_ms if view.started_ms else 0
-    host = f"{format_milli(spec.need.cpu_milli)} CPUs, {format_mib(spec.need.memory_mib)} per replica"
+    cpus = "1 CPU" if spec.need.cpu_milli == MILLI else f"{format_milli(spec.need.cpu_milli)} CPUs"
+    host = f"{cpus}, {format_mib(spec.need.memory_mib)} per replica"
     return [
         ("job", str(view.job)),
         ("name", view.name),

@@ -64,7 +64,10 @@ def simulate(
     plot: _Plot = None,
     traces: _Folder = None,
 ) -> None:
-    """Run a trace of jobs through a simulated cluster, and compare policies by completion time, waits and fairness."""
+    """Run a trace of jobs through a simulated cluster, under several policies.
+
+    Compares completion times, waits and fairness.
+    """
     from gpuyard_daemon.sim.charts import draw_job_runs
     from gpuyard_daemon.sim.experiments import JOB_POLICIES, jobs_result, run_jobs
     from gpuyard_daemon.sim.trace_files import TraceError, locate
@@ -156,7 +159,10 @@ def replay(
     policy: _Orders = None,
     as_json: _Json = False,
 ) -> None:
-    """Live a real yard's journal again with other settings, quotas or hardware, and compare waits and allocation."""
+    """Live a real yard's journal again with other settings, quotas or hardware.
+
+    Compares waits and allocation.
+    """
     from gpuyard_daemon.config import load
     from gpuyard_daemon.sim.experiments import JOB_POLICIES
     from gpuyard_daemon.sim.replaying import Changed, run_replay

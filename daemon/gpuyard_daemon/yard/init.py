@@ -62,7 +62,10 @@ def init(
     operator: Annotated[list[str] | None, _Operators] = None,
     viewer: Annotated[list[str] | None, _Viewers] = None,
 ) -> None:
-    """Make keys and the NATS configuration of a yard on several machines (run as its account, on the head)."""
+    """Make keys and the NATS configuration of a yard on several machines.
+
+    Run it on the head, as the yard's account.
+    """
     from gpuyard_daemon.yard.server_files import ConfigurationError
     from gpuyard_protocol.bus.base import BusError
 

@@ -105,7 +105,10 @@ def _lifetime_ms(text: str) -> int:
 
 
 def join(token: _Token, url: _Url = "", state: _AgentState = None, config: _Config = None) -> None:
-    """Make this host's key and have it let in (on the GPU host, as the account that its agent runs as)."""
+    """Make this host's key and have it let in (on the GPU host).
+
+    Run it as the account that the agent runs as.
+    """
     import sys
 
     from gpuyard_daemon.yard.keys import make_seed

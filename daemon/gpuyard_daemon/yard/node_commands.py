@@ -47,7 +47,10 @@ def remove(ctx: typer.Context, node: _Node) -> None:
 
 
 def certificate(node: _Node, name: _Names, state: _HeadState = None) -> None:
-    """Make a certificate for a host's HTTP endpoint, where it is read over the network (on the head)."""
+    """Make a certificate for a host's HTTP endpoint (on the head).
+
+    Where it is read over the network.
+    """
     from gpuyard_daemon.yard.certificates import make_node_certificate
     from gpuyard_daemon.yard.init import check_owner
     from gpuyard_daemon.yard.server_files import ConfigurationError
