@@ -7,6 +7,8 @@ import msgspec
 from gpuyard_daemon.core.preempting import exchange
 from gpuyard_daemon.core.preempting.occupants import occupant_of
 from gpuyard_daemon.core.state.facts import ClaimMade, JobPlaced, JobResizing, JobWidened
+from gpuyard_daemon.core.state.inputs import PolicyChanged
+from gpuyard_daemon.core.tenants.policy import Grant, Policy, QueuePolicy, TenantLimits
 from gpuyard_protocol.jobs import JobSpec
 from gpuyard_protocol.names import AssignmentKey
 from gpuyard_protocol.nodes import Start, Stop
@@ -378,3 +380,25 @@ def test_who_waits_for_what_is_lent_is_told_when_it_is_given_back() -> None:
     h.settle(most_ms=told.estimate.at_ms - grace_ms - h.now_ms + h.settings.preempt_every_ms)
     h.stopped(wide)
     assert h.states(wide, number) == ["starting", "starting"]
+
+
+def test_what_is_borrowed_from_a_queue_is_given_back_to_it_by_shrinking() -> None:
+    h = harness(8)
+    grants = (Grant(nominal_milli=4000),)
+    h.turn(
+        PolicyChanged(
+            policy=Policy(
+                tenants=(("acme", TenantLimits(queue="a")), ("umbrella", TenantLimits(queue="b"))),
+                queues=(QueuePolicy("a", grants=grants), QueuePolicy("b", grants=grants)),
+            )
+        )
+    )
+    wide = h.submit(elastic(2, 8), tenant="umbrella")
+    h.run(wide)
+    assert size(h, wide) == 8
+    h.settle(most_ms=3 * exchange.LEAST_RUN_MS)
+    own = h.submit(job(gpus=4))
+    (claim,) = h.new_facts(ClaimMade)
+    assert [(each.job, each.kind) for each in claim.evictions] == [(wide, "shrink")]
+    h.stopped(wide)
+    assert h.states(own, wide) == ["starting", "starting"]

@@ -366,12 +366,13 @@ class _Round:
         going = [*victims, *cluster.leaving.values()]
         less_milli = sum([held_now(cluster, each) for each in going if each.tenant == job.tenant])
         less_milli -= sum([counts_for(cluster.pool, tuple(each.placements)) for each in coming])
+        lent: dict[str, Amounts] = {}
+        for each in [each for each in plan.victims if each.goes]:
+            name, back = cluster.quota.queue_of(each.job), shrinking.given_up(cluster, each)
+            lent[name] = sum_of([lent.get(name, {}), back])
+            less_milli += sum(back.values()) if each.job.tenant == job.tenant else 0
         also = self._coming(job)
-        if lenders := [each for each in plan.victims if each.goes and each.job.tenant == job.tenant]:
-            back = shrinking.given_up(cluster, lenders)
-            less_milli += sum(back.values())
-            also = sum_of([also, {key: -milli for key, milli in back.items()}])
-        return may_hold(cluster, job, plan.placements, less_milli=less_milli, victims=going, also=also)
+        return may_hold(cluster, job, plan.placements, less_milli=less_milli, victims=going, also=also, lent=lent)
 
     def _coming(self, job: Job) -> Amounts:
         """What those of a job's queue will hold for whom places are being freed."""

@@ -10,8 +10,6 @@ Any of its replicas may be the ones that go: of each node that it is on, those t
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from gpuyard_daemon.core.preempting import exchange
 from gpuyard_daemon.core.preempting.occupants import Occupant, restart_of
 from gpuyard_daemon.core.queueing.ranking import SCAVENGING, need_milli
@@ -68,10 +66,10 @@ def going(job: Job, node: NodeId) -> tuple[Assignment, ...]:
     return tuple(first[: len(job.assignments) - job.spec.least_replicas])
 
 
-def given_up(cluster: Cluster, victims: Iterable[Occupant]) -> Amounts:
-    """What those of a plan's victims leave that go on with fewer replicas."""
+def given_up(cluster: Cluster, victim: Occupant) -> Amounts:
+    """What one leaves that goes on with fewer replicas."""
     spaces = cluster.pool.spaces
-    return sum_of([amounts_of(spaces[each.node], each.partition) for victim in victims for each in victim.goes])
+    return sum_of([amounts_of(spaces[each.node], each.partition) for each in victim.goes])
 
 
 def why_shrunk(claimant: Job, victim: Occupant) -> Why:

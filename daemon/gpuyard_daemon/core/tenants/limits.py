@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from gpuyard_daemon.core.placing.capacity import Pool
 from gpuyard_daemon.core.state.cluster import Cluster
@@ -24,11 +24,12 @@ def may_hold(
     less_milli: int = 0,
     victims: Iterable[Job] = (),
     also: Amounts | None = None,
+    lent: Mapping[str, Amounts] | None = None,
 ) -> bool:
     """Whether a job may hold these places, as far as its tenant's limit and its queue's quota go.
 
-    `less_milli`: so much that its tenant gives up for them; `victims`: who does; `also`: what others of its queue will
-    hold in a moment.
+    `less_milli`: so much that its tenant gives up for them; `victims`: who does; `lent`: by queue, what elastic jobs
+    give back; `also`: what others of its queue will hold in a moment.
     """
     tenancy, quota = cluster.tenancy, cluster.quota
     is_limited = tenancy.is_limited(job.tenant)
@@ -41,7 +42,7 @@ def may_hold(
         wanted = amounts_of(spaces[placements[0].node], placements[0].partition)
     else:
         wanted = sum_of([also or {}, *[amounts_of(spaces[each.node], each.partition) for each in placements]])
-    less: dict[str, Amounts] = {}
+    less: dict[str, Amounts] = dict(lent or {})
     for victim in victims:
         name = quota.queue_of(victim)
         held = [amounts_of(spaces[each.node], each.partition) for each in victim.assignments if each.is_live]
