@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import os
 import signal
 import statistics
 import subprocess
@@ -59,10 +60,12 @@ class Head:
     def start(self) -> None:
         arguments = ["--config", str(self.directory / "daemon.toml"), "--state", str(self.directory)]
         arguments += ["--nats", self._url, "--http", "", "--no-authentication"]
+        # As where it is installed: with its modules compiled, which the first start sees to.
+        environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+        environment["PYTHONPYCACHEPREFIX"] = str(self.directory.parent / "compiled")
+        command = [sys.executable, "-m", "gpuyard_daemon", *arguments]
         with self._log.open("ab") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "gpuyard_daemon", *arguments], stdin=subprocess.DEVNULL, stdout=log, stderr=log
-            )
+            self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)
 
     def kill(self) -> None:
         if self.process is not None:
