@@ -52,6 +52,18 @@ def is_off(h: CoreHarness, number: int) -> None:
     h.report("n-1", Suspended(key=key(number), step=step, at_ms=0, image_mib=1000))
 
 
+def test_why_tells_its_owner_that_it_waits_for_a_word() -> None:
+    h = harness()
+    number = running(h, softly(gpus=1))
+    assert suspend(h, number).accepted
+    is_off(h, number)
+    answer = h.core.why(number, h.now_ms)
+    assert answer is not None
+    assert "it stays off its card until it is resumed" in answer.summary
+    assert answer.estimate is not None
+    assert answer.estimate.text == "no estimate: it goes back once it is resumed"
+
+
 def test_it_leaves_its_card_for_nobody_and_stays_off_until_it_is_resumed() -> None:
     h = harness()
     mine = running(h, softly(gpus=1))

@@ -400,8 +400,8 @@ class Yard:
         try:
             async with Operator(self.context) as operator:
                 if (active := _active(await operator.stats())) and not self.hurry.is_set():
-                    jobs = "1 job ends" if active == 1 else f"{active} jobs end"
-                    self._say(f"{jobs} with grace and wait for the next start (Ctrl-C again: at once)")
+                    jobs = "1 job" if active == 1 else f"{active} jobs"
+                    self._say(f"{jobs} to end with grace, and to wait for the next start (Ctrl-C again: at once)")
                 ended = await operator.shutdown(deadline_s=grace_s)
                 if active:
                     self._say(ended.text)

@@ -153,6 +153,9 @@ class Explainer:
             summary += f"; {kept}"
         answer = msgspec.structs.replace(answer, summary=summary)
         (assignment,) = job.assignments
+        if job.held_by:
+            estimate = StartEstimate(basis="none", text="no estimate: it goes back once it is resumed")
+            return msgspec.structs.replace(answer, estimate=estimate)
         if assignment.home is None or asked.brief:
             return answer
         held = holders_of(cluster, assignment.node, devices_of(assignment.home), now_ms)
