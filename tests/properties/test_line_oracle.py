@@ -132,5 +132,6 @@ def test_a_restored_core_goes_on_as_the_one_that_never_stopped(taken: list[Any],
         given_ = JobSubmitted(tenant=TENANTS[number % 3], user="bob", submission_id=f"t{number}", spec=spec)
         cursors = Cursors(1000 + number, 1000)
         one, other = h.core.handle([given_], now_ms, cursors), twin.handle([given_], now_ms, cursors)
-        assert one == other
+        # How much was decided may differ: a restored core proves anew what the other knows.
+        assert msgspec.structs.replace(one, decisions=0) == msgspec.structs.replace(other, decisions=0)
         assert h.core.digest() == twin.digest()

@@ -65,5 +65,6 @@ class Turn(msgspec.Struct, frozen=True, kw_only=True):
     notices: tuple[Notice, ...] = ()
     #: The turn stopped at its bound (1,000 starts): call `handle` again at once.
     unfinished: bool = False
-    #: Starts, and one more if the turn ended with the proof that nothing (more) of what waits can start.
+    #: Starts, and one more if the turn ended with the proof that nothing (more) of what waits can start. For
+    #: measuring alone: a core just restored proves anew what one that went on knows.
     decisions: int = 0
