@@ -54,7 +54,7 @@ SNAPSHOT_EVERY = 10_000
 #: From one turn to the next; rounds of preemption and of fairness come by this clock.
 TICK_MS = 10
 #: As the daemon sets them.
-GC_THRESHOLDS = (5000, 200, 100)
+GC_THRESHOLDS = (1000, 1000, 100)
 
 
 class ShapeSpec(NamedTuple):

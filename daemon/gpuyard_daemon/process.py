@@ -30,10 +30,10 @@ from gpuyard_protocol.service.settings_file import BadConfig
 
 log = structlog.get_logger("daemon")
 
-#: Collections of the youngest objects are frequent by default, and each finds little among messages that are freed by
-#: their counts anyway; but each stops the loop for as long as the objects are many (20,000: 5 to 9 ms), so few.
+#: A collection of the youngest objects stops the loop for as long as they are many (20,000: 5 to 9 ms), so few. It
+#: finds little among messages that are freed by their counts anyway, and all together cost the same however few.
 #: The older generations hold the whole yard, and looking through them would stop the loop for a second: hence seldom.
-GC_THRESHOLDS = (5000, 200, 100)
+GC_THRESHOLDS = (1000, 1000, 100)
 #: For what is left when the daemon has ended: whatever still hangs (a thread on a dead disk) must not keep the process.
 EXIT_GRACE_S = 5.0
 

@@ -327,3 +327,23 @@ def test_an_eased_limit_lets_on_as_many_as_it_has_room_for(monkeypatch: pytest.M
         h.ended(number)
         assert h.states(follower) == ["starting"]
     assert len(held_back) <= 2 * len(held)
+
+
+def test_who_came_in_front_while_its_queue_borrowed_is_in_front_when_it_does_not() -> None:
+    h = CoreHarness()
+    h.join(node("n-1", 5))
+    part = QueuePolicy(name="a", grants=(Grant(nominal_milli=1500),))
+    h.turn(PolicyChanged(policy=policy(part, queue("b", 3), queue("c", 1), acme="a", umbrella="b", initech="c")))
+    held = h.submit_many([firm()] * 4, tenant="umbrella")
+    h.submit(firm(gpus=0, share_milli=300))
+    behind = h.submit(firm())
+    between = h.submit(firm(priority=1), tenant="initech")
+    more = h.submit(firm(gpus=0, share_milli=500))
+    in_front = h.submit(firm(priority=2))
+    assert band(h, in_front) == BORROWING
+    h.run(more)
+    h.ended(more)
+    assert band(h, in_front) == NOMINAL
+    h.run(held[0])
+    h.ended(held[0])
+    assert h.states(in_front, between, behind) == ["starting", "pending", "pending"]

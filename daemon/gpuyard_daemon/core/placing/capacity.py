@@ -16,7 +16,7 @@ import msgspec
 import numpy as np
 
 from gpuyard_daemon.core.placing.claimed import Freed, claim_on
-from gpuyard_daemon.core.placing.partitions import Card, Look
+from gpuyard_daemon.core.placing.partitions import Card
 from gpuyard_daemon.core.placing.topology import Wiring, rack_of, wiring_of
 from gpuyard_daemon.core.state.model import LEAVING, Assignment, Node
 from gpuyard_daemon.core.state.states import InvariantViolated
@@ -30,8 +30,11 @@ ANY_MODE: tuple[Mode, ...] = ("idle", *MODES)
 
 
 Groups: TypeAlias = np.ndarray[tuple[int], np.dtype[np.int64]]
-#: Kind, free CPU and memory, modes, looks of the cards, what else the node is left alone for.
-Condition: TypeAlias = tuple[int, int, int, tuple[Mode, ...], tuple[Look, ...], tuple[str, ...]]
+#: Kind, free CPU and memory, modes, looks of the cards by their numbers, what else the node is left alone for.
+Condition: TypeAlias = tuple[int, int, int, tuple[Mode, ...], tuple[int, ...], tuple[str, ...]]
+#: Of a card that more may go on, with all that look like it on a node: the look's number, whose it is, its position,
+#: and the card.
+Face: TypeAlias = tuple[int, Tenant, int, Card]
 #: What a demand mix makes of a node: room on each card, idle compute, what each demand could use of it, and the waste.
 Measure: TypeAlias = tuple[list[int], int, Sequence[int], int]
 #: Kinds of node met so far: numbers that mean nothing but equality.
@@ -55,6 +58,7 @@ class NodeSpace:
 
     __slots__ = (
         "_beside",
+        "_faces",
         "accounts",
         "amounts",
         "assignments",
@@ -72,6 +76,7 @@ class NodeSpace:
         "memory_free_mib",
         "modes",
         "node",
+        "number",
         "shut",
         "version",
         "wiring",
@@ -79,6 +84,8 @@ class NodeSpace:
 
     def __init__(self, node: Node) -> None:
         self.node = node
+        #: The node's, which never changes.
+        self.number = node.number
         self.cards: list[Card] = []
         self.by_uuid: dict[str, Card] = {}
         #: May be below 0 after a node came back with less than it had.
@@ -100,6 +107,8 @@ class NodeSpace:
         self.claims: list[ClaimedPlace] = []
         #: The last answer of `beside_claims`: (version, for whom, the twin).
         self._beside: tuple[int, JobId, NodeSpace] | None = None
+        #: The last answer of `faces`, with the version.
+        self._faces: tuple[int, list[Face]] | None = None
         #: What `scoring` last found out about it: (the mix, version, the rest).
         self.measured: tuple[object, int, Measure] | None = None
         #: How its cards are linked, where that differs between them.
@@ -121,9 +130,10 @@ class NodeSpace:
         `with_holders`: who holds what comes along, so that it can be given back in the trial.
         """
         twin = NodeSpace.__new__(NodeSpace)
-        twin.node, twin.version, twin.inventory_version, twin._beside, twin.measured = (
-            self.node, self.version, self.inventory_version, None, None,
+        twin.node, twin.number, twin.version, twin.inventory_version = (
+            self.node, self.number, self.version, self.inventory_version,
         )  # fmt: skip
+        twin._beside = twin._faces = twin.measured = None
         twin.assignments = dict(self.assignments) if with_holders else {}
         twin.amounts = dict(self.amounts) if with_holders else {}
         twin.claims = [] if empty else list(self.claims)
@@ -187,9 +197,23 @@ class NodeSpace:
         cards = [card for uuid in partition.devices if (card := self.by_uuid.get(uuid)) is not None]
         return sorted({key for card in cards for key in card.held if key in self.amounts and key not in counted})
 
+    @property
+    def faces(self) -> list[Face]:
+        """The cards that more may go on, one of each look and owner, the first: what goes on it goes on the others."""
+        known = self._faces
+        if known is None or known[0] != self.version:
+            found: dict[tuple[int, Tenant], Face] = {}
+            for card in self.cards:
+                if card.mode != "whole" and card.takes_work:
+                    key = card.look_number, card.domain
+                    if key not in found:
+                        found[key] = (*key, card.position, card)
+            known = self._faces = (self.version, list(found.values()))
+        return known[1]
+
     def take(self, key: AssignmentKey, partition: Partition, tenant: Tenant, cpu_milli: int, memory_mib: int) -> None:
         self.amounts[key] = (cpu_milli, memory_mib)
-        self._beside = self.measured = None
+        self._beside = self._faces = self.measured = None
         self.cpu_free_milli -= cpu_milli
         self.memory_free_mib -= memory_mib
         for uuid in devices_of(partition):
@@ -200,7 +224,7 @@ class NodeSpace:
 
     def give(self, key: AssignmentKey, partition: Partition) -> None:
         cpu_milli, memory_mib = self.amounts.pop(key)
-        self._beside = self.measured = None
+        self._beside = self._faces = self.measured = None
         self.cpu_free_milli += cpu_milli
         self.memory_free_mib += memory_mib
         for uuid in devices_of(partition):
@@ -257,7 +281,7 @@ class NodeSpace:
 
         Whose a shared card is does not stand in it.
         """
-        looks = [card.look for card in self.cards]
+        looks = [card.look_number for card in self.cards]
         if self.wiring is None:
             looks.sort()
         takes_work = self.node.state == "ready" and not self.node.cordoned_by
@@ -445,16 +469,16 @@ class Pool:
             self.accounts.pop(accounts, None)
 
     def take(self, space: NodeSpace, assignment: Assignment, tenant: Tenant, cpu_milli: int, memory_mib: int) -> None:
-        self.held_milli -= _held(space, assignment.partition)
+        before = _held(space, assignment.partition)
         space.take(assignment.key, assignment.partition, tenant, cpu_milli, memory_mib)
-        self.held_milli += _held(space, assignment.partition)
+        self.held_milli += _held(space, assignment.partition) - before
         space.assignments[assignment.key] = assignment
         self.touch(space)
 
     def give(self, space: NodeSpace, assignment: Assignment) -> None:
-        self.held_milli -= _held(space, assignment.partition)
+        before = _held(space, assignment.partition)
         space.give(assignment.key, assignment.partition)
-        self.held_milli += _held(space, assignment.partition)
+        self.held_milli += _held(space, assignment.partition) - before
         del space.assignments[assignment.key]
         self.touch(space)
 
@@ -537,7 +561,11 @@ def _numbered(names: Sequence[Hashable]) -> Groups | None:
 
 def _held(space: NodeSpace, partition: Partition) -> int:
     """Compute held on the cards a partition is on."""
-    return sum(min(MILLI, space.by_uuid[uuid].milli) for uuid in devices_of(partition))
+    held = 0
+    for uuid in devices_of(partition):
+        milli = space.by_uuid[uuid].milli
+        held += milli if milli < MILLI else MILLI
+    return held
 
 
 def _capacity(space: NodeSpace) -> int:

@@ -11,7 +11,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING
 
 from gpuyard_daemon.core.placing.capacity import ANY_MODE, NodeSpace
-from gpuyard_daemon.core.placing.partitions import Card, Look, cut, fit, geometry_of, mode_for
+from gpuyard_daemon.core.placing.partitions import Card, cut, fit, geometry_of, mode_for
 from gpuyard_daemon.core.state.model import CONTAINERS, account_of
 from gpuyard_daemon.core.state.states import InvariantViolated
 from gpuyard_protocol.names import JobId, Tenant, User
@@ -130,15 +130,16 @@ class Shape:
         #: By kind of node (of a shape that names nodes, by number and inventory version): what the node as such says,
         #: and positions of the cards in question.
         self._eligible: dict[int | tuple[int, int], tuple[Reason | None, tuple[int, ...]]] = {}
-        #: By the modes that a node may be asked for: how a card that looks so would serve it. A memo of `scoring`.
-        self._ways: dict[tuple[Mode, ...], dict[Look, Way | None]] = {}
+        #: By the modes that a node may be asked for: how a card that looks so would serve it, by the look's number. A
+        #: memo of `scoring`.
+        self._ways: dict[tuple[Mode, ...], dict[int, Way | None]] = {}
 
     def learn_with(self, other: Shape) -> None:
         """Share what is found out about inventories and cards with a shape of the same need and owner."""
         self._eligible, self._ways = other._eligible, other._ways
 
-    def ways_on(self, modes: tuple[Mode, ...]) -> dict[Look, Way | None]:
-        """What is known of cards, by their looks."""
+    def ways_on(self, modes: tuple[Mode, ...]) -> dict[int, Way | None]:
+        """What is known of cards, by the numbers of their looks."""
         known = self._ways.get(modes)
         if known is None:
             known = self._ways[modes] = {}

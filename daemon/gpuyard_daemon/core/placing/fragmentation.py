@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, TypeAlias
 
 from gpuyard_daemon.core.placing.partitions import Room, geometry_of, sample_of
 from gpuyard_daemon.core.placing.speeds import Named, Speeds
@@ -37,6 +37,10 @@ _SIZES_MAX: Final = 24
 _COVERED_MILLI: Final = 950
 #: Node states whose waste is remembered.
 _KNOWN_MAX: Final = 200_000
+
+
+#: Of wishes: place among all, weight, thousandths wanted at least.
+Fitting: TypeAlias = tuple[tuple[int, int, int], ...]
 
 
 class Demand(NamedTuple):
@@ -82,8 +86,8 @@ class DemandMix:
                 shares[need.share_milli] = shares.get(need.share_milli, 0) + seen
         commonest = sorted(shares, key=lambda size: (-shares[size], size))[:_SIZES_MAX]
         self._prices, self._gaps = gap_values({size: shares[size] for size in commonest})
-        #: By (CPU step, memory step), of the wishes that fit: place among all, weight, thousandths wanted at least.
-        self._fitting: dict[tuple[int, int], tuple[tuple[int, int, int], ...]] = {}
+        #: By (CPU step, memory step).
+        self._fitting: dict[tuple[int, int], Fitting] = {}
         #: By room: what each wish could use of such a card.
         self._usable: dict[int, tuple[int, ...]] = {}
         self._sums: dict[tuple[int, ...], tuple[int, ...]] = {}
@@ -115,18 +119,31 @@ class DemandMix:
 
     def waste(self, cpu_free_milli: int, memory_free_mib: int, usable: Sequence[int], idle: int) -> int:
         """`unusable` of a node whose cards have so much idle, of which each wish could use so much."""
-        steps = (bisect_right(self._cpu_steps, cpu_free_milli), bisect_right(self._memory_steps, memory_free_mib))
-        fitting = self._fitting.get(steps)
-        if fitting is None:
-            fitting = self._fitting[steps] = self._fitting_at(*steps)
         used = 0
-        for place, weight, least in fitting:
+        for place, weight, least in self.fitting(cpu_free_milli, memory_free_mib):
             some = usable[place]
             if some >= least:
                 used += weight * some
         return idle * ONE - used
 
-    def _fitting_at(self, cpu_step: int, memory_step: int) -> tuple[tuple[int, int, int], ...]:
+    def waste_with(self, fitting: Fitting, usable: Sequence[int], room_before: int, room_after: int, idle: int) -> int:
+        """The same for `fitting` wishes, once one of the cards has another room than `usable` was summed with."""
+        before, after, used = self.usable_on(room_before), self.usable_on(room_after), 0
+        for place, weight, least in fitting:
+            some = usable[place] - before[place] + after[place]
+            if some >= least:
+                used += weight * some
+        return idle * ONE - used
+
+    def fitting(self, cpu_free_milli: int, memory_free_mib: int) -> Fitting:
+        """The wishes that so much CPU and memory would do for."""
+        steps = (bisect_right(self._cpu_steps, cpu_free_milli), bisect_right(self._memory_steps, memory_free_mib))
+        found = self._fitting.get(steps)
+        if found is None:
+            found = self._fitting[steps] = self._fitting_at(*steps)
+        return found
+
+    def _fitting_at(self, cpu_step: int, memory_step: int) -> Fitting:
         cpu = self._cpu_steps[cpu_step - 1] if cpu_step else -1
         memory = self._memory_steps[memory_step - 1] if memory_step else -1
         return tuple(
@@ -136,6 +153,11 @@ class DemandMix:
                 if wish.cpu_milli <= cpu and wish.memory_mib <= memory
             ]
         )
+
+    @property
+    def names_speeds(self) -> bool:
+        """Somebody said that models of cards differ in speed."""
+        return bool(self._speeds.named)
 
     def slowness(self, kind: int, own: Named = ()) -> int:
         """What work loses on a card of a kind, in thousandths of it; 0: nobody said. `own`: a job's own figures."""

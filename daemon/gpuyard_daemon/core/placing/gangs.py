@@ -59,8 +59,12 @@ class Members:
             if len(self._counts) < len(pool.by_number):
                 more = len(pool.by_number) - len(self._counts)
                 self._counts = np.concatenate((self._counts, np.zeros(more, dtype=np.int64)))
+            counts, need = self._counts, self._shape.need
+            cpu_milli, memory_mib, cards = need.cpu_milli, need.memory_mib, need.gpus
             for space in changed:
-                self._counts[space.node.number - 1] = self._count(pool, space)
+                is_out = cpu_milli > space.cpu_free_milli or memory_mib > space.memory_free_mib
+                # Most nodes of a full yard, and found out at once. What is claimed only makes it less.
+                counts[space.number - 1] = 0 if is_out or cards > space.idle_cards else self._count(pool, space)
             self._read_to = log.made
         return self._counts
 

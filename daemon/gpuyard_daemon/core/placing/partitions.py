@@ -21,7 +21,8 @@ that costs the other profiles the fewest starts, and the highest of those: 3g go
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, TypeAlias
+from itertools import count
+from typing import Final, Literal, NamedTuple, TypeAlias
 
 from gpuyard_daemon.core.state.states import InvariantViolated
 from gpuyard_protocol.names import AssignmentKey, Tenant
@@ -32,7 +33,6 @@ from gpuyard_protocol.resources import (
     MigProfileFacts,
     Mode,
     MpsShare,
-    NoGpu,
     Partition,
     ResourceNeed,
     TimeSliceShare,
@@ -146,6 +146,22 @@ class Look(NamedTuple):
     past: int = 0
 
 
+#: Looks met lately, by numbers that mean nothing but equality: shorter to compare. No number comes twice.
+_LOOKS: dict[Look, int] = {}
+_LOOK_NUMBERS: Final = count()
+_LOOKS_MAX: Final = 65_536
+
+
+def _number_of(look: Look) -> int:
+    number = _LOOKS.get(look)
+    if number is None:
+        if len(_LOOKS) >= _LOOKS_MAX:
+            # Equal looks get another number from now on: what was found out about them is found out again.
+            _LOOKS.clear()
+        number = _LOOKS[look] = next(_LOOK_NUMBERS)
+    return number
+
+
 #: Kinds of card met so far, by what a card of the kind is: numbers that mean nothing but equality.
 _KINDS: dict[tuple[object, ...], int] = {}
 #: One card of each kind.
@@ -207,6 +223,7 @@ class Card:
 
     __slots__ = (
         "_look",
+        "_look_number",
         "_room",
         "clients",
         "device",
@@ -239,6 +256,7 @@ class Card:
         self.geometry = geometry_of(device)
         self.kind = kind_of(device)
         self._look: Look | None = None
+        self._look_number = -1
         self._room: int | None = None
         #: Slices that somebody outside the yard holds: the card is cut by MIG, whatever the yard does.
         self.foreign = sum([slices_at(first, size) for first, size in device.mig_taken])
@@ -266,6 +284,7 @@ class Card:
         twin.device, twin.position, twin.geometry = self.device, self.position, self.geometry
         twin.foreign, twin.loads, twin.in_mig, twin.keeps_mode = self.foreign, self.loads, self.in_mig, self.keeps_mode
         twin.kind, twin._look, twin._room = self.kind, self._look, self._room
+        twin._look_number = self._look_number
         twin.present, twin.takes_work = self.present, self.takes_work
         twin.mode, twin.domain, twin.milli, twin.memory_mib = self.mode, self.domain, self.milli, self.memory_mib
         twin.clients, twin.mask, twin.profile_counts = self.clients, self.mask, dict(self.profile_counts)
@@ -290,6 +309,14 @@ class Card:
                 (1 if self.in_mig else 2 * self.keeps_mode) if self.mode == "idle" else 0,
             )
         return look
+
+    @property
+    def look_number(self) -> int:
+        """Of equal looks mostly the same, of others never."""
+        number = self._look_number
+        if number < 0:
+            number = self._look_number = _number_of(self.look)
+        return number
 
     def recall(self, *, in_mig: bool, keeps_mode: bool) -> None:
         """What is remembered of it: whether it is in MIG mode, and whether it stays in the mode that it is in."""
@@ -354,6 +381,7 @@ class Card:
         """It does not look as before."""
         self._room = None
         self._look = None
+        self._look_number = -1
 
     def take(self, key: AssignmentKey, partition: Partition, tenant: Tenant) -> None:
         """Enter a partition; `InvariantViolated` if the card cannot hold it."""
@@ -427,15 +455,13 @@ class Card:
 
 def amounts_on(device: Device, partition: Partition) -> tuple[int, int]:
     """(compute in thousandths, memory in MiB) that a partition holds of a card it is on."""
-    match partition:
-        case WholeCards():
-            return MILLI, device.memory_mib
-        case MpsShare(share_milli=milli, memory_mib=memory) | TimeSliceShare(share_milli=milli, memory_mib=memory):
-            return milli, memory
-        case MigInstance(compute_slices=slices, memory_mib=memory):
-            return slices * MILLI // max(1, device.mig_compute_slices), memory
-        case NoGpu():
-            return 0, 0
+    if isinstance(partition, WholeCards):
+        return MILLI, device.memory_mib
+    if isinstance(partition, MpsShare | TimeSliceShare):
+        return partition.share_milli, partition.memory_mib
+    if isinstance(partition, MigInstance):
+        return partition.compute_slices * MILLI // max(1, device.mig_compute_slices), partition.memory_mib
+    return 0, 0
 
 
 def fit(card: Card, need: ResourceNeed, tenant: Tenant, modes: tuple[Mode, ...], timeslice_milli_max: int) -> int:

@@ -14,7 +14,7 @@ Cost: one lookup per changed node and table asked, a scoring per new condition, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 from typing import Final, NamedTuple, TypeAlias, TypeVar, cast
 
 import numpy as np
@@ -24,8 +24,7 @@ from gpuyard_daemon.core.placing.capacity import NodeSpace, Pool
 from gpuyard_daemon.core.placing.demand import LiveDemand
 from gpuyard_daemon.core.placing.feasibility import Reason, Shape, carve_from, judge
 from gpuyard_daemon.core.placing.fragmentation import DemandMix
-from gpuyard_daemon.core.placing.partitions import Look
-from gpuyard_daemon.core.placing.scoring import UNFIT, about_as_good, choose
+from gpuyard_daemon.core.placing.scoring import UNFIT, about_as_good, choose, is_way_on
 from gpuyard_daemon.core.state.model import account_of
 from gpuyard_protocol.names import Tenant, User
 from gpuyard_protocol.resources import Partition, ResourceNeed
@@ -33,8 +32,8 @@ from gpuyard_protocol.resources import Partition, ResourceNeed
 T = TypeVar("T")
 Scores: TypeAlias = np.ndarray[tuple[int], np.dtype[np.int64]]
 
-#: Scores by the number of a node's condition, for a domain's own cards with what those look like.
-Memo: TypeAlias = dict[tuple[int, tuple[Look, ...]] | int, int]
+#: Scores by the number of a node's condition, for a domain's own cards with the numbers of what those look like.
+Memo: TypeAlias = dict[tuple[int, tuple[int, ...]] | int, int]
 MemoKey: TypeAlias = tuple[ResourceNeed, bool, int, Tenant, User]
 
 #: Tables kept, with what they learnt; beyond it those that were not asked for longest go.
@@ -155,12 +154,14 @@ class Table:
 
     __slots__ = (
         "_adopted", "_best", "_by_condition", "_by_condition_before", "_domain", "_memo_key", "_mix_version",
-        "_read_to", "_scores", "_shape", "_spanning", "finder",
+        "_read_to", "_scores", "_shape", "_spanning", "_wants_part", "finder",
     )  # fmt: skip
 
     def __init__(self, finder: Finder, shape: Shape, *, spanning: bool, of_domain: Tenant | None) -> None:
         self.finder = finder
         self._shape = shape
+        #: Of a card: a share or a MIG instance.
+        self._wants_part = shape.need.is_share or bool(shape.need.mig)
         self._spanning = spanning
         self._domain = of_domain
         #: By node number, from 1.
@@ -209,11 +210,30 @@ class Table:
             else:
                 more = len(pool.by_number) - len(self._scores)
                 self._scores = np.concatenate((self._scores, np.full(more, UNFIT, dtype=np.int64)))
-        scores = self._scores
-        for space in changed:
-            scores[space.node.number - 1] = self._score(pool, space)
+            self._best = None
+        self._enter(pool, changed)
         self._read_to = made
-        self._best = None
+
+    def _enter(self, pool: Pool, spaces: Iterable[NodeSpace]) -> None:
+        """Score these nodes anew."""
+        scores, need = self._scores, self._shape.need
+        cpu_milli, memory_mib, cards = need.cpu_milli, need.memory_mib, need.gpus
+        # No node has the number 0, and no score is below 0: nothing is known of the best.
+        least, best = self._best or (-1, 0)
+        for space in spaces:
+            number = space.number
+            if cpu_milli > space.cpu_free_milli or memory_mib > space.memory_free_mib or cards > space.idle_cards:
+                # Most nodes of a full yard, and found out at once. What is claimed only makes it less.
+                score = UNFIT
+            else:
+                score = self._score(pool, space)
+            scores[number - 1] = score
+            if score < least or (score == least and number < best):
+                least, best = score, number
+            elif number == best and score > least:
+                # Another may be the best now.
+                least, best = -1, 0
+        self._best = (least, best) if best else None
 
     def adopt(self, pool: Pool, demand: LiveDemand) -> None:
         """Go by the mix in use as far as it was taken over by now."""
@@ -225,32 +245,26 @@ class Table:
         begin, self._adopted = self._adopted, demand.adopted
         if self._read_to < 0 or begin == self._adopted:
             return
-        for space in pool.by_number[begin : min(self._adopted, len(self._scores))]:
-            if self._domain is None or self._domain in space.domains:
-                self._scores[space.node.number - 1] = self._score(pool, space)
-        self._best = None
+        domain, spaces = self._domain, pool.by_number[begin : min(self._adopted, len(self._scores))]
+        self._enter(pool, spaces if domain is None else [space for space in spaces if domain in space.domains])
 
     def _score(self, pool: Pool, space: NodeSpace) -> int:
-        domain, need = self._domain, self._shape.need
-        if (
-            need.cpu_milli > space.cpu_free_milli
-            or need.memory_mib > space.memory_free_mib
-            or need.gpus > space.idle_cards
-        ):
-            # Most nodes of a full yard, and found out at once. What is claimed only makes it less.
-            return UNFIT
+        domain, shape = self._domain, self._shape
         if domain is not None and domain not in space.domains:
             # Nodes without a card of the domain's are the common table's, and their changes are not told here.
             return UNFIT
-        if need.nodes:
+        if shape.need.nodes:
             return self._judge(space)
+        if self._wants_part and not is_way_on(space.beside_claims(), shape, spanning=self._spanning):
+            # Sooner told than looked up.
+            return UNFIT
         number = pool.condition_number(space)
-        condition: tuple[int, tuple[Look, ...]] | int = number
+        condition: tuple[int, tuple[int, ...]] | int = number
         if domain is not None:
             # Scores do not depend on who the domain is, but on which of the cards are its own.
-            cards = space.beside_claims().cards
-            condition = (number, tuple(sorted([card.look for card in cards if card.domain == domain])))
-        memo = self._by_condition if space.node.number <= self._adopted else self._by_condition_before
+            own = [look for look, owner, _, _ in space.beside_claims().faces if owner == domain]
+            condition = (number, tuple(sorted(own)))
+        memo = self._by_condition if space.number <= self._adopted else self._by_condition_before
         known = memo.get(condition)
         if known is None:
             if len(memo) > _CONDITIONS_MIN + _CONDITIONS_PER_NODE * len(pool.by_number):
@@ -259,7 +273,7 @@ class Table:
         return known
 
     def _judge(self, space: NodeSpace) -> int:
-        mix = self.finder.demand.mix_at(space.node.number)
+        mix = self.finder.demand.mix_at(space.number)
         choice = choose(mix, space, self._shape, spanning=self._spanning)
         return UNFIT if choice is None else choice.score
 
@@ -324,7 +338,7 @@ class Candidates:
 
     def carve(self, space: NodeSpace) -> Partition:
         """The partition on a node that `best` named."""
-        mix = self.finder.demand.mix_at(space.node.number)
+        mix = self.finder.demand.mix_at(space.number)
         if self._carver is None:
             shape = self.shape
             if self._common is None:

@@ -26,7 +26,7 @@ from typing import Final, NamedTuple
 from gpuyard_daemon.core.placing.capacity import Measure, NodeSpace
 from gpuyard_daemon.core.placing.feasibility import Reason, Shape, could_go, judge, modes_for, whole_cards
 from gpuyard_daemon.core.placing.fragmentation import ONE, DemandMix, free_of
-from gpuyard_daemon.core.placing.partitions import NO_ROOM, Card, Look, fit, mode_for, profile_for, slices_at
+from gpuyard_daemon.core.placing.partitions import NO_ROOM, Card, fit, mode_for, profile_for, slices_at
 from gpuyard_protocol.resources import GPU_LOADS, GpuLoad, Mode, share_of
 from gpuyard_protocol.units import MILLI
 
@@ -106,11 +106,16 @@ def choose(mix: DemandMix, space: NodeSpace, shape: Shape, *, spanning: bool = F
     inventory = space.node.inventory
     cpu_left = (cpu - need.cpu_milli) * (MILLI - 1) // inventory.cpu_milli if inventory and inventory.cpu_milli else 0
     best: tuple[int, tuple[int, ...]] | None = None
+    of_speed = bool(need.speeds or mix.names_speeds)
+    fitting = mix.fitting(cpu - need.cpu_milli, memory - need.memory_mib)
     for way, cards in ways:
         left = idle - way.taken
-        then = _usable_after(mix, usable, rooms, way.room_after, cards) if cards else usable
-        gain = before - mix.waste(cpu - need.cpu_milli, memory - need.memory_mib, then, left)
-        slow = mix.slowest([space.cards[position].kind for position in cards], need.speeds) if cards else 0
+        if len(cards) == 1:
+            gain = before - mix.waste_with(fitting, usable, rooms[cards[0]], way.room_after, left)
+        else:
+            then = _usable_after(mix, usable, rooms, way.room_after, cards)
+            gain = before - mix.waste(cpu - need.cpu_milli, memory - need.memory_mib, then, left)
+        slow = mix.slowest([space.cards[position].kind for position in cards], need.speeds) if of_speed else 0
         gain -= (slow * way.taken // MILLI + way.strife + way.switch) * ONE
         growth = _growth_of_instance(gain, way) if way.of_mig else _growth(gain)
         loss = min(_LOSS_MAX, (mix.gap_loss(way.loss >> 16, way.loss & 0xFFFF) if way.loss else 0) // _LOSS_QUANTUM)
@@ -172,29 +177,35 @@ def _ways(space: NodeSpace, shape: Shape, spanning: bool) -> list[tuple[Way, tup
         of_kinds = [tuple([p for p in positions if space.cards[p].kind == kind]) for kind in sorted(kinds)]
         some = [positions, *of_kinds] if len(kinds) > 1 else [positions]
         return [whole for each in some if (whole := _whole_on(space, each, need.gpus)) is not None]
-    modes = modes_for(space, spanning=spanning)
     ways: list[tuple[Way, tuple[int, ...]]] = []
-    seen: set[Look] = set()
-    cards_there, domain = space.cards, shape.domain
+    modes, domain, are_all = modes_for(space, spanning=spanning), shape.domain, len(positions) == len(space.cards)
     # Cards that look alike serve alike, so what was found out about one is good for all.
     known = shape.ways_on(modes)
-    for position in positions:
-        card = cards_there[position]
-        if card.mode == "whole" or (card.domain and card.domain != domain):
-            continue
-        look = card.look
-        if look in seen:
-            continue
-        seen.add(look)
-        if look in known and not card.keeps_mode:
-            way = known[look]
-        else:
-            if len(known) >= _LOOKS_MAX:
-                known.clear()
-            way = known[look] = _way_on(card, shape, modes)
-        if way is not None:
-            ways.append((way, (position,)))
+    for look, owner, position, card in space.faces:
+        if (not owner or owner == domain) and (are_all or position in positions):
+            way = known[look] if look in known and not card.keeps_mode else _find_way(known, look, card, shape, modes)
+            if way is not None:
+                ways.append((way, (position,)))
     return ways
+
+
+def is_way_on(space: NodeSpace, shape: Shape, *, spanning: bool = False) -> bool:
+    """Whether some card of a node would take a share or MIG instance, as far as the cards alone say."""
+    domain, modes = shape.domain, modes_for(space, spanning=spanning)
+    known = shape.ways_on(modes)
+    for look, owner, _, card in space.faces:
+        if not owner or owner == domain:
+            way = known[look] if look in known and not card.keeps_mode else _find_way(known, look, card, shape, modes)
+            if way is not None:
+                return True
+    return False
+
+
+def _find_way(known: dict[int, Way | None], look: int, card: Card, shape: Shape, modes: tuple[Mode, ...]) -> Way | None:
+    if len(known) >= _LOOKS_MAX:
+        known.clear()
+    way = known[look] = _way_on(card, shape, modes)
+    return way
 
 
 def _whole_on(space: NodeSpace, positions: tuple[int, ...], count: int) -> tuple[Way, tuple[int, ...]] | None:

@@ -92,7 +92,7 @@ class Known:
 
 def in_its_band(cluster: Cluster, settings: CoreSettings, occupant: Occupant, at_ms: int) -> Occupant:
     """The same in the band that it is in now."""
-    if occupant.goes or not (occupant.exchangeable or band_matters(settings, occupant.job, at_ms)):
+    if not (occupant.exchangeable or band_matters(settings, occupant.job, at_ms)) or occupant.goes:
         return occupant
     band = cluster.ranking.band_of(occupant.job)
     return occupant if band == occupant.band else occupant._replace(band=band)
@@ -122,8 +122,7 @@ def occupant_of(cluster: Cluster, settings: CoreSettings, job: Job, at_ms: int) 
     owed_ms = job.overhead_ms * exchange.CREDIT_DIVISOR - useful_ms if job.preemptions else 0
     missing_ms = max(exchange.LEAST_RUN_MS - this_run_ms, owed_ms)
     # Who would lose all of its run is only given up if it is known to be large, and not for a guess at it.
-    is_known = kind != "requeue" or run_ms < outlives_ms(job)
-    exchangeable = missing_ms <= 0 and not job.service and is_known
+    exchangeable = missing_ms <= 0 and not job.service and (kind != "requeue" or run_ms < outlives_ms(job))
     moments = [missing_ms, settings.reclaim_after_ms - this_run_ms]
     if exchangeable and (border_ms := ranking.next_border_ms(job, at_ms)) is not None:
         moments.append(border_ms - at_ms)

@@ -65,6 +65,8 @@ class Rounds:
         self._known = Known()
         #: Versions of their nodes when those who can be suspended were last asked whether they still can.
         self._kinds_at: dict[JobId, int] = {}
+        #: Where among the occupants those stand who can be suspended, or could.
+        self._suspendable: list[int] = []
         #: Where cards are cut by MIG; made when first asked for.
         self._cut_nodes: CutNodes | None = None
 
@@ -109,22 +111,28 @@ class Rounds:
             running = self._known.occupants(cluster, settings, period_ms, settings.preempt_occupants)
             self._occupants = (period_ms, running + shrinking.lent(cluster, settings, period_ms))
             self._kinds_at.clear()
+            self._suspendable = [
+                place
+                for place, each in enumerate(self._occupants[1])
+                if each.job.spec.preemption == "suspend" and not each.goes
+            ]
         self._renew_kinds(cluster, settings)
-        there = [each for each in self._occupants[1] if not each.goes or each.job.is_resizable]
-        if is_new or (cluster.quota.is_plain and not cluster.services):
-            # Their bands were just asked for, or everybody is in one.
-            return [each for each in there if each.job.state == "running" and each.job.attempt == each.attempt]
+        # Their bands were just asked for, or everybody is in one.
+        are_known = is_new or (cluster.quota.is_plain and not cluster.services)
         return [
-            in_its_band(cluster, settings, occupant, period_ms)
-            for occupant in there
-            if occupant.job.state == "running" and occupant.job.attempt == occupant.attempt
+            each if are_known else in_its_band(cluster, settings, each, period_ms)
+            for each in self._occupants[1]
+            if each.job.state == "running"
+            and each.job.attempt == each.attempt
+            and (not each.goes or each.job.is_resizable)
         ]
 
     def _renew_kinds(self, cluster: Cluster, settings: CoreSettings) -> None:
         """Whether somebody can be suspended depends on its node's memory, and so on who came and went there."""
         at_ms, there = self._occupants
-        for place, each in enumerate(there):
-            if each.job.spec.preemption == "suspend" and not each.goes and each.job.state == "running":
+        for place in self._suspendable:
+            each = there[place]
+            if each.job.state == "running":
                 version = cluster.pool.spaces[each.job.assignments[0].node].version
                 if self._kinds_at.get(each.job.id) != version:
                     self._kinds_at[each.job.id] = version

@@ -33,6 +33,7 @@ from gpuyard_daemon.core.queueing.ranking import (
     TOP_LEVEL,
     Rank,
     band_in,
+    in_band,
     number_in,
     packed,
     sequence_of,
@@ -144,23 +145,20 @@ class WaitingLine:
                 self._release_below(name)
         for barrier in self._barriers.opened(tenants_eased, queues_eased):
             if barrier.ready_key < 0:
-                self._offer(barrier)
-        if queues_eased or moved_tenants:
+                self._offer_early(barrier)
+        moved: dict[int, ShapeQueue] = {}
+        for name in queues_eased:
             # Where all of a nominal part is used nobody is within it, whatever was given back.
-            guaranteed = [
-                self._guaranteed[name]
-                for name in queues_eased
-                if name in self._guaranteed
-                and any(each.used_milli < each.nominal_milli for each in quota.allotments(name))
-            ]
-            moved = {
-                number: queue for each in guaranteed for number, queue in list(each.items()) if self._is_moved(queue)
-            }
-            moved |= self._of_services if queues_eased else {}
-            if moved_tenants:
-                moved |= {queue.number: queue for queue in self._queues.values() if queue.shape.tenant in moved_tenants}
-                moved_tenants.clear()
-            self._rank_anew(moved.values())
+            if (known := self._guaranteed.get(name)) and any(
+                each.used_milli < each.nominal_milli for each in quota.allotments(name)
+            ):
+                moved |= {queue.number: queue for queue in list(known.values()) if self._is_moved(queue)}
+        if queues_eased:
+            moved |= self._of_services
+        if moved_tenants:
+            moved |= {queue.number: queue for queue in self._queues.values() if queue.shape.tenant in moved_tenants}
+            moved_tenants.clear()
+        self._rank_anew(moved.values())
         return False
 
     def _release_below(self, name: str) -> None:
@@ -211,8 +209,8 @@ class WaitingLine:
         self._stands[job.id] = _Stand(queue, sequence, level, moves_ms)
         if moves_ms:
             self._wheel.note(moves_ms, job.id)
-        key = self._key(queue, level, sequence, job)
-        if queue.ready_key < 0 or key < queue.ready_key:
+        key, known = self._key(queue, level, sequence, job), queue.ready_key
+        if known < 0 or key < known or (band_in(known) < band_in(key) and in_band(key, band_in(known)) < known):
             # It is the head now, or all of the queue stands in a better band than it is known by.
             head = self._head(queue)
             self._make_ready(queue, head[0] if head is not None else key)
@@ -249,10 +247,7 @@ class WaitingLine:
             entered.setdefault((queue, level), []).append(sequence)
         for (queue, level), sequences in entered.items():
             queue.add_all(sequences, level)
-        for queue in dict.fromkeys(queue for queue, _ in entered):
-            head = self._head(queue)
-            if head is not None and (queue.ready_key < 0 or head[0] < queue.ready_key):
-                self._make_ready(queue, head[0])
+        self._rank_anew(dict.fromkeys(queue for queue, _ in entered))
 
     def _drop(self, number: JobId) -> None:
         stand = self._stands.pop(number, None)
@@ -281,8 +276,9 @@ class WaitingLine:
 
     def _ways(self, queue: ShapeQueue) -> tuple[Way, ...]:
         cluster, quota = self._cluster, self._cluster.quota
-        version = (quota.version, cluster.pool.inventory_version)
-        if queue.ways_version != version:
+        of_quota, of_pool = queue.ways_version
+        if of_quota != quota.version or of_pool != cluster.pool.inventory_version:
+            version = (quota.version, cluster.pool.inventory_version)
             self._forget_ways(queue)
             name = quota.queue_name(queue.shape.tenant, queue.asked)
             wanted = cluster.ranking.wanted_by(queue.shape.need, queue.shape.replicas)
@@ -335,9 +331,10 @@ class WaitingLine:
                 self._make_ready(queue, head[0])
 
     def _is_moved(self, queue: ShapeQueue) -> bool:
-        """Whether it stands in another band than it is known by. Its head may have left: that is seen when it comes to
-        the top."""
-        return bool(queue.buckets) and (queue.ready_key < 0 or band_in(queue.ready_key) != self._band(queue))
+        """Whether it stands in a better band than it is known by. That it stands in a worse one, or that its head has
+        left, is seen when it comes to the top."""
+        known = queue.ready_key
+        return bool(queue.buckets) and (known < 0 or (band_in(known) > NOMINAL and band_in(known) > self._band(queue)))
 
     def _make_ready(self, queue: ShapeQueue, key: int) -> None:
         queue.ready_key = key
@@ -364,9 +361,13 @@ class WaitingLine:
         queue = self._by_number.get(number)
         return queue is not None and queue.ready_key == key and source.has(queue)
 
-    def _offer(self, source: Source) -> None:
-        """The first of a source goes on when it is its turn."""
-        self._offer_first(source, self._first(source))
+    def _offer_early(self, source: Source) -> None:
+        """The first of a source goes on when it is its turn. Who that is, and if anybody, is found out then: nobody in
+        it goes before the first of its entries."""
+        if source.heads:
+            self._offer_at(source, source.heads[0][0])
+        else:
+            self._offer_first(source, None)
 
     def _offer_first(self, source: Source, first: tuple[int, ShapeQueue, Job] | None) -> None:
         source.ready_key = -1
@@ -424,20 +425,22 @@ class WaitingLine:
 
     def _head(self, queue: ShapeQueue) -> tuple[int, Job] | None:
         """The first of a queue that still waits, with its packed rank."""
+        found = self._foremost(queue)
+        return (self._key(queue, *found), found[2]) if found is not None else None
+
+    def _foremost(self, queue: ShapeQueue) -> tuple[int, int, Job] | None:
+        """(level without the tenant's shift, sequence, job) of the first of a queue that still waits."""
         waiting, buckets = self._cluster.waiting, queue.buckets
         while buckets:
-            level = min(buckets)
-            shift = self._cluster.fairness.shift(queue.shape.tenant)
-            if shift < 0 and level != TOP_LEVEL and len(buckets) > 1:
-                # Other levels may have become one with it: then whoever came first is first.
-                shown = shifted(level, shift)
-                alike = [each for each in buckets if shifted(each, shift) == shown]
-                level = min(alike, key=lambda each: buckets[each].least)
+            if len(buckets) == 1:
+                (level,) = buckets
+            else:
+                level = queue.first_level(self._cluster.fairness.shift(queue.shape.tenant))
             sequence = buckets[level].least
             number = number_in(sequence)
             job = waiting.get(number)
             if job is not None:
-                return self._key(queue, level, sequence, job), job
+                return level, sequence, job
             self._drop(number)
         return None
 
@@ -445,9 +448,9 @@ class WaitingLine:
 
     def next(self) -> tuple[ShapeQueue, Job] | None:
         """The first waiting job whose queue is not blocked."""
-        while self._ready:
-            ready = self._ready
-            key, number = ready[0]
+        ready = self._ready
+        while ready:
+            key, number = entry = ready[0]
             source = self._sources.get(number)
             if source is None or source.ready_key != key:
                 heapq.heappop(ready)
@@ -459,15 +462,17 @@ class WaitingLine:
                 continue
             first = self._first(source)
             if first is None or first[0] != key:
-                heapq.heappop(ready)
+                if ready[0] == entry:
+                    heapq.heappop(ready)
                 self._offer_first(source, first)
-            elif barrier is not None:
-                # Its limit has room for it: now its place is among those of its group.
-                heapq.heappop(ready)
-                self._release([first[1]])
-                self._offer(barrier)
-            else:
+                if first is None or ready[0] != (first[0], number):
+                    continue
+            if barrier is None:
                 return first[1], first[2]
+            # Its limit has room for it: now its place is among those of its group.
+            heapq.heappop(ready)
+            self._release([first[1]])
+            self._offer_early(barrier)
         return None
 
     def block(self, queue: ShapeQueue) -> None:
@@ -517,8 +522,8 @@ class WaitingLine:
         stand = self._stands.get(job.id)
         if stand is None or not self._lacks_room(stand.queue):
             return None
-        head = self._head(stand.queue)
-        return stand.queue if head is not None and head[1] is job else None
+        foremost = self._foremost(stand.queue)
+        return stand.queue if foremost is not None and foremost[2] is job else None
 
     def first_of(self, queue: ShapeQueue, most: int) -> list[Job]:
         """The first jobs of a queue, in order, at most so many."""
@@ -583,7 +588,7 @@ class WaitingLine:
 
     def _drop_idle(self) -> None:
         for queue in list(self._queues.values()):
-            if not queue.held_back and self._head(queue) is None:
+            if not queue.held_back and self._foremost(queue) is None:
                 del self._queues[queue.entry], self._by_number[queue.number]
                 self._of_services.pop(queue.number, None)
                 self._forget_ways(queue)

@@ -135,7 +135,9 @@ def drift(usage: int, share: int, passed_ms: int) -> int:
 
 def shifted(level: int, shift: int) -> int:
     """A level with its tenant's shift in it: larger for a larger level, whatever the shift."""
-    return level + (shift * max(0, min(level, SHIFT_MAX)) + SHIFT_MAX // 2) // SHIFT_MAX
+    if level <= 0 or not shift:
+        return level
+    return level + (shift * (level if level < SHIFT_MAX else SHIFT_MAX) + SHIFT_MAX // 2) // SHIFT_MAX
 
 
 def _parts_above(usage: int, share: int) -> int:

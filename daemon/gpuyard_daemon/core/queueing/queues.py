@@ -17,7 +17,8 @@ from gpuyard_daemon.core.placing.feasibility import Shape, least_milli
 from gpuyard_daemon.core.placing.gangs import Offers, fits
 from gpuyard_daemon.core.placing.partitions import sample_of
 from gpuyard_daemon.core.placing.placement import Candidates, Finder
-from gpuyard_daemon.core.queueing.ranking import need_milli, number_in
+from gpuyard_daemon.core.queueing.priority import shifted
+from gpuyard_daemon.core.queueing.ranking import TOP_LEVEL, need_milli, number_in
 from gpuyard_daemon.core.tenants.quota import Way
 from gpuyard_protocol.names import JobId, Tenant, User
 from gpuyard_protocol.resources import ResourceNeed
@@ -166,6 +167,17 @@ class ShapeQueue:
         bucket.remove(sequence)
         if not bucket:
             del self.buckets[level]
+
+    def first_level(self, shift: int) -> int:
+        """The level, without its tenant's shift, of whoever is first in it with the shift; somebody is in it."""
+        buckets = self.buckets
+        level = min(buckets)
+        if shift < 0 and level != TOP_LEVEL and len(buckets) > 1:
+            # Other levels may have become one with it: then whoever came first is first.
+            shown = shifted(level, shift)
+            alike = [each for each in buckets if shifted(each, shift) == shown]
+            level = min(alike, key=lambda each: buckets[each].least)
+        return level
 
     def fits_nowhere(self, pool: Pool) -> bool:
         """No node takes it; of a gang: the nodes together do not."""

@@ -79,6 +79,11 @@ def band_in(key: int) -> int:
     return key >> _LEVEL_BITS + _SEQUENCE_BITS
 
 
+def in_band(key: int, band: int) -> int:
+    """The same packed rank in another band."""
+    return key + (band - band_in(key) << _LEVEL_BITS + _SEQUENCE_BITS)
+
+
 def number_in(sequence: int) -> JobId:
     """Whose sequence it is."""
     return sequence & (1 << _NUMBER_BITS) - 1

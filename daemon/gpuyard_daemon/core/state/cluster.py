@@ -245,8 +245,7 @@ class Cluster:
     def move_job(self, job: Job, to: JobState) -> None:
         check_job_move(job, to)
         before = job.state
-        for owner in (job.tenant, ""):
-            counts = self.lists[owner].counts
+        for counts in (self.lists[job.tenant].counts, self.lists[""].counts):
             counts[before] -= 1
             counts[to] += 1
         if before == "pending":

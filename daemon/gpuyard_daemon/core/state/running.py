@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterator
+from typing import Final
 
 from gpuyard_daemon.core.queueing import priority
 from gpuyard_daemon.core.queueing.ranking import outlives_ms, ran_ms, wall_ms, width_milli
@@ -14,6 +15,9 @@ from gpuyard_daemon.core.state.model import Job
 from gpuyard_protocol.names import JobId
 from gpuyard_protocol.units import MILLI
 
+#: Jobs of an octave stand together by their numbers, so many to each group: who looks for the youngest puts those of a
+#: few groups in order, and not all of a large yard.
+_GROUP_BITS: Final = 8
 #: Octave under which replicas of services stand: they run for ever, so their use says nothing.
 _SERVICES = -1
 
@@ -24,7 +28,8 @@ class Running:
     __slots__ = ("_moves", "_octave_of", "_octaves")
 
     def __init__(self) -> None:
-        self._octaves: dict[int, dict[JobId, Job]] = {}
+        #: By octave, and the first bits of the number.
+        self._octaves: dict[int, dict[int, dict[JobId, Job]]] = {}
         self._octave_of: dict[JobId, int] = {}
         #: (when, job, its attempt): moves to the next octave that are to come, a heap.
         self._moves: list[tuple[int, JobId, int]] = []
@@ -32,16 +37,18 @@ class Running:
     def enter(self, job: Job, now_ms: int) -> None:
         octave, until_ms = _octave(job, now_ms)
         self._octave_of[job.id] = octave
-        self._octaves.setdefault(octave, {})[job.id] = job
+        self._octaves.setdefault(octave, {}).setdefault(job.id >> _GROUP_BITS, {})[job.id] = job
         if until_ms:
             heapq.heappush(self._moves, (until_ms, job.id, job.attempt))
 
     def leave(self, job: Job) -> None:
         octave = self._octave_of.pop(job.id, None)
         if octave is not None:
-            jobs = self._octaves[octave]
-            del jobs[job.id]
-            if not jobs:
+            groups, number = self._octaves[octave], job.id >> _GROUP_BITS
+            del groups[number][job.id]
+            if not groups[number]:
+                del groups[number]
+            if not groups:
                 del self._octaves[octave]
 
     def __len__(self) -> int:
@@ -49,21 +56,25 @@ class Running:
 
     def everybody(self) -> Iterator[Job]:
         """In no order that means anything."""
-        for jobs in self._octaves.values():
-            yield from jobs.values()
+        for groups in self._octaves.values():
+            for jobs in groups.values():
+                yield from jobs.values()
 
     def largest_first(self, at_ms: int) -> Iterator[Job]:
         """As of a moment that never goes back: by octave, then the youngest first; services' replicas last."""
         while self._moves and self._moves[0][0] <= at_ms:
             _, number, attempt = heapq.heappop(self._moves)
-            job = self._octaves.get(self._octave_of.get(number, _SERVICES - 1), {}).get(number)
+            groups = self._octaves.get(self._octave_of.get(number, _SERVICES - 1), {})
+            job = groups.get(number >> _GROUP_BITS, {}).get(number)
             if job is not None and job.attempt == attempt:
                 self.leave(job)
                 self.enter(job, at_ms)
         for octave in sorted(self._octaves, reverse=True):
-            jobs = self._octaves[octave]
-            for number in sorted(jobs, reverse=True):
-                yield jobs[number]
+            groups = self._octaves[octave]
+            for group in sorted(groups, reverse=True):
+                jobs = groups[group]
+                for number in sorted(jobs, reverse=True):
+                    yield jobs[number]
 
 
 def _octave(job: Job, now_ms: int) -> tuple[int, int]:
