@@ -99,7 +99,10 @@ class Submitter:
 
 
 async def _metrics(directory: Path) -> str:
-    url = (directory / "state" / "daemon" / "http.url").read_text().strip() + "/metrics"
+    note = directory / "state" / "daemon" / "http.url"
+    while not note.exists():  # the page opens a moment after the daemon's first decision
+        await asyncio.sleep(0.05)
+    url = note.read_text().strip() + "/metrics"
 
     def read() -> str:
         with urllib.request.urlopen(url, timeout=10) as answer:
