@@ -88,6 +88,18 @@ def test_a_move_that_costs_too_much_is_not_made() -> None:
     assert h.facts(ClaimMade) == []
 
 
+def test_dear_moves_come_once_somebody_has_waited_for_as_much() -> None:
+    """What comes free by itself soon is waited for: ten minutes of a start stand against forty of waiting."""
+    h = seasoned(4, 4)
+    free, bound = one_on_each(h, minutes=15, restart_ms=600_000)
+    wide = h.submit(msgspec.structs.replace(job(gpus=4), estimate_ms=600 * MINUTE))
+    h.settle(most_ms=35 * MINUTE)
+    assert h.states(free, bound, wide) == ["running", "running", "pending"]
+    h.settle(most_ms=15 * MINUTE)
+    assert h.states(free, bound, wide) == ["stopping", "running", "pending"]
+    assert "moved" in h.core.cluster.jobs[free].story[-1][1]
+
+
 def test_moves_cost_a_small_part_of_what_was_held() -> None:
     h = CoreHarness()
     h.join(node("n-1", 4), node("n-2", 4))

@@ -18,6 +18,7 @@ from gpuyard_daemon.core.placing.gangs import Offers, plan_gang
 from gpuyard_daemon.core.placing.placement import Candidates
 from gpuyard_daemon.core.preempting import exchange
 from gpuyard_daemon.core.preempting.consolidation import within_budget
+from gpuyard_daemon.core.preempting.occupants import restart_of
 from gpuyard_daemon.core.queueing.priority import PROBE_MS
 from gpuyard_daemon.core.queueing.ranking import TOP_LEVEL, ran_ms
 from gpuyard_daemon.core.state.facts import ClaimMade, Eviction
@@ -60,7 +61,8 @@ class JudgedHarness(CoreHarness):
             return
         at_ms = self.now_ms - self.now_ms % settings.preempt_every_ms
         before, overhead_ms = victim.preemptions - 1, victim.overhead_ms - eviction.overhead_ms
-        assert at_ms - max(victim.started_ms, victim.runs_since_ms) >= exchange.LEAST_RUN_MS
+        start_ms = restart_of(cluster, settings, victim) if eviction.kind == "checkpoint" else 0
+        assert at_ms - max(victim.started_ms, victim.runs_since_ms) >= exchange.least_attempt_ms(start_ms)
         if eviction.kind == "checkpoint":
             assert eviction.overhead_ms <= at_ms - victim.started_ms, "at its start it loses the start alone"
         useful_ms = ran_ms(victim, at_ms) - overhead_ms

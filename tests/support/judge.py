@@ -322,7 +322,8 @@ class Judge(Scheduler):
         assert reclaiming.may_take(victim), f"quota does not give job {job.id} what job {victim.id} holds"
 
     def _may_exchange(self, job: Job, victim: Job, eviction: f.Eviction, now_ms: int, at_ms: int) -> bool:
-        if at_ms - max(victim.started_ms, victim.runs_since_ms) < exchange.LEAST_RUN_MS:
+        start_ms = restart_of(self.cluster, self.settings, victim) if eviction.kind == "checkpoint" else 0
+        if at_ms - max(victim.started_ms, victim.runs_since_ms) < exchange.least_attempt_ms(start_ms):
             return False
         useful_ms = ran_ms(victim, at_ms) - victim.overhead_ms
         if victim.preemptions and victim.overhead_ms * exchange.CREDIT_DIVISOR > useful_ms:

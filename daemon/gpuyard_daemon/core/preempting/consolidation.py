@@ -2,8 +2,11 @@
 slices are free, the small jobs off a node that others have room for.
 
 Not a preemption: whoever moves has room elsewhere right away, whatever its level. So it is not the exchange that
-counts, but the cost: what the moves cost, four times over, is less than what the claimant would hold in ten minutes. A
-longer time was worse where restarts are dear and the yard is not overloaded. It is asked before anybody is preempted.
+counts, but the cost, against how long the claimant would go on waiting: as long as it has, for all that is known. The
+delays of all who move, four times over, are no more than that, or else those who wait wait less and the others more;
+and the GPU time that they lose, four times over, is less than what the claimant would hold meanwhile. So where starts
+are dear places that come free by themselves soon are waited for, and whoever has waited for long gets its place. It is
+asked before anybody is preempted.
 
 Two things bound it: all moves together may cost one part in a hundred of the GPU time that work has held, and each
 counts against the credit of the job that moves, as a preemption does. A bound by starts (one move in a hundred) left
@@ -17,7 +20,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterable
-from typing import Final
+from typing import Final, NamedTuple
 
 from gpuyard_daemon.core.placing.capacity import NodeSpace, Pool
 from gpuyard_daemon.core.placing.feasibility import Shape
@@ -48,8 +51,37 @@ _NODES_MAX: Final = 16
 #: Nodes that are looked at whole for one claimant, and plans made with those on them.
 _NEAR_MAX: Final = 16
 _NEAR_PLANS_MAX: Final = 4
-#: What a claimant would hold in this time stands against what the moves cost.
+#: What a claimant would hold in this time, or in what it has waited, stands against what the moves cost.
 HORIZON_MS: Final = 600_000
+#: Whoever waits is taken to wait so long at least: all of a node may move aside at once at a minute's start each.
+WAIT_MS: Final = 1_800_000
+
+
+class _Worth(NamedTuple):
+    """What moves for one claimant may cost."""
+
+    #: All delays of those who move.
+    delay_ms: int
+    #: GPU-milliseconds.
+    cost: int
+
+
+def _worth_of(job: Job, at_ms: int) -> _Worth:
+    waited_ms = _waited_ms(job, at_ms)
+    return _Worth(
+        delay_ms=max(WAIT_MS, waited_ms) // exchange.COST_WEIGHT,
+        cost=width_milli(job) * max(HORIZON_MS, waited_ms) // (exchange.COST_WEIGHT * MILLI),
+    )
+
+
+def _waited_ms(job: Job, at_ms: int) -> int:
+    return at_ms - job.waits_since_ms if job.waits_since_ms else 0
+
+
+def asked_again_ms(job: Job, at_ms: int) -> int:
+    """When a claimant has waited so much longer, a fourth, that it may be worth more moves."""
+    waited_ms = max(WAIT_MS, _waited_ms(job, at_ms))
+    return at_ms - _waited_ms(job, at_ms) + waited_ms + waited_ms // 4
 
 
 def could_be_made(cluster: Cluster, job: Job) -> bool:
@@ -67,13 +99,13 @@ def within_budget(cluster: Cluster, lost_milli_ms: int) -> bool:
 
 
 def make_room(
-    draft: Draft, line: WaitingLine, queue: ShapeQueue, job: Job, occupants: Iterable[Occupant], looks: int
+    draft: Draft, line: WaitingLine, queue: ShapeQueue, job: Job, occupants: Iterable[Occupant], at_ms: int, looks: int
 ) -> int:
     """Move work aside for a job if that is worth it and all of it has room elsewhere; how many looks are left."""
     cluster = draft.cluster
     if looks <= 0:
         return looks
-    worth = width_milli(job) * HORIZON_MS // (exchange.COST_WEIGHT * MILLI)
+    worth = _worth_of(job, at_ms)
     movable = _worth_moving(occupants, worth)
     if not movable:
         # Then those on the nearest nodes hardly are of a kind that moves either; they are dear to look at.
@@ -86,20 +118,21 @@ def make_room(
     return _make_room_among(draft, line, queue, job, movable, worth, looks, _PLANS_MAX)
 
 
-def _worth_moving(occupants: Iterable[Occupant], worth: int) -> list[Occupant]:
+def _worth_moving(occupants: Iterable[Occupant], worth: _Worth) -> list[Occupant]:
     return [
         each
         for each in occupants
         if each.preemptible
         and each.exchangeable
         and each.kind != "suspend"
-        and each.cost < worth
+        and each.cost < worth.cost
+        and each.overhead_ms <= worth.delay_ms
         and not each.job.is_gang
     ]
 
 
 def _make_room_among(
-    draft: Draft, line: WaitingLine, queue: ShapeQueue, job: Job, movable: list[Occupant], worth: int, looks: int,
+    draft: Draft, line: WaitingLine, queue: ShapeQueue, job: Job, movable: list[Occupant], worth: _Worth, looks: int,
     plans: int,
 ) -> int:  # fmt: skip
     """The same by moving some of these."""
@@ -163,9 +196,11 @@ def _move(draft: Draft, job: Job, plan: Plan) -> None:
     draft.add(f.ClaimMade(job.id, "preempt", plan.placements, evictions))
 
 
-def _is_worth_it(draft: Draft, job: Job, plan: Plan, worth: int) -> bool:
+def _is_worth_it(draft: Draft, job: Job, plan: Plan, worth: _Worth) -> bool:
     cluster = draft.cluster
-    if sum([each.cost for each in plan.victims]) >= worth:
+    if sum([each.cost for each in plan.victims]) >= worth.cost:
+        return False
+    if sum([each.overhead_ms for each in plan.victims]) > worth.delay_ms:
         return False
     if not within_budget(cluster, sum([each.lost_milli_ms for each in plan.victims])):
         return False

@@ -2,11 +2,12 @@
 
 The exchange test: a victim goes only if it is at least one level larger than the claimant would be with four times the
 victim's cost added to it. That is the argument for shortest-first with the price of the switch in it: dear victims
-protect themselves, and nobody can be evicted by what it itself evicted.
+protect themselves, and nobody can be evicted by what it itself evicted. The argument is about what remains: a victim of
+known length counts for no more than twice that, so nobody is sent away shortly before its end. Its rank stays.
 
 Costs are GPU-milliseconds: the victim's GPUs times the run time that it will have to spend again. Who is still at its
-start has only that to lose, so it is the cheapest to send back: cards that nobody better wants are not idle, and
-whoever comes does not wait for a start that has just begun.
+start has only that to lose, so it is the cheapest to send back, and at once: cards that nobody better wants are not
+idle, and whoever comes does not wait for a start that has just begun.
 
 A fixed time of rest after each preemption would protect the large, who pay least for it, and leave the small as the
 only victims when many come at once; so what a job has lost may only be a part of what it has done since.
@@ -29,6 +30,9 @@ TOP: Final = -1
 CREDIT_DIVISOR: Final = COST_WEIGHT
 #: An attempt runs at least so long before it is ended for somebody of the same band: who ends at once ends.
 LEAST_RUN_MS: Final = PROBE_MS
+#: One whose start takes longer than that runs so long at least: nothing can end yet, and what it has spent is all that
+#: it loses, so the sooner the cheaper. Two rounds, for what was begun on a node to settle.
+LEAST_START_MS: Final = 20_000
 #: A job whose size was changed keeps it for so many times its restart.
 GAP_RESTARTS: Final = 10
 
@@ -38,6 +42,12 @@ def may_take(claimant_size: int, claimant_level: int, victim_level: int, cost: i
     with_cost = natural_level(claimant_size + COST_WEIGHT * cost)
     lifted = natural_level(claimant_size) - (TOP if at_top else claimant_level)
     return with_cost - lifted + MARGIN <= victim_level
+
+
+def least_attempt_ms(start_ms: int) -> int:
+    """How long an attempt runs at least before it is ended for somebody of the same band. `start_ms`: how long its
+    start takes, where it loses no more than that by leaving; else 0."""
+    return LEAST_START_MS if start_ms > LEAST_RUN_MS else LEAST_RUN_MS
 
 
 def least_run_ms(restart_ms: int, resizes: int) -> int:

@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 from gpuyard_daemon.core.preempting import exchange
 from gpuyard_daemon.core.preempting.suspension import can_be_suspended
-from gpuyard_daemon.core.queueing.priority import PROBE_MS
-from gpuyard_daemon.core.queueing.ranking import NOMINAL, need_milli, outlives_ms, ran_ms, width_milli
+from gpuyard_daemon.core.queueing.priority import PROBE_MS, level_begins, natural_level
+from gpuyard_daemon.core.queueing.ranking import NOMINAL, need_milli, outlives_ms, ran_ms, wall_ms, width_milli
 from gpuyard_daemon.core.state.cluster import Cluster
 from gpuyard_daemon.core.state.fact_words import EvictionKind, Placement
 from gpuyard_daemon.core.state.model import Assignment, Job
@@ -27,7 +27,8 @@ class Occupant(NamedTuple):
     attempt: int
     #: `NOMINAL` where it does not matter, because nobody may take its place yet.
     band: int
-    #: Its effective level; 0 where it does not matter, because it is not exchangeable.
+    #: Its effective level, lower towards the end of an expected run time; 0 where it does not matter, because it is not
+    #: exchangeable.
     level: int
     kind: EvictionKind
     #: Run time that it would have to spend again, ms.
@@ -120,10 +121,16 @@ def occupant_of(cluster: Cluster, settings: CoreSettings, job: Job, at_ms: int) 
     run_ms = ran_ms(job, at_ms)
     useful_ms = run_ms - job.overhead_ms
     owed_ms = job.overhead_ms * exchange.CREDIT_DIVISOR - useful_ms if job.preemptions else 0
-    missing_ms = max(exchange.LEAST_RUN_MS - this_run_ms, owed_ms)
+    start_ms = restart_ms if kind == "checkpoint" else 0
+    missing_ms = max(exchange.least_attempt_ms(start_ms) - this_run_ms, owed_ms)
     # Who would lose all of its run is only given up if it is known to be large, and not for a guess at it.
     exchangeable = missing_ms <= 0 and not job.service and (kind != "requeue" or run_ms < outlives_ms(job))
     moments = [missing_ms, settings.reclaim_after_ms - this_run_ms]
+    level = ranking.level_of(job, at_ms) if exchangeable else 0
+    if exchangeable and run_ms < outlives_ms(job):
+        nearer, until_ms = _nearer_its_end(job, useful_ms - job.spec.restart_ms)
+        level -= nearer
+        moments.append(wall_ms(job, until_ms))
     if exchangeable and (border_ms := ranking.next_border_ms(job, at_ms)) is not None:
         moments.append(border_ms - at_ms)
     moments = [moment for moment in moments if moment > 0]
@@ -131,7 +138,7 @@ def occupant_of(cluster: Cluster, settings: CoreSettings, job: Job, at_ms: int) 
         job=job,
         attempt=job.attempt,
         band=ranking.band_of(job) if exchangeable or band_matters(settings, job, at_ms) else NOMINAL,
-        level=ranking.level_of(job, at_ms) if exchangeable else 0,
+        level=level,
         kind=kind,
         overhead_ms=overhead_ms,
         lost_milli_ms=overhead_ms * held_milli(job),
@@ -139,6 +146,16 @@ def occupant_of(cluster: Cluster, settings: CoreSettings, job: Job, at_ms: int) 
         preemptible=job.spec.preemption != "never",
         next_ms=at_ms + min(moments) if moments else 0,
     )
+
+
+def _nearer_its_end(job: Job, useful_ms: int) -> tuple[int, int]:
+    """(levels between what is expected of a job and twice what remains of it, run time until that may be more)."""
+    width = width_milli(job)
+    twice = 2 * max(0, job.expected_ms - max(0, useful_ms)) * width // MILLI
+    at = natural_level(twice)
+    nearer = natural_level(job.expected_ms * width // MILLI) - at
+    until_ms = (twice - level_begins(at)) * MILLI // (2 * width) + 1 if twice and width else 0
+    return max(0, nearer), until_ms
 
 
 def band_matters(settings: CoreSettings, job: Job, at_ms: int) -> bool:

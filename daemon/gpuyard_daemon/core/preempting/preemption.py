@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from gpuyard_daemon.core.preempting import draining, exchange, homing, reservations, shrinking
-from gpuyard_daemon.core.preempting.consolidation import could_be_made, make_room
+from gpuyard_daemon.core.preempting.consolidation import asked_again_ms, could_be_made, make_room
 from gpuyard_daemon.core.preempting.draining import CutNodes
 from gpuyard_daemon.core.preempting.occupants import Known, Occupant, in_its_band, kind_of, occupant_of
 from gpuyard_daemon.core.preempting.reclaim import Reclaiming
@@ -209,6 +209,8 @@ class _Round:
         self._heads: Sequence[ShapeQueue] = ()
         #: Claimants for whom it may yet be asked whether work could move aside, or a card be kept free.
         self._rooms_left = self._drains_left = _ROOMS_MAX
+        #: When it is asked next whether work should move aside for somebody; 0: never.
+        self._rooms_from_ms = 0
         #: When it is asked next whether a card should be kept free for somebody; 0: never.
         self._drain_from_ms = 0
         self._cut_nodes, self._cut_looks = cut_nodes, draft.settings.preempt_nodes
@@ -224,8 +226,7 @@ class _Round:
             moments.append(self._at_ms - self._at_ms % reservations.REPLAN_MS + reservations.REPLAN_MS)
         if any(claim.kind == "drain" for claim in self._draft.cluster.claims):
             moments.append(self._at_ms + 1)
-        if self._drain_from_ms:
-            moments.append(self._drain_from_ms)
+        moments += [at_ms for at_ms in (self._drain_from_ms, self._rooms_from_ms) if at_ms]
         # Whoever waits is lifted by waiting, and may take then what it could not before.
         cluster, now_ms = self._draft.cluster, self._draft.now_ms
         waiting = [job for queue in self._heads for job in self._line.first_of(queue, 1)]
@@ -313,10 +314,12 @@ class _Round:
         if self._rooms_left and could_be_made(cluster, job):
             # Before anybody gives way: whoever moves has room elsewhere and goes on at once, a victim waits.
             self._rooms_left -= 1
-            self._looks = make_room(self._draft, self._line, queue, job, self._occupants, self._looks)
+            self._looks = make_room(self._draft, self._line, queue, job, self._occupants, self._at_ms, self._looks)
             if (claim := cluster.claims.of(job.id)) is not None:
                 self._gone(claim.evicted)
                 return True
+            again_ms = asked_again_ms(job, self._at_ms)
+            self._rooms_from_ms = min(self._rooms_from_ms or again_ms, again_ms)
         plan = self._plan(queue, job, rank)
         if plan is not None:
             self._carry_out(job, rank, plan)
