@@ -121,9 +121,10 @@ def test_a_shift_holds_until_it_is_three_quarters_off() -> None:
 
 
 def test_what_lasts_is_added_to_a_shift_by_the_hour() -> None:
-    assert priority.drift(2, 1, HOUR) == 2000
-    assert priority.drift(1, 4, HOUR // 2) == -2000
-    assert priority.drift(5, 5, HOUR) == 0
+    assert priority.drift(2, 1, HOUR, 0) == priority.drift(2, 1, HOUR, 60_000) == 2000
+    assert priority.drift(1, 4, HOUR // 2, 0) == -2000
+    assert priority.drift(5, 5, HOUR, 0) == 0
+    assert priority.drift(2, 1, HOUR, 600_000) == 200  # who follows it restarts for it
     assert priority.tenant_shift(1, 1, 6000, 0) == 6
     assert priority.tenant_shift(1, 4, 6000, 0) == -2
 
@@ -275,6 +276,24 @@ def test_who_used_much_sinks_and_renaming_tenants_renames_that_only() -> None:
         found.append((shifts[heavy], shifts[light]))
         assert h.facts(TenantsShifted)
     assert found[0] == found[1]
+
+
+def test_what_a_restart_takes_is_known_by_the_cards_that_are_held() -> None:
+    h = yard(8)
+
+    def restart_ms() -> int:
+        return h.core.cluster.fairness.restart_ms
+
+    assert restart_ms() == 0
+    slow = h.submit(msgspec.structs.replace(told(1, gpus=6), restart_ms=400_000))
+    h.run(slow)
+    assert restart_ms() == 400_000
+    h.run(h.submit(told(1, gpus=2), tenant="umbrella"))
+    assert restart_ms() == 300_000
+    h.restart()
+    assert restart_ms() == 300_000
+    h.ended(slow)
+    assert restart_ms() == 0
 
 
 def test_charges_lose_half_their_weight_in_a_day() -> None:

@@ -244,7 +244,8 @@ async def _decided(yard: Yard, submission: str) -> Any:
                 answer = await client.submission(submission)
             except gpuyard.GpuyardError:
                 continue
-            return {"reason": answer.reason.code if answer.reason else ""}
+            if answer is not None:
+                return {"reason": answer.reason.code if answer.reason else ""}
     raise AssertionError(f"{submission} was never decided")
 
 

@@ -102,7 +102,7 @@ async def test_a_job_that_does_not_listen_is_ended_after_its_grace_and_starts_an
     day = await client.submit(command=["sleep", "1"], gpus=1)
     assert (await day.wait()).state == "succeeded"
     assert await lines_of(starts, 2) == ["1", "2"]
-    assert (await night.view()).state == "running"
+    await state_is(night, "running")
 
 
 async def test_an_owner_takes_a_job_off_its_card_until_it_is_resumed(yard: Yard, client: Client) -> None:

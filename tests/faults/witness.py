@@ -153,6 +153,10 @@ class Witness:
         for fact in record.facts:
             if isinstance(fact, f.ArrayCancelled):
                 self._end_array(fact.array)
+        for fact in record.facts:
+            # One turn may end an array, by one fact for all of its elements, and place who waited for that.
+            if isinstance(fact, f.JobPlaced):
+                self._check_turn(fact.job)
         if record.turn % self._scale.digest_every == 0:
             self.digests[record.turn] = self.twin.digest()
             if self._scale.forgets and len(self.digests) > 100:
@@ -184,8 +188,6 @@ class Witness:
                 self._forget(fact.job)
             case f.JobPlaced() if fact.job in self.ended:
                 raise SafetyViolated(f"job {fact.job} was placed after it {self.ended[fact.job]}")
-            case f.JobPlaced():
-                self._check_turn(fact.job)
             case f.ClaimMade(evictions=evictions):
                 self.seen.update([f"preempted by {eviction.kind}" for eviction in evictions])
                 self.seen[f"claims to {fact.kind}"] += 1

@@ -9,7 +9,8 @@ rise: so a tenant with little work is served at once, and those with too much sh
 Where that is not enough, time is: what answers a factor with so many levels leaves a factor for ever to whoever's jobs
 are larger by more than that, and a flood of short jobs would keep almost everything. So while a tenant that waits is
 under its share, it rises by an octave an hour for each factor of two, and those above theirs sink likewise, until the
-distance between their jobs is made up for. Half of that is forgotten in two days: it has to outlast the charges that it
+distance between their jobs is made up for. Where restarts take longer than a minute it does so the more slowly, or
+the yard would be busy with following. Half of that is forgotten in two days: it has to outlast the charges that it
 answers, or the two chase each other.
 
 Sizes decide how long people wait, and most jobs are small; who has how much of the yard is decided by the large. So
@@ -35,7 +36,7 @@ from gpuyard_daemon.core.queueing.priority import SHIFT_MAX, drift, tenant_shift
 from gpuyard_daemon.core.state import facts as f
 from gpuyard_daemon.core.state.effects import Effects
 from gpuyard_daemon.core.state.model import Standing
-from gpuyard_protocol.jobs import PRIORITY_MIN
+from gpuyard_protocol.jobs import PRIORITY_MIN, JobSpec
 from gpuyard_protocol.names import Tenant
 from gpuyard_protocol.units import MILLI
 
@@ -60,13 +61,15 @@ _OWED_MAX: Final = SHIFT_MAX * MILLI
 class Fairness:
     """Charges and shifts of all tenants."""
 
-    __slots__ = ("_rates", "changed", "standings")
+    __slots__ = ("_held", "_rates", "_restarts", "changed", "standings")
 
     def __init__(self) -> None:
         #: Durable, in the order in which tenants first held something.
         self.standings: dict[Tenant, Standing] = {}
         #: What is charged per ms now: thousandths of a card times 2^(class + 2).
         self._rates: dict[Tenant, int] = {}
+        #: What is held, thousandths of a card; the same times what a restart of its job takes, ms.
+        self._held = self._restarts = 0
         #: Tenants whose shift changed since the line last asked.
         self.changed: set[Tenant] = set()
 
@@ -89,18 +92,24 @@ class Fairness:
         left = decayed(abs(standing.owed), now_ms - standing.owed_ms, _OWED_HALF_LIFE_MS)
         return left if standing.owed > 0 else -left
 
-    def hold(self, tenant: Tenant, milli: int, user_class: int, now_ms: int) -> None:
-        """A tenant holds so much more (or less)."""
+    @property
+    def restart_ms(self) -> int:
+        """What a restart takes, on the average of the cards that are held, by what their jobs say."""
+        return self._restarts // self._held if self._held else 0
+
+    def hold(self, tenant: Tenant, milli: int, spec: JobSpec, now_ms: int) -> None:
+        """A job of a tenant holds so much more (or less)."""
         if not milli:
             return
         self._sum_up(tenant, now_ms)
-        self.restore_hold(tenant, milli, user_class)
+        self.restore_hold(tenant, milli, spec)
 
     def begin_anew(self, now_ms: int) -> None:
         """What is held may count for more or less from now on: sum up, and count it again."""
         for tenant in [tenant for tenant, rate in self._rates.items() if rate]:
             self._sum_up(tenant, now_ms)
         self._rates.clear()
+        self._held = self._restarts = 0
 
     def _sum_up(self, tenant: Tenant, now_ms: int) -> None:
         standing = self.standing(tenant, now_ms)
@@ -111,9 +120,11 @@ class Fairness:
             standing.recent += self._rates.get(tenant, 0) * (now_ms - standing.summed_to_ms)
         standing.summed_to_ms = now_ms
 
-    def restore_hold(self, tenant: Tenant, milli: int, user_class: int) -> None:
+    def restore_hold(self, tenant: Tenant, milli: int, spec: JobSpec) -> None:
         """Enter what is held without summing: after a restart, when the sums stand already."""
-        self._rates[tenant] = self._rates.get(tenant, 0) + (milli << (user_class - PRIORITY_MIN))
+        self._rates[tenant] = self._rates.get(tenant, 0) + (milli << (spec.priority - PRIORITY_MIN))
+        self._held += milli
+        self._restarts += milli * spec.restart_ms
 
     def charged(self, tenant: Tenant, now_ms: int) -> int:
         """What a tenant was charged lately: thousandths of a card × ms × 2^(class + 2), decayed."""
@@ -212,7 +223,7 @@ def _summed(cluster: Cluster, against: dict[Tenant, tuple[int, int]], now_ms: in
     for tenant, (usage, share) in against.items():
         before = cluster.fairness.owed(tenant, now_ms)
         if wanting and (usage > share or tenant in wanting):
-            after = before + drift(usage, share, OWED_PERIOD_MS)
+            after = before + drift(usage, share, OWED_PERIOD_MS, cluster.fairness.restart_ms)
             after = max(-_OWED_MAX, min(_OWED_MAX, after))
             if after != before:
                 found[tenant] = after

@@ -44,6 +44,9 @@ _DRIFT_OCTAVES: Final = 1
 _SHIFT_PARTS: Final = 4
 _SHIFT_SLACK: Final = 3
 _HOUR_MS: Final = 3_600_000
+#: … or in the time of so many restarts, if that is longer: whoever follows the shifts from card to card restarts for
+#: them, so what they cost stays the same small part of the yard's time however long a restart takes.
+_DRIFT_RESTARTS: Final = 60
 
 
 def natural_level(size: int) -> int:
@@ -126,10 +129,13 @@ def tenant_shift(usage: int, share: int, owed: int, before: int) -> int:
     return max(-SHIFT_MAX, min(SHIFT_MAX, rounded))
 
 
-def drift(usage: int, share: int, passed_ms: int) -> int:
-    """What is added to a tenant's shift for having been above its share so long, thousandths of a level."""
+def drift(usage: int, share: int, passed_ms: int, restart_ms: int) -> int:
+    """What is added to a tenant's shift for having been above its share so long, thousandths of a level.
+
+    `restart_ms` is what a restart takes in this yard.
+    """
     parts = _DRIFT_OCTAVES * _parts_above(usage, share)
-    moved = abs(parts) * MILLI * passed_ms // (_SHIFT_PARTS * _HOUR_MS)
+    moved = abs(parts) * MILLI * passed_ms // (_SHIFT_PARTS * max(_HOUR_MS, _DRIFT_RESTARTS * restart_ms))
     return moved if parts >= 0 else -moved
 
 

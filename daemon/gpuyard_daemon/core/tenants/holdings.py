@@ -85,7 +85,7 @@ def take(cluster: Cluster, job: Job, space: NodeSpace, assignment: Assignment, n
     amounts = amounts_of(space, assignment.partition)
     if amounts:
         cluster.tenancy.take(job.tenant, job.user, amounts, now_ms)
-        cluster.fairness.hold(job.tenant, charged_milli(cluster, amounts), job.spec.priority, now_ms)
+        cluster.fairness.hold(job.tenant, charged_milli(cluster, amounts), job.spec, now_ms)
         cluster.quota.take(cluster.quota.queue_of(job), amounts)
 
 
@@ -102,7 +102,7 @@ def enter_in_queue(cluster: Cluster, job: Job, space: NodeSpace, assignment: Ass
     """Count a live replica in a tree of queues, and in charges, that were made anew."""
     amounts = amounts_of(space, assignment.partition)
     cluster.quota.take(cluster.quota.queue_of(job), amounts)
-    cluster.fairness.restore_hold(job.tenant, charged_milli(cluster, amounts), job.spec.priority)
+    cluster.fairness.restore_hold(job.tenant, charged_milli(cluster, amounts), job.spec)
 
 
 def recount(cluster: Cluster, job: Job, space: NodeSpace, assignment: Assignment, before: Amounts) -> None:
@@ -132,7 +132,7 @@ def _leave(cluster: Cluster, job: Job, assignment: Assignment, amounts: Amounts,
     if assignment.started_ms:
         cluster.tenancy.halt(job.tenant, job.user, amounts, now_ms)
     cluster.tenancy.give(job.tenant, job.user, amounts, now_ms)
-    cluster.fairness.hold(job.tenant, -charged_milli(cluster, amounts), job.spec.priority, now_ms)
+    cluster.fairness.hold(job.tenant, -charged_milli(cluster, amounts), job.spec, now_ms)
     cluster.quota.give(cluster.quota.queue_of(job), amounts)
 
 
@@ -143,5 +143,5 @@ def restore(cluster: Cluster, job: Job, space: NodeSpace, assignment: Assignment
         cluster.tenancy.restore_held(job.tenant, job.user, amounts)
         if assignment.started_ms:
             cluster.tenancy.restore_run(job.tenant, job.user, amounts)
-        cluster.fairness.restore_hold(job.tenant, charged_milli(cluster, amounts), job.spec.priority)
+        cluster.fairness.restore_hold(job.tenant, charged_milli(cluster, amounts), job.spec)
         cluster.quota.take(cluster.quota.queue_of(job), amounts)
